@@ -1,0 +1,74 @@
+"""Landmarks, the alignment template, and affine maps of the plane.
+
+Convention: points are (x, y) pixels, centres at integers, y down; left and right are the viewer's.
+A 2x3 matrix A maps a point p to A[:, :2] @ p + A[:, 2].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from faceage.errors import ShapeError
+from faceage.types import FloatArray
+
+LANDMARKS_5 = ("left eye", "right eye", "nose", "left mouth corner", "right mouth corner")
+"""The order of the five landmarks: MTCNN's, left and right as the viewer sees them."""
+
+TEMPLATE_5 = np.array([[0.305, 0.293], [0.695, 0.293], [0.5, 0.523], [0.325, 0.695], [0.675, 0.695]], np.float32)
+"""float32 [5, 2], where an aligned crop has its landmarks, as fractions of its side.
+
+The mean of MTCNN's landmarks over UTKFace's own 200-pixel crops, made symmetric, so that those crops and
+ours frame a face alike: forehead to chin fills the crop."""
+
+
+def template_5(size_px: int) -> FloatArray:
+    """Return the alignment template in pixels of a crop: float32 [5, 2]."""
+    return TEMPLATE_5 * size_px - 0.5
+
+
+def similarity_to_template(landmarks: FloatArray, template: FloatArray) -> FloatArray:
+    """Return the least-squares similarity that maps each face onto the template.
+
+    Rotation, uniform scale and translation only, so a crop is never sheared or mirrored. In the plane
+    the problem is linear in one complex number a: with both point sets centred, a = <s, t> / <s, s>.
+
+    Args:
+        landmarks: float32 [F, 5, 2], frame pixels, ordered as `LANDMARKS_5`. F may be 0.
+        template: float32 [5, 2], crop pixels, from `template_5`.
+
+    Returns:
+        float32 [F, 2, 3], frame to crop. A face whose points coincide gives NaN; `detect` drops such faces.
+
+    Raises:
+        ShapeError: if either shape differs from the above.
+
+    Reference: Umeyama, TPAMI 1991, eqs. 40-42, with det(R) = +1.
+    """
+    if landmarks.ndim != 3 or landmarks.shape[1:] != (5, 2) or template.shape != (5, 2):
+        raise ShapeError(f"expected landmarks [F, 5, 2] and template [5, 2], got {landmarks.shape} and {template.shape}")
+    source = landmarks[..., 0].astype(np.float64) + 1j * landmarks[..., 1]  # [F, 5]
+    target = template[:, 0].astype(np.float64) + 1j * template[:, 1]
+    source_mean = source.mean(1, keepdims=True)
+    centred = source - source_mean
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a = (centred.conj() * (target - target.mean())).sum(1) / (np.abs(centred) ** 2).sum(1)
+    offset = target.mean() - a * source_mean[:, 0]
+    rows = [np.stack([a.real, -a.imag, offset.real], -1), np.stack([a.imag, a.real, offset.imag], -1)]
+    return np.stack(rows, 1).astype(np.float32)
+
+
+def invert_affine(matrix: FloatArray) -> FloatArray:
+    """Return the inverse maps of float32 [..., 2, 3] matrices."""
+    linear = np.linalg.inv(matrix[..., :2].astype(np.float64))
+    offset = -(linear @ matrix[..., 2:])
+    return np.concatenate([linear, offset], -1).astype(np.float32)
+
+
+def apply_affine(matrix: FloatArray, points: FloatArray) -> FloatArray:
+    """Map points [..., N, 2] by matrices [..., 2, 3]."""
+    return (points @ np.swapaxes(matrix[..., :2], -1, -2) + matrix[..., None, :, 2]).astype(np.float32)
+
+
+def scale_of(matrix: FloatArray) -> FloatArray:
+    """Return the uniform scale of similarity matrices [..., 2, 3]: crop pixels per frame pixel."""
+    return np.hypot(matrix[..., 0, 0], matrix[..., 1, 0])

@@ -1,0 +1,220 @@
+"""The values that the stages exchange: frames, faces and crops.
+
+Convention: pixel centres are at integers, the origin is the centre of the top-left pixel, x points
+right and y down. Left and right are the viewer's. Ages are in years.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from faceage.errors import ShapeError, UnsupportedError
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+Plane = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+Matrix = Literal["rgb", "bt601", "bt709", "bt2020", "smpte240m"]
+ChromaSiting = Literal["left", "center", "topleft"]
+
+
+@dataclass(frozen=True)
+class PlaneLayout:
+    """What one plane of a pixel format holds."""
+
+    components: str
+    """Its interleaved components, in order: "Y", "U", "V", "UV", "RGB", "RGBA", ..."""
+    sub_x: int = 1
+    """Horizontal subsampling: luma samples per sample of this plane."""
+    sub_y: int = 1
+    """Vertical subsampling."""
+
+
+@dataclass(frozen=True)
+class PixelLayout:
+    """How the samples of a pixel format lie in memory."""
+
+    planes: tuple[PlaneLayout, ...]
+    bit_depth: int = 8
+    shift: int = 0
+    """Low bits of each sample that are unused: 6 for P010, whose ten bits are the high ones."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8 up to 8 bits, uint16 above."""
+        return np.dtype(np.uint8 if self.bit_depth <= 8 else np.uint16)
+
+
+def _planar(sub_x: int, sub_y: int, bit_depth: int = 8) -> PixelLayout:
+    chroma = (PlaneLayout("U", sub_x, sub_y), PlaneLayout("V", sub_x, sub_y))
+    return PixelLayout((PlaneLayout("Y"), *chroma), bit_depth)
+
+
+PIXEL_LAYOUTS: dict[str, PixelLayout] = {
+    "yuv420p": _planar(2, 2),
+    "yuvj420p": _planar(2, 2),
+    "yuv422p": _planar(2, 1),
+    "yuvj422p": _planar(2, 1),
+    "yuv444p": _planar(1, 1),
+    "yuvj444p": _planar(1, 1),
+    "nv12": PixelLayout((PlaneLayout("Y"), PlaneLayout("UV", 2, 2))),
+    "yuv420p10le": _planar(2, 2, 10),
+    "yuv422p10le": _planar(2, 1, 10),
+    "yuv444p10le": _planar(1, 1, 10),
+    "p010le": PixelLayout((PlaneLayout("Y"), PlaneLayout("UV", 2, 2)), 10, 6),
+    "gray": PixelLayout((PlaneLayout("Y"),)),
+    "gray16": PixelLayout((PlaneLayout("Y"),), 16),
+    "rgb24": PixelLayout((PlaneLayout("RGB"),)),
+    "rgba": PixelLayout((PlaneLayout("RGBA"),)),
+    "rgb48": PixelLayout((PlaneLayout("RGB"),), 16),
+    "rgba64": PixelLayout((PlaneLayout("RGBA"),), 16),
+}
+"""The pixel formats that faceage reads and writes in place: FFmpeg's names, and for stills the packed ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorSpec:
+    """What the samples of a frame mean."""
+
+    matrix: Matrix = "bt709"
+    full_range: bool = False
+    chroma_siting: ChromaSiting = "left"
+
+
+RGB = ColorSpec(matrix="rgb", full_range=True, chroma_siting="center")
+"""The colour of decoded stills."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One decoded picture in its native planes. The planes are views: no sample is copied or converted."""
+
+    planes: tuple[Plane, ...]
+    """One array a plane: [H, W], or [H, W, C] where components are interleaved. Rows may be padded (strided)."""
+    pixel_format: str
+    color: ColorSpec
+    pts: int = 0
+    """Presentation time in units of `time_base`."""
+    time_base: Fraction = Fraction(1)
+    native: object = field(default=None, repr=False, compare=False)
+    """The decoder's own frame that owns the planes; only `faceage.media` looks inside."""
+
+    def __post_init__(self) -> None:
+        if self.pixel_format not in PIXEL_LAYOUTS:
+            raise UnsupportedError(
+                f"pixel format {self.pixel_format} is not one faceage can edit in place "
+                f"({', '.join(PIXEL_LAYOUTS)}); convert the video to yuv420p or yuv420p10le first"
+            )
+        layout = self.layout
+        if len(self.planes) != len(layout.planes):
+            raise ShapeError(f"{self.pixel_format} has {len(layout.planes)} planes, got {len(self.planes)}")
+        height, width = self.planes[0].shape[:2]
+        for plane, spec in zip(self.planes, layout.planes, strict=True):
+            want = (-(-height // spec.sub_y), -(-width // spec.sub_x))
+            want += (len(spec.components),) if len(spec.components) > 1 else ()
+            if plane.shape != want or plane.dtype != layout.dtype:
+                raise ShapeError(
+                    f"plane {spec.components} of {self.pixel_format} must be {layout.dtype} {want}, "
+                    f"got {plane.dtype} {plane.shape}"
+                )
+
+    @property
+    def layout(self) -> PixelLayout:
+        """The memory layout of the pixel format."""
+        return PIXEL_LAYOUTS[self.pixel_format]
+
+    @property
+    def width(self) -> int:
+        """Width in luma samples."""
+        return self.planes[0].shape[1]
+
+    @property
+    def height(self) -> int:
+        """Height in luma samples."""
+        return self.planes[0].shape[0]
+
+    @property
+    def time_s(self) -> float:
+        """Presentation time in seconds."""
+        return float(self.pts * self.time_base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faces:
+    """Every face of a batch of frames, as a struct of arrays. No face at all (F = 0) is a normal value."""
+
+    frame_index: IntArray
+    """int64 [F], the position of the face's frame in the batch."""
+    boxes: FloatArray
+    """float32 [F, 4], x0 y0 x1 y1 in frame pixels."""
+    landmarks: FloatArray
+    """float32 [F, 5, 2], frame pixels, ordered as `geometry.LANDMARKS_5`."""
+    scores: FloatArray
+    """float32 [F], the detector's confidence in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        count = len(self.frame_index)
+        shapes = {"boxes": (count, 4), "landmarks": (count, 5, 2), "scores": (count,)}
+        for name, want in shapes.items():
+            got = getattr(self, name)
+            if got.shape != want or got.dtype != np.float32:
+                raise ShapeError(f"{name} must be float32 {want}, got {got.dtype} {got.shape}")
+
+    def __len__(self) -> int:
+        return len(self.frame_index)
+
+    def __getitem__(self, rows: slice | npt.NDArray) -> Faces:
+        """Return the faces that `rows` (a slice, a mask or an index array) selects."""
+        return Faces(
+            frame_index=self.frame_index[rows],
+            boxes=self.boxes[rows],
+            landmarks=self.landmarks[rows],
+            scores=self.scores[rows],
+        )
+
+    @classmethod
+    def empty(cls) -> Faces:
+        """Return no face."""
+        return cls(
+            frame_index=np.zeros(0, np.int64),
+            boxes=np.zeros((0, 4), np.float32),
+            landmarks=np.zeros((0, 5, 2), np.float32),
+            scores=np.zeros(0, np.float32),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: list[Faces]) -> Faces:
+        """Return the faces of all `parts`, in order; frame indices are kept as they are."""
+        if not parts:
+            return cls.empty()
+        return cls(
+            frame_index=np.concatenate([p.frame_index for p in parts]),
+            boxes=np.concatenate([p.boxes for p in parts]),
+            landmarks=np.concatenate([p.landmarks for p in parts]),
+            scores=np.concatenate([p.scores for p in parts]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Aligned faces, as the networks see them."""
+
+    pixels: FloatArray
+    """float32 [F, 3, S, S], RGB in [-1, 1]."""
+    frame_to_crop: FloatArray
+    """float32 [F, 2, 3], maps frame pixels to crop pixels."""
+
+    def __post_init__(self) -> None:
+        shape = self.pixels.shape
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or self.pixels.dtype != np.float32:
+            raise ShapeError(f"pixels must be float32 [F, 3, S, S], got {self.pixels.dtype} {shape}")
+        if self.frame_to_crop.shape != (shape[0], 2, 3):
+            raise ShapeError(f"frame_to_crop must be [{shape[0]}, 2, 3], got {self.frame_to_crop.shape}")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
