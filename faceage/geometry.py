@@ -6,6 +6,8 @@ A 2x3 matrix A maps a point p to A[:, :2] @ p + A[:, 2].
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from faceage.errors import ShapeError
@@ -72,3 +74,30 @@ def apply_affine(matrix: FloatArray, points: FloatArray) -> FloatArray:
 def scale_of(matrix: FloatArray) -> FloatArray:
     """Return the uniform scale of similarity matrices [..., 2, 3]: crop pixels per frame pixel."""
     return np.hypot(matrix[..., 0, 0], matrix[..., 1, 0])
+
+
+@cache
+def face_mask(size_px: int) -> FloatArray:
+    """Return the blend mask of an aligned crop: 1 over the features, falling smoothly to 0 at the face's outline.
+
+    An ellipse from the hairline to below the chin. The outer two pixels of the crop are exactly 0, so a bicubic warp of
+    anything multiplied by it writes nothing outside the crop.
+
+    Returns:
+        float32 [size_px, size_px], in [0, 1].
+    """
+    centre = (np.arange(size_px, dtype=np.float64) + 0.5) / size_px
+    x, y = (centre - _MASK_CENTRE[0]) / _MASK_RADII[0], (centre - _MASK_CENTRE[1]) / _MASK_RADII[1]
+    radius = np.hypot(x[None, :], y[:, None])
+    ramp = np.clip((1 - radius) / (1 - _MASK_CORE), 0, 1)
+    mask = (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+    mask[:2], mask[-2:], mask[:, :2], mask[:, -2:] = 0, 0, 0, 0
+    mask.flags.writeable = False  # it is made once a size and shared
+    return mask
+
+
+_MASK_CENTRE = (0.5, 0.515)
+_MASK_RADII = (0.45, 0.45)
+"""Half axes of the ellipse, as fractions of the crop: UTKFace's faces fill it from ear to ear."""
+_MASK_CORE = 0.62
+"""Share of the radius inside which the mask is 1."""

@@ -1,0 +1,1 @@
+"""Networks that age a face: one module an architecture, one protocol (`base.Ager`)."""

@@ -1,0 +1,111 @@
+"""How a face is framed for the networks, and how strongly it is aged."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from faceage.errors import ShapeError
+from faceage.geometry import similarity_to_template, template_5
+from faceage.types import FloatArray
+
+FRONTAL_TURN = 0.6
+"""A face turned less than this (see `head_turn`; about 30 degrees) is aged in full."""
+PROFILE_TURN = 1.1
+"""A face turned more than this (about 50 degrees: the nose is over the far eye) is left alone: the networks
+have learned faces that look at the camera."""
+UNSURE_SCORE = 0.6
+"""A face that the detector gives this probability or less is left alone: it may be none."""
+SURE_SCORE = 0.9
+"""A face that it gives this probability or more is aged in full."""
+FADE_S = 0.36
+"""How long a change from nothing to full strength takes at least: long enough not to be seen as a pop."""
+MIN_FADE_FRAMES = 9
+"""The same in frames, for low frame rates: no step is larger than 0.2."""
+
+
+def align_faces(landmarks: FloatArray, size_px: int) -> FloatArray:
+    """Return the map from the frame to each face's aligned crop.
+
+    Args:
+        landmarks: float32 [F, 5, 2], frame pixels. F may be 0.
+        size_px: side of the crop in pixels.
+
+    Returns:
+        float32 [F, 2, 3], frame pixels to crop pixels.
+    """
+    return similarity_to_template(landmarks, template_5(size_px))
+
+
+def head_turn(landmarks: FloatArray) -> FloatArray:
+    """Return how far each head is turned to a side: about the tangent of its yaw, 0 for a frontal face.
+
+    The nose's distance from the face's midline, in half widths of the face at the eyes and the mouth: the
+    nose stands out of the face's plane about as far as the eyes and mouth corners are from its middle.
+
+    Args:
+        landmarks: float32 [F, 5, 2], frame pixels.
+
+    Returns:
+        float32 [F], not negative. A face whose eyes and mouth coincide counts as turned away: large.
+    """
+    if landmarks.ndim != 3 or landmarks.shape[1:] != (5, 2):
+        raise ShapeError(f"expected landmarks [F, 5, 2], got {landmarks.shape}")
+    left = (landmarks[:, 0] + landmarks[:, 3]) / 2
+    right = (landmarks[:, 1] + landmarks[:, 4]) / 2
+    down = (landmarks[:, 3] + landmarks[:, 4] - landmarks[:, 0] - landmarks[:, 1]) / 2
+    down = down / np.maximum(np.linalg.norm(down, axis=-1, keepdims=True), 1e-6)
+    across = np.stack(
+        [down[:, 1], -down[:, 0]], -1
+    )  # unit vector to the viewer's right, normal to the midline
+    half_width = ((right - left) * across).sum(-1) / 2
+    offset = ((landmarks[:, 2] - (left + right) / 2) * across).sum(-1)
+    return np.abs(offset) / np.maximum(half_width, 1e-6)
+
+
+def pose_weights(landmarks: FloatArray, scores: FloatArray) -> FloatArray:
+    """Return how strongly each face is to be aged, each on its own: stills need no more.
+
+    Args:
+        landmarks: float32 [F, 5, 2], frame pixels.
+        scores: float32 [F], the detector's confidence in [0, 1].
+
+    Returns:
+        float32 [F], in [0, 1]: 1 for a sure face that looks towards the camera, 0 for a profile or a doubt.
+    """
+    frontal = _smoothstep((PROFILE_TURN - head_turn(landmarks)) / (PROFILE_TURN - FRONTAL_TURN))
+    return frontal * _smoothstep((scores - UNSURE_SCORE) / (SURE_SCORE - UNSURE_SCORE))
+
+
+def face_weights(
+    landmarks: FloatArray, scores: FloatArray, *, fade_in: bool, fade_out: bool, frame_rate: float
+) -> FloatArray:
+    """Return how strongly the face of one track is to be aged in each frame.
+
+    `pose_weights`, averaged over time by a Hann window, so that nothing pops. A fade is the same window
+    sliding off zeros: half a window of them from the end of the track inwards.
+
+    Args:
+        landmarks: float32 [T, 5, 2], frame pixels, one row per consecutive frame.
+        scores: float32 [T], in [0, 1].
+        fade_in: whether to begin at 0: yes, unless the track begins with its shot (`Track.starts_shot`).
+        fade_out: whether to end at 0.
+        frame_rate: frames per second.
+
+    Returns:
+        float32 [T], in [0, 1]; steps are at most 0.2.
+    """
+    weights = pose_weights(landmarks, scores)
+    if not len(weights):
+        return weights
+    half = max(MIN_FADE_FRAMES, round(FADE_S * frame_rate)) // 2
+    weights[: half + 1] *= not fade_in
+    weights[max(len(weights) - half - 1, 0) :] *= not fade_out
+    window = np.hanning(2 * half + 3)[1:-1]
+    padded = np.pad(weights, half, mode="edge")
+    return np.convolve(padded, window / window.sum(), mode="valid").astype(np.float32)
+
+
+def _smoothstep(x: FloatArray) -> FloatArray:
+    """Return 0 below 0, 1 above 1, and 3x^2 - 2x^3 between."""
+    x = np.clip(x, 0, 1)
+    return (x * x * (3 - 2 * x)).astype(np.float32)

@@ -1,0 +1,122 @@
+"""Checkpoints: safetensors files whose header says what they are. Nothing is ever unpickled.
+
+A header is one JSON object under the metadata key "faceage"; `read_header` needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+
+from faceage.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+_KEY = "faceage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a checkpoint is and where it comes from."""
+
+    arch: str
+    """The network: "age-cgan-generator", "age-cgan-encoder", "age-estimator", "identity"."""
+    dims: dict
+    """The fields of the architecture's `*Dims` dataclass."""
+    stage: str
+    """The training script that made it."""
+    images_seen: int
+    input_spec: str = "RGB in [-1, 1], NCHW, aligned by faceage.geometry.TEMPLATE_5"
+    dataset: dict = field(default_factory=dict)
+    """Name, licence and what was used of it."""
+    parents: dict = field(default_factory=dict)
+    """Stage to SHA-256 of the checkpoints this one was trained from."""
+    train_config: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    """Measured on the validation split only."""
+    git_commit: str = ""
+    format_version: int = FORMAT_VERSION
+
+
+def save(path: Path, weights: dict[str, Tensor], header: Header, *, half: bool = False) -> str:
+    """Write a checkpoint beside its final name, rename it, and return its SHA-256.
+
+    Args:
+        path: ends in .safetensors.
+        weights: a module's state dict.
+        header: written as JSON.
+        half: store floating-point weights as float16 (what is bundled).
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, value in weights.items():
+        value = value.detach().cpu().contiguous()
+        tensors[name] = value.half() if half and value.dtype == torch.float32 else value.clone()
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, part, metadata={_KEY: json.dumps(dataclasses.asdict(header))})
+    os.replace(part, path)
+    return sha256_of(path)
+
+
+def read_header(path: Path) -> Header:
+    """Read a checkpoint's header without loading its weights or importing torch.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, not a faceage checkpoint, or of a newer format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; expected a faceage .safetensors file; see `faceage models list`")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(_KEY)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not safetensors ({error}); restore it by reinstalling faceage, or import it again"
+        ) from error
+    if text is None:
+        raise CheckpointError(f"{path} has no faceage header; expected a checkpoint made by faceage's train/ scripts")
+    try:
+        header = Header(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a header this version cannot read ({error}); update faceage") from error
+    if header.format_version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {header.format_version}, this version reads up to {FORMAT_VERSION}; update faceage"
+        )
+    return header
+
+
+def load(path: Path, arch: str) -> tuple[Header, dict[str, Tensor]]:
+    """Load a checkpoint of the given architecture, weights as float32.
+
+    Raises:
+        CheckpointError: as `read_header`, and if the checkpoint holds another network than `arch`.
+    """
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    if header.arch != arch:
+        raise CheckpointError(f"{path} holds {header.arch}, expected {arch}; name the checkpoint of that stage")
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it by reinstalling faceage") from error
+    return header, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

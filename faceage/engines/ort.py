@@ -1,0 +1,99 @@
+"""The ONNX Runtime backend: the default on a CPU."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnxruntime as ort
+
+from faceage.engines.base import Program
+from faceage.errors import EngineError
+from faceage.types import FloatArray
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+NAME = "onnxruntime"
+SUFFIX = ".onnx"
+
+OPSET = 20
+"""The ONNX operator set of the files."""
+
+ERRORS_ONLY = 3
+"""ONNX Runtime's log severity; its warnings are about its own optimisations."""
+
+
+class OrtEngine:
+    """An ONNX Runtime session behind the engine protocol."""
+
+    backend = NAME
+
+    def __init__(self, program: Program, session: ort.InferenceSession) -> None:
+        self.name = program.name
+        self._program = program
+        self._session = session
+        self._input_names = [spec.name for spec in program.inputs]
+
+    def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
+        """Run the network; see `base.Engine`."""
+        sizes = self._program.check(arrays)
+        if 0 in sizes.values():
+            return self._program.empty_outputs(sizes)
+        return tuple(self._session.run(None, dict(zip(self._input_names, arrays, strict=True))))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the result depends on; torch is the exporter."""
+    return {"onnxruntime": version("onnxruntime"), "torch": version("torch"), "opset": str(OPSET)}
+
+
+def build(program: Program, exported: ExportedProgram, path: Path) -> None:
+    """Write `exported` to `path` as one ONNX file, weights inside."""
+    import torch
+
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it reports each rewrite it tries
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            onnx_program = torch.onnx.export(
+                exported,
+                input_names=[spec.name for spec in program.inputs],
+                output_names=[spec.name for spec in program.outputs],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        log.setLevel(level)
+    assert onnx_program is not None  # it is None only for the exporter that `dynamo` turns off
+    onnx_program.save(str(path), external_data=False)
+
+
+def load(program: Program, path: Path, device: str, threads: int) -> OrtEngine:
+    """Open the ONNX file at `path` on the CPU.
+
+    Raises:
+        EngineError: if `device` is not "cpu", or ONNX Runtime refuses the file.
+    """
+    if device != "cpu":
+        raise EngineError(
+            f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend torch"
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Spinning threads take the cores that decode and encode.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = ERRORS_ONLY
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no other base
+        raise EngineError(f"ONNX Runtime cannot open {path}: {error}") from error
+    return OrtEngine(program, session)

@@ -1,0 +1,1 @@
+"""Reading and writing media. For videos, import from `faceage.media.video`."""

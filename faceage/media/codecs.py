@@ -1,0 +1,251 @@
+"""Which encoder writes a video: the source's own codec and pixel format wherever this build has them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import av
+from av.codec.codec import Codec, PixFmtLoss, UnknownCodecError, find_best_pix_fmt_of_list
+from av.codec.context import CodecContext
+from av.codec.context import Flags as CodecFlags
+from av.video.stream import VideoStream
+
+from faceage.errors import MediaError, UnsupportedError
+from faceage.media.probe import VideoInfo, frame_format
+
+log = logging.getLogger(__name__)
+
+_QSCALE_2 = {"flags": "+qscale", "global_quality": "236"}
+"""A fixed quantiser of 2 (in FFmpeg's lambda units of 118), the finest that these codecs are used with."""
+
+ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
+    "h264": ("libx264", {"crf": "18", "preset": "medium"}),
+    "hevc": ("libx265", {"crf": "20", "preset": "medium"}),
+    "av1": ("libsvtav1", {"crf": "22", "preset": "6"}),
+    "vp9": ("libvpx-vp9", {"crf": "22", "b": "0", "deadline": "good", "cpu-used": "3", "row-mt": "1"}),
+    "vp8": ("libvpx", {"crf": "8", "b": "50M", "deadline": "good", "cpu-used": "2"}),
+    "prores": ("prores_ks", {}),
+    "dnxhd": ("dnxhd", {}),
+    "mjpeg": ("mjpeg", _QSCALE_2),
+    "mpeg4": ("mpeg4", _QSCALE_2),
+    "mpeg2video": ("mpeg2video", _QSCALE_2),
+    "mpeg1video": ("mpeg1video", _QSCALE_2),
+    "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
+    **{
+        name: (name, {})
+        for name in ("ffvhuff", "huffyuv", "magicyuv", "png", "qtrle", "rawvideo", "utvideo", "v210")
+    },
+}
+"""Codec of the source -> encoder and its settings: visually lossless, or lossless where the codec is."""
+
+FALLBACKS = ("h264", "hevc")
+"""What a source is written in when its own codec has no encoder here that keeps its pixel format."""
+
+DEFAULTS = dict(ENCODERS.values()) | {
+    "libx264rgb": {"crf": "18", "preset": "medium"},
+    "h264_nvenc": {"cq": "19", "preset": "p5", "b": "0"},
+    "hevc_nvenc": {"cq": "21", "preset": "p5", "b": "0"},
+    "av1_nvenc": {"cq": "24", "preset": "p5", "b": "0"},
+}
+"""Encoder -> its settings."""
+
+_TOLERABLE_LOSS = PixFmtLoss.DEPTH | PixFmtLoss.COLORQUANT
+"""A source keeps its codec at this price, with a warning: ProRes 4444 decodes to 12 bits, encodes from 10."""
+
+MPEG4_MAX_TICKS = 65_535
+"""The finest time base of MPEG-4 part 2, in ticks a second: it has 16 bits for it."""
+
+_PRORES_PROFILES = {"Proxy": "0", "LT": "1", "Standard": "2", "HQ": "3", "4444": "4", "XQ": "5"}
+_INTERLACED_ENCODERS = ("libx264", "mpeg2video", "mpeg4", "prores_ks", "dnxhd")
+_PARAMS_OPTION = {"libx264": "x264-params", "libx265": "x265-params", "libsvtav1": "svtav1-params"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """How the output is encoded. The defaults follow the source."""
+
+    codec: str | None = None
+    """FFmpeg's name of a codec or an encoder ("h264", "libx265", "h264_nvenc"); None: the source's codec."""
+    crf: float | None = None
+    """Constant quality of the encoder's own scale, lower is better; None: `DEFAULTS`."""
+    preset: str | None = None
+    """The encoder's preset; None: `DEFAULTS`."""
+    encoder_options: Mapping[str, str] = field(default_factory=dict)
+    """Any option of the encoder by FFmpeg's name, over everything above."""
+    overwrite: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Container tags that are added to the source's: the label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """An encoder, the pixel format it gets and its options."""
+
+    name: str
+    pixel_format: str
+    options: dict[str, str]
+
+
+def choose_encoder(info: VideoInfo, options: EncodeOptions) -> Encoder:
+    """Return the encoder for a source: its own codec and pixel format, or the nearest, with a warning.
+
+    Raises:
+        UnsupportedError: if the codec that `options` names does not exist here, or does not have an option.
+    """
+    if options.codec:
+        name = ENCODERS.get(options.codec, (options.codec,))[0]
+        pixel_format, loss = _pixel_format(name, info)
+        if loss:
+            log.warning("%s: %s has no %s; writing %s", info.path, name, info.pixel_format, pixel_format)
+        return Encoder(name=name, pixel_format=pixel_format, options=_options(name, info, options))
+    for codec in dict.fromkeys((info.codec, *FALLBACKS)):
+        if codec not in ENCODERS:
+            continue
+        name = ENCODERS[codec][0]
+        pixel_format, loss = _pixel_format(name, info)
+        if name == "libx264" and loss and frame_format(info.pixel_format) in ("rgb24", "rgba"):
+            name, pixel_format, loss = "libx264rgb", "rgb24", PixFmtLoss.NONE
+        if loss and (codec != info.codec or loss & ~_TOLERABLE_LOSS):
+            continue
+        if codec != info.codec or loss:
+            log.warning(
+                "%s: no encoder here writes %s %s; writing %s %s (choose with --codec)",
+                *(info.path, info.codec, info.pixel_format, name, pixel_format),
+            )
+        return Encoder(name=name, pixel_format=pixel_format, options=_options(name, info, options))
+    raise UnsupportedError(
+        f"{info.path} is {info.codec} {info.pixel_format}, and no encoder here keeps that format; "
+        "choose one with --codec (ffv1 keeps most)"
+    )
+
+
+def _encoder(name: str) -> Codec:
+    try:
+        return Codec(name, "w")
+    except UnknownCodecError as error:
+        raise UnsupportedError(
+            f"this build has no encoder {name!r} (it has {', '.join(sorted(DEFAULTS))} and FFmpeg's others); "
+            "name one of them with --codec"
+        ) from error
+
+
+def _pixel_format(name: str, info: VideoInfo) -> tuple[str, PixFmtLoss]:
+    """Return the encoder's format nearest to the source's, and what is lost on the way."""
+    formats = [item.name for item in _encoder(name).video_formats or []]
+    if not formats or info.pixel_format in formats:
+        return info.pixel_format, PixFmtLoss.NONE
+    best, loss = find_best_pix_fmt_of_list(
+        formats, info.pixel_format, "a" in info.pixel_format.split("v")[-1][:1]
+    )
+    if best is None:
+        return formats[0], PixFmtLoss(-1)
+    # The full-range twins (yuvj420p) are one format under two names: the range is kept as a tag.
+    if best.name.replace("yuvj", "yuv") == info.pixel_format.replace("yuvj", "yuv"):
+        loss = PixFmtLoss.NONE
+    return best.name, loss
+
+
+def _options(name: str, info: VideoInfo, options: EncodeOptions) -> dict[str, str]:
+    known = {option.name for option in CodecContext.create(name, "w").supported_options.private}
+    result = dict(DEFAULTS.get(name, {}))
+    if options.crf is not None:
+        quality = next((key for key in ("crf", "cq") if key in known), None)
+        if quality is None:
+            raise UnsupportedError(
+                f"{name} has no constant quality (crf); leave --crf out, or use --encoder-option"
+            )
+        result[quality] = f"{options.crf:g}"
+    if options.preset is not None:
+        if "preset" not in known:
+            raise UnsupportedError(f"{name} has no presets; leave --preset out, or use --encoder-option")
+        result["preset"] = options.preset
+    if name == "prores_ks" and info.profile:
+        result["profile"] = _PRORES_PROFILES.get(info.profile, "3")
+    if info.chroma_siting:
+        result["chroma_sample_location"] = info.chroma_siting
+    if info.field_order > 1 and name in _INTERLACED_ENCODERS:
+        result["flags"] = result.get("flags", "") + "+ildct+ilme"
+        result["field_order"] = str(info.field_order)
+    result |= options.encoder_options
+    if params := _params(name, info):
+        key = _PARAMS_OPTION[name]
+        result[key] = ":".join([*params, *filter(None, [result.get(key)])])
+    return result
+
+
+def _params(name: str, info: VideoInfo) -> list[str]:
+    """Return the settings that go into the encoder's own parameter string: the HDR metadata, and quiet."""
+    params = ["log-level=error"] if name == "libx265" else []
+    if info.mastering_display is None and info.content_light is None:
+        return params
+    if name not in _PARAMS_OPTION:
+        log.warning("%s: %s cannot carry the HDR mastering metadata; it is left out", info.path, name)
+        return params
+    if info.mastering_display:
+        key = "master-display" if name == "libx265" else "mastering-display"
+        params.append(f"{key}={_mastering_text(name, info.mastering_display)}")
+    if info.content_light:
+        key = {"libx264": "cll", "libx265": "max-cll", "libsvtav1": "content-light"}[name]
+        params.append(f"{key}={info.content_light[0]},{info.content_light[1]}")
+    return params
+
+
+def _mastering_text(name: str, mastering: tuple[float, ...]) -> str:
+    """Return "G(x,y)B(x,y)R(x,y)WP(x,y)L(max,min)": ST 2086's integers, plain numbers for SVT-AV1."""
+    xy, (low, high) = mastering[:8], mastering[8:]
+    if name == "libsvtav1":
+        values = [f"{v:.5f}" for v in xy]
+        light = f"{high:.4f},{low:.4f}"
+    else:
+        values = [str(round(v * 50000)) for v in xy]
+        light = f"{round(high * 10000)},{round(low * 10000)}"
+    rx, ry, gx, gy, bx, by, wx, wy = values
+    return f"G({gx},{gy})B({bx},{by})R({rx},{ry})WP({wx},{wy})L({light})"
+
+
+def encoder_time_base(name: str, info: VideoInfo) -> Fraction:
+    """Return the encoder's time base: the stream's, except for codecs that know constant frame rates only."""
+    if name in ("mpeg1video", "mpeg2video") or (
+        name == "mpeg4" and info.time_base.denominator > MPEG4_MAX_TICKS
+    ):
+        return 1 / frame_rate(info)
+    return info.time_base
+
+
+def frame_rate(info: VideoInfo) -> Fraction:
+    """Return the average rate in frames a second, by which encoders plan their bits; 25 if unknown."""
+    return (info.average_rate or Fraction(25)).limit_denominator(1 << 20)
+
+
+def open_encoder(stream: VideoStream, encoder: Encoder, info: VideoInfo) -> None:
+    """Set up the output stream as the source is and open its encoder.
+
+    Raises:
+        MediaError: if the encoder refuses the picture or an option.
+    """
+    context = stream.codec_context
+    context.width, context.height = info.width, info.height
+    context.pix_fmt = encoder.pixel_format
+    context.sample_aspect_ratio = info.sample_aspect_ratio
+    context.colorspace, context.color_range, context.color_primaries, context.color_trc = info.color_tags
+    # PyAV's default, slices only, makes x264 cut pictures into slices: worse and slower than frame threads.
+    context.thread_type = "AUTO"
+    context.flags |= CodecFlags.frame_duration
+    context.options = dict(encoder.options)
+    if encoder.name == "libx265" and stream.container.format.name in ("mp4", "mov"):
+        context.codec_tag = "hvc1"  # FFmpeg's default, hev1, does not play in QuickTime
+    os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints its settings to stderr otherwise
+    try:
+        context.open()
+    except (av.FFmpegError, ValueError) as error:
+        raise MediaError(
+            f"{encoder.name} refuses {info.width}x{info.height} {encoder.pixel_format} with "
+            f"{encoder.options} ({error.strerror if isinstance(error, av.FFmpegError) else error}); "
+            "change --codec or its options"
+        ) from error
+    if context.options:
+        raise UnsupportedError(f"{encoder.name} has no option {', '.join(context.options)}; leave it out")

@@ -1,0 +1,356 @@
+"""What a video file is: its streams, its colour, its timing, and whether the file is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.logging
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from faceage.errors import MediaError, UnsupportedError
+from faceage.types import PIXEL_LAYOUTS, ChromaSiting, ColorSpec, Matrix
+
+log = logging.getLogger(__name__)
+
+HD_HEIGHT_PX = 720
+"""An untagged picture this high or higher is taken for BT.709, a lower one for BT.601, as players do."""
+
+FIRST_FRAME_PACKETS = 500
+"""Packets in which a first frame must decode; a stream cut into a group of pictures needs some."""
+
+FULL_RANGE = 2
+"""AVCOL_RANGE_JPEG."""
+
+GENERATE_PTS = 1
+"""AVFMT_FLAG_GENPTS, which PyAV sets. In AVI the times it makes up are a frame late and out of order."""
+
+SAME_PLANES = {"gray16le": "gray16", "rgb48le": "rgb48", "rgba64le": "rgba64"} | {
+    f"yuva{layout}": f"yuv{layout}"
+    for layout in ("420p", "422p", "444p", "420p10le", "422p10le", "444p10le", "422p12le", "444p12le")
+}
+"""Decoded formats whose first planes are those of another name. Alpha stays in the decoder's frame."""
+
+REPACKED = (
+    dict.fromkeys(("bgr24", "bgr0", "rgb0", "0rgb", "0bgr", "gbrp"), "rgb24")
+    | dict.fromkeys(("bgra", "argb", "abgr", "gbrap"), "rgba")
+    | dict.fromkeys(("gbrp9le", "gbrp10le", "gbrp12le", "gbrp14le", "gbrp16le"), "rgb48le")
+    | dict.fromkeys(("gbrap10le", "gbrap12le", "gbrap14le", "gbrap16le"), "rgba64le")
+    | dict.fromkeys(("yuyv422", "uyvy422", "yvyu422", "nv16"), "yuv422p")
+    | {"nv21": "nv12", "nv24": "yuv444p"}
+)
+"""Decoded formats that are copied, without loss, into one that faceage edits. Any other is refused."""
+
+_MATRICES: dict[int, Matrix] = {
+    0: "rgb",
+    1: "bt709",
+    4: "bt601",
+    5: "bt601",
+    6: "bt601",
+    7: "smpte240m",
+    9: "bt2020",
+    10: "bt2020",
+}
+"""AVColorSpace to the matrix of `ColorSpec`. FCC (4) differs from BT.601 in the third digit."""
+
+_UNSPECIFIED = 2
+_HDR_TRANSFERS = {16: "pq", 18: "hlg"}
+_STILL_DEMUXERS = ("image2", "_pipe")
+_TEXT_DEMUXERS = ("tty", "lrc", "srt", "webvtt", "ass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """A video file and its first moving picture stream, as container and first frame describe them."""
+
+    path: Path
+    container: str
+    """FFmpeg's demuxer, e.g. "mov,mp4,m4a,3gp,3g2,mj2"."""
+    stream_index: int
+    codec: str
+    profile: str | None
+    width: int
+    height: int
+    pixel_format: str
+    """FFmpeg's name of the decoded format; `Frame.pixel_format` may differ (`SAME_PLANES`, `REPACKED`)."""
+    color: ColorSpec
+    color_tags: tuple[int, int, int, int]
+    """Matrix, range, primaries, transfer as FFmpeg's numbers, unspecified ones included."""
+    chroma_siting: str | None
+    """FFmpeg's name, None where the stream does not say."""
+    time_base: Fraction
+    start_pts: int
+    """Time stamp of the first frame, from which `start_s` and `end_s` of a reader count."""
+    duration_s: float | None
+    frame_count: int | None
+    """Frames that the container lists, None where it keeps no count."""
+    average_rate: Fraction | None
+    bit_rate: int | None
+    sample_aspect_ratio: Fraction
+    display_matrix: tuple[int, ...] | None
+    rotation: int
+    """Degrees counter-clockwise that a player turns the picture by."""
+    field_order: int
+    """FFmpeg's AVFieldOrder: 0 unknown, 1 progressive, above interlaced."""
+    hdr: str | None
+    """"pq" or "hlg"."""
+    mastering_display: tuple[float, ...] | None
+    """Red x y, green x y, blue x y, white x y (CIE 1931), then minimum and maximum luminance in cd/m²."""
+    content_light: tuple[int, int] | None
+    """MaxCLL and MaxFALL in cd/m²."""
+    audio_streams: int
+    subtitle_streams: int
+    other_streams: int
+
+
+def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
+    """Return what a video file is. Its first frame is decoded, so what is returned is known to decode.
+
+    Args:
+        path: a file.
+
+    Raises:
+        MediaError: if the file is not there or not a video, saying which.
+        UnsupportedError: if its colour matrix is none of `Matrix`.
+    """
+    path = Path(path)
+    with open_input(path) as container:
+        stream = video_stream(container, path)
+        siting = _chroma_siting(container, stream)
+        frame = _first_frame(container, stream, path)
+        return _describe(path, container, stream, frame, siting)
+
+
+def open_input(path: Path) -> InputContainer:
+    """Open a file for demuxing, or say in one line why it cannot be."""
+    if path.is_dir():
+        raise MediaError(f"{path} is a folder, not a video file; name the files in it")
+    if not path.exists():
+        raise MediaError(f"{path} does not exist; check the name")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path} is empty (0 bytes), not a video; copy or download it again")
+    try:
+        container = av.open(str(path.absolute()), metadata_errors="replace")  # a relative "a:b" is a URL
+    except PermissionError as error:
+        raise MediaError(f"{path} cannot be read by this user; change its permissions") from error
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError(f"{path} is not a readable video: {_why(path, error)}") from error
+    if container.format.name == "avi":
+        container.flags &= ~GENERATE_PTS
+    if any(name in container.format.name for name in _STILL_DEMUXERS):
+        raise MediaError(f"{path} is a still image, not a video; use `faceage images`")
+    if container.format.name in _TEXT_DEMUXERS:
+        raise MediaError(f"{path} is text, not a video; name a video file")
+    return container
+
+
+def _why(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[4:8] == b"ftyp":
+        return "its index (moov) is missing, so it was cut short; copy it again, or mend it with untrunc"
+    if all(byte >= 9 and byte < 127 for byte in head):
+        return "it holds text; name a video file"
+    return f"{getattr(error, 'strerror', None) or error}; play it to see whether it is whole"
+
+
+def video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """Return the first moving picture stream: cover art is a video stream too."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise MediaError(
+                    f"{path} has a video stream that no decoder here reads; convert it to H.264 first"
+                )
+            return stream
+    kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no stream"
+    raise MediaError(f"{path} has no video stream ({kinds} only); name a file with a picture")
+
+
+def _chroma_siting(container: InputContainer, stream: VideoStream) -> str | None:
+    """Return FFmpeg's name of the stream's chroma location.
+
+    PyAV 18 has no attribute for it; FFmpeg prints it in the description of a stream at this log level.
+    """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.VERBOSE)
+    av.logging.set_libav_level(av.logging.VERBOSE)
+    try:
+        text = container.dumps_format()
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_libav_level(av.logging.INFO)
+    line = next((line for line in text.splitlines() if f"Stream #0:{stream.index}" in line), "")
+    words = line.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    names = ("left", "center", "topleft", "top", "bottomleft", "bottom")
+    return next((word for word in words if word in names), None)
+
+
+def _first_frame(container: InputContainer, stream: VideoStream, path: Path) -> VideoFrame:
+    for count, packet in enumerate(container.demux(stream)):
+        try:
+            if frames := packet.decode():
+                return frames[0]
+        except av.FFmpegError:
+            log.debug("%s: packet %d does not decode", path, count)
+        if count > FIRST_FRAME_PACKETS:
+            break
+    raise MediaError(
+        f"{path} has a {stream.codec_context.name} stream of which no frame decodes; the file is damaged"
+    )
+
+
+def color_of(
+    pixel_format: str, tags: tuple[int, int, int, int], height: int, siting: str | None
+) -> ColorSpec:
+    """Return what the samples mean: the stream's tags, and for what it does not say the usual assumption.
+
+    Raises:
+        UnsupportedError: if the matrix is none of `Matrix` (YCgCo, ICtCp, XYZ).
+    """
+    matrix_tag, range_tag = tags[:2]
+    layout = PIXEL_LAYOUTS.get(frame_format(pixel_format) or "")
+    if layout and layout.planes[0].components.startswith("RGB"):
+        return ColorSpec(matrix="rgb", full_range=True, chroma_siting="center")
+    matrix: Matrix | None = _MATRICES.get(matrix_tag)
+    if matrix_tag in (_UNSPECIFIED, 0, 3):
+        matrix = "bt709" if height >= HD_HEIGHT_PX else "bt601"
+    if matrix is None:
+        raise UnsupportedError(
+            f"the video's colour matrix is FFmpeg's number {matrix_tag}, which faceage does not know "
+            "(BT.601, BT.709, BT.2020, 240M, RGB); convert it: `ffmpeg -vf scale=out_color_matrix=bt709`"
+        )
+    full_range = (
+        range_tag == FULL_RANGE or "yuvj" in pixel_format or (range_tag == 0 and "gray" in pixel_format)
+    )
+    sited: ChromaSiting = siting if siting in ("left", "center", "topleft") else "left"  # type: ignore[assignment]
+    return ColorSpec(matrix=matrix, full_range=full_range, chroma_siting=sited)
+
+
+def frame_format(pixel_format: str) -> str | None:
+    """Return the `Frame.pixel_format` that a decoded format is read as, None where it is refused."""
+    name = REPACKED.get(pixel_format, pixel_format)
+    name = SAME_PLANES.get(name, name)
+    return name if name in PIXEL_LAYOUTS else None
+
+
+def _describe(
+    path: Path, container: InputContainer, stream: VideoStream, frame: VideoFrame, siting: str | None
+) -> VideoInfo:
+    context = stream.codec_context
+    tags = (context.colorspace, context.color_range, context.color_primaries, context.color_trc)
+    matrix = _side_data(frame, "DISPLAYMATRIX")
+    duration = container.duration / av.time_base if container.duration else None
+    count = len(stream.index_entries) if counts_frames(container) else stream.frames
+    kinds = [s.type for s in container.streams]
+    return VideoInfo(
+        path=path,
+        container=container.format.name,
+        stream_index=stream.index,
+        codec=context.codec.canonical_name,
+        profile=context.profile,
+        width=frame.width,
+        height=frame.height,
+        pixel_format=frame.format.name,
+        color=color_of(frame.format.name, tags, frame.height, siting),
+        color_tags=tags,
+        chroma_siting=siting,
+        time_base=stream.time_base,
+        start_pts=stream.start_time or 0,
+        duration_s=duration,
+        frame_count=count or None,
+        average_rate=stream.average_rate or stream.guessed_rate,
+        bit_rate=context.bit_rate or container.bit_rate or None,
+        sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
+        display_matrix=struct.unpack("=9i", matrix) if matrix else None,
+        rotation=frame.rotation,
+        field_order=context.field_order,
+        hdr=_HDR_TRANSFERS.get(context.color_trc),
+        mastering_display=_mastering_display(_side_data(frame, "MASTERING_DISPLAY_METADATA")),
+        content_light=_content_light(_side_data(frame, "CONTENT_LIGHT_LEVEL")),
+        audio_streams=kinds.count("audio"),
+        subtitle_streams=kinds.count("subtitle"),
+        other_streams=len(kinds) - kinds.count("audio") - kinds.count("subtitle") - 1,
+    )
+
+
+def counts_frames(container: InputContainer) -> bool:
+    """Return whether the container's index lists every frame, so that a missing one shows."""
+    return container.format.name.startswith("mov,") or container.format.name == "avi"
+
+
+def _side_data(frame: VideoFrame, name: str) -> bytes:
+    return next((bytes(data) for data in frame.side_data if data.type.name == name), b"")
+
+
+def _mastering_display(data: bytes) -> tuple[float, ...] | None:
+    """Decode AVMasteringDisplayMetadata: ten rationals, then two flags that say which are set."""
+    if len(data) < 88:
+        return None
+    numbers = struct.unpack("=22i", data[:88])
+    if not (numbers[20] and numbers[21]):
+        return None
+    return tuple(n / d if d else 0.0 for n, d in zip(numbers[0:20:2], numbers[1:20:2], strict=True))
+
+
+def _content_light(data: bytes) -> tuple[int, int] | None:
+    return struct.unpack("=2I", data[:8]) if len(data) >= 8 else None
+
+
+def missing_bytes(path: Path) -> int:
+    """Return by how many bytes a file ends before its own structure says, 0 if whole or not said.
+
+    FFmpeg reads an MP4, Matroska or AVI file that was cut short without an error. These containers state
+    the sizes of their outer boxes, so a cut shows there.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] == b"\x1aE\xdf\xa3":
+            return max(0, _matroska_end(file.read(4096), head) - size)
+        if head[:4] == b"RIFF":
+            return max(0, 8 + struct.unpack("<I", head[4:8])[0] - size)
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+            return max(0, max(_box_ends(path), default=0) - size)
+    return 0
+
+
+def _box_ends(path: Path) -> Iterator[int]:
+    """Yield where each outer box of an ISO base media file ends (ISO/IEC 14496-12, 4.2)."""
+    size, offset = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while offset + 8 <= size:
+            file.seek(offset)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            if length < 8:  # 0: to the end of the file
+                return
+            offset += length
+            yield offset
+
+
+def _matroska_end(body: bytes, head: bytes) -> int:
+    """Return where the Segment element ends, 0 where its size is unknown (RFC 8794, section 6)."""
+    data = head + body
+
+    def vint(at: int) -> tuple[int, int]:
+        length = 9 - data[at].bit_length()
+        value = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
+        return value, at + length
+
+    size, at = vint(4)
+    at += size
+    if data[at : at + 4] != b"\x18S\x80g":
+        return 0
+    size, start = vint(at + 4)
+    return 0 if size == (1 << 7 * (start - at - 4)) - 1 else start + size

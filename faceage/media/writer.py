@@ -1,0 +1,230 @@
+"""Writes a video like its source: same codec, timing, colour and tags, every other stream copied."""
+
+from __future__ import annotations
+
+import logging
+import os
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+from av.codec import Codec
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import PictureType
+
+from faceage.errors import MediaError, UnsupportedError
+from faceage.media.codecs import EncodeOptions, choose_encoder, encoder_time_base, frame_rate, open_encoder
+from faceage.media.planes import native_of
+from faceage.media.probe import VideoInfo, open_input
+from faceage.media.reader import VideoReader
+from faceage.media.remux import StreamCopier, can_label, copied_tags, muxer_options
+from faceage.types import Frame
+
+log = logging.getLogger(__name__)
+
+
+def check_output(
+    path: str | os.PathLike[str], inputs: list[str | os.PathLike[str]], *, overwrite: bool = False
+) -> Path:
+    """Return the path of an output that can be written, before any work is done.
+
+    Raises:
+        MediaError: if it exists and may not be overwritten, is an input, or its folder is missing or closed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise MediaError(f"the output {path} is a folder; name a file in it")
+    for source in inputs:
+        if path.exists() and Path(source).exists() and path.samefile(source):
+            raise MediaError(
+                f"the output {path} is the input {source}; faceage does not edit in place, name another"
+            )
+    if path.exists() and not overwrite:
+        raise MediaError(f"the output {path} exists; pass --overwrite or name another")
+    if not path.parent.is_dir():
+        raise MediaError(f"the output's folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise MediaError(f"the output's folder {path.parent} cannot be written by this user; name another")
+    return path
+
+
+class VideoWriter:
+    """Encodes frames like the source was, and copies everything else of the source beside them.
+
+    The output appears under its name when the `with` block ends without an error; until then it is a hidden
+    file beside it, which is removed on an error unless `keep` was called. Frames must come in order; times
+    are written as they are, moved to start at 0 only where the reader was given a `start_s`.
+
+    Args:
+        path: the output; its suffix chooses the container.
+        source: the reader whose frames come, or a description to write its whole length.
+        options: codec, quality, tags.
+
+    Raises:
+        MediaError: if the output cannot be written, or the encoder refuses the picture.
+        UnsupportedError: if the container cannot hold the codec.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        source: VideoReader | VideoInfo,
+        options: EncodeOptions | None = None,
+    ) -> None:
+        options = options or EncodeOptions()
+        self.info = source.info if isinstance(source, VideoReader) else source
+        self.path = check_output(path, [self.info.path], overwrite=options.overwrite)
+        self.encoder = choose_encoder(self.info, options)
+        if self.path.suffix.lower() == ".avi":
+            self.encoder.options.setdefault("bf", "0")  # AVI has no presentation times, so no B-frames
+        self.frames_written = 0
+        self._range = source.range_s if isinstance(source, VideoReader) else (None, None)
+        self._partial = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
+        self._keep = False
+        self._origin_pts = 0
+        self._open(options)
+
+    def _open(self, options: EncodeOptions) -> None:
+        """Open the output, add its streams, and write its header."""
+        source = open_input(self.info.path)
+        tags = copied_tags(source, dict(options.metadata))
+        try:
+            output = av.open(
+                str(self._partial.absolute()), "w", container_options=muxer_options(self.path, source, tags)
+            )
+        except ValueError as error:
+            raise UnsupportedError(
+                f"{self.path} has a suffix that names no container; use .mp4, .mov or .mkv"
+            ) from error
+        self._output = output
+        self._copier = StreamCopier(self.info, source, output)
+        for stream in source.streams:
+            if stream.index == self.info.stream_index:
+                self._add_video(stream)
+            else:
+                self._copier.add(stream)
+        output.metadata.update(tags)
+        output.set_chapters(_chapters_of(source, *self._range))
+        try:
+            output.start_encoding()
+        except (av.FFmpegError, ValueError) as error:
+            self._discard()
+            raise MediaError(
+                f"{self.path} cannot be written as {output.format.name}: {error}; use .mkv"
+            ) from error
+
+    def _add_video(self, source: av.VideoStream) -> None:
+        ticks = encoder_time_base(self.encoder.name, self.info)
+        try:
+            if not can_label(self._output, Codec(self.encoder.name, "w").canonical_name):
+                raise ValueError("a transport stream has no type for it")
+            stream = self._output.add_stream(self.encoder.name, rate=frame_rate(self.info), time_base=ticks)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"{self.path.suffix} cannot hold {self.encoder.name} video; name the output "
+                f"{self.info.path.suffix} like the input, or .mkv, or choose a codec, e.g. --codec libx264"
+            ) from error
+        open_encoder(stream, self.encoder, self.info)
+        stream.time_base = self.info.time_base
+        stale = ("encoder", "BPS", "DURATION", "NUMBER_OF", "_STATISTICS")
+        stream.metadata.update({k: v for k, v in source.metadata.items() if not k.startswith(stale)})
+        stream.disposition = source.disposition
+        stream.set_display_matrix(self.info.display_matrix)
+        if self._output.format.name == "mpegts":
+            stream.id = source.id
+        self._stream = stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error_type is None or (self._keep and self.frames_written):
+            try:
+                self._finish(complete=error_type is None)
+                return
+            except (av.FFmpegError, OSError) as failure:
+                self._discard()
+                raise MediaError(f"{self.path} cannot be finished: {failure}; is the disk full?") from failure
+        self._discard()
+
+    def keep(self) -> None:
+        """Keep what is written so far even if the `with` block ends with an error."""
+        self._keep = True
+
+    def write(self, frame: Frame) -> None:
+        """Encode one frame. The frame is used up: its time stamp may be moved.
+
+        Raises:
+            MediaError: if the disk is full or the time stamp is not after the last one.
+        """
+        native = native_of(frame)
+        if self.frames_written == 0:
+            self._start(frame)
+        if native.format.name != self.encoder.pixel_format:
+            color_range = self.info.color_tags[1] or None
+            native = native.reformat(
+                format=self.encoder.pixel_format, src_color_range=color_range, dst_color_range=color_range
+            )
+        native.pts, native.time_base = frame.pts - self._origin_pts, frame.time_base
+        if (native.pts * frame.time_base / self._stream.codec_context.time_base).denominator != 1:
+            raise MediaError(
+                f"{self.path}: frame {self.frames_written} lies between two ticks of {self.encoder.name}, "
+                "which knows constant frame rates only; choose another codec, e.g. --codec libx264"
+            )
+        native.pict_type = PictureType.NONE  # else x264 repeats the source's choice of I, P and B
+        try:
+            self._mux(self._stream.encode(native))
+        except (av.FFmpegError, OSError) as error:
+            raise MediaError(
+                f"{self.path}: frame {self.frames_written} cannot be written: {error}"
+            ) from error
+        self.frames_written += 1
+
+    def _start(self, frame: Frame) -> None:
+        begin, end = self._range
+        if begin is not None:
+            self._origin_pts = frame.pts
+        self._copier.start(self._origin_pts * frame.time_base, begin, end)
+
+    def _mux(self, packets: list[Packet]) -> None:
+        for packet in packets:
+            stamp = packet.dts if packet.dts is not None else packet.pts
+            self._copier.copy_until(stamp * packet.time_base)
+            self._output.mux(packet)
+
+    def _finish(self, *, complete: bool) -> None:
+        if self.frames_written:
+            self._mux(self._stream.encode(None))
+        if complete:
+            self._copier.copy_until(None)
+        self._copier.close()
+        self._output.close()
+        self._partial.replace(self.path)
+
+    def _discard(self) -> None:
+        self._copier.close()
+        try:
+            self._output.close()
+        except (av.FFmpegError, OSError) as error:
+            log.debug("%s: closing the unfinished output: %s", self._partial, error)
+        self._partial.unlink(missing_ok=True)
+
+
+def _chapters_of(source: InputContainer, begin: Fraction | None, end: Fraction | None) -> list[av.Chapter]:
+    """Return the chapters of a range of the source, in the output's times."""
+    chapters = []
+    for chapter in source.chapters():
+        base = chapter["time_base"]
+        first, last = chapter["start"] * base, chapter["end"] * base
+        if (begin is not None and last <= begin) or (end is not None and first >= end):
+            continue
+        origin = begin or Fraction(0)
+        first = max(first, origin) - origin
+        last = (last if end is None else min(last, end)) - origin
+        chapters.append(chapter | {"start": round(first / base), "end": round(last / base)})
+    return chapters

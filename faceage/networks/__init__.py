@@ -1,0 +1,1 @@
+"""The networks: plain `nn.Module`s with their dimensions, and the programs that hand them to the engines."""

@@ -1,0 +1,102 @@
+"""The three networks of MTCNN, with the weights that facenet-pytorch carries.
+
+Each takes RGB pictures scaled to (x - 127.5) / 128 of 8-bit values, about [-1, 1], and gives box offsets
+as fractions of the box side, and probabilities: P-Net's of a face, R- and O-Net's of [no face, a face].
+
+Reference: Zhang et al., "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
+Networks", 2016, arXiv:1604.02878.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from faceage.engines.base import BATCH, Axis, Program, TensorSpec, fingerprint, module_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PNET_CELL_PX = 12
+"""Side of what P-Net sees of one position; its positions are `PNET_STRIDE_PX` apart."""
+PNET_STRIDE_PX = 2
+RNET_SIZE_PX = 24
+ONET_SIZE_PX = 48
+
+PNET_MIN_PX = 14
+"""P-Net's least side. Sides are even, so that its pooling, which rounds up, has no partial window."""
+
+_HEIGHT = Axis("height", min=PNET_MIN_PX, typical=360, max=16384, multiple=2)
+_WIDTH = Axis("width", min=PNET_MIN_PX, typical=640, max=16384, multiple=2)
+_ROWS, _COLUMNS = Axis("rows"), Axis("columns")
+
+
+def pnet_program() -> Program:
+    """Return P-Net: pixels [B, 3, H, W], H and W even, to offsets [B, 4, h, w] and scores [B, 1, h, w]."""
+    return _program(
+        "PNet",
+        inputs=(TensorSpec("pixels", (Axis("batch", typical=2), 3, _HEIGHT, _WIDTH)),),
+        outputs=(
+            TensorSpec("offsets", (BATCH, 4, _ROWS, _COLUMNS)),
+            TensorSpec("probability", (BATCH, 1, _ROWS, _COLUMNS)),
+        ),
+        example_shape=(2, 3, 30, 42),
+    )
+
+
+def rnet_program() -> Program:
+    """Return R-Net: pixels [B, 3, 24, 24] to offsets [B, 4] and probabilities [B, 2]."""
+    return _program(
+        "RNet",
+        inputs=(TensorSpec("pixels", (BATCH, 3, RNET_SIZE_PX, RNET_SIZE_PX)),),
+        outputs=(TensorSpec("offsets", (BATCH, 4)), TensorSpec("probabilities", (BATCH, 2))),
+        example_shape=(2, 3, RNET_SIZE_PX, RNET_SIZE_PX),
+    )
+
+
+def onet_program() -> Program:
+    """Return O-Net: pixels [B, 3, 48, 48] to offsets [B, 4], landmarks [B, 10] and probabilities [B, 2].
+
+    The landmarks are fractions of the picture's side: five x, then five y, ordered as `geometry.LANDMARKS_5`.
+    """
+    return _program(
+        "ONet",
+        inputs=(TensorSpec("pixels", (BATCH, 3, ONET_SIZE_PX, ONET_SIZE_PX)),),
+        outputs=(
+            TensorSpec("offsets", (BATCH, 4)),
+            TensorSpec("landmarks", (BATCH, 10)),
+            TensorSpec("probabilities", (BATCH, 2)),
+        ),
+        example_shape=(2, 3, ONET_SIZE_PX, ONET_SIZE_PX),
+    )
+
+
+def _program(
+    network: str,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    example_shape: tuple[int, ...],
+) -> Program:
+    package = module_file("facenet_pytorch").parent
+    weights = package / "data" / f"{network.lower()}.pt"
+    source = package / "models" / "mtcnn.py"
+
+    def build() -> tuple[nn.Module, tuple[Tensor, ...]]:
+        import torch
+        from facenet_pytorch.models import mtcnn
+
+        module = getattr(mtcnn, network)(pretrained=False)
+        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        if network == "PNet":
+            from faceage.networks.pnet import FastPNet
+
+            module = FastPNet(module)
+        generator = torch.Generator().manual_seed(0)
+        return module.eval(), (torch.rand(example_shape, generator=generator) * 2 - 1,)
+
+    return Program(
+        name=f"mtcnn-{network.lower()}",
+        fingerprint=fingerprint(weights, source, module_file("faceage.networks.pnet")),
+        build=build,
+        inputs=inputs,
+        outputs=outputs,
+    )

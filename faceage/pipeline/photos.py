@@ -1,0 +1,184 @@
+"""Age every face of many photos: read ahead, batch over photos, write behind; no file stops the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from faceage.align import align_faces, pose_weights
+from faceage.blend import blend_faces
+from faceage.errors import FaceAgeError
+from faceage.kernels import gather_crops
+from faceage.media.image import Still, read_image, write_image
+from faceage.pipeline.request import AgeRequest, Networks, StageTimer
+from faceage.pipeline.threads import WriteBehind, read_ahead
+from faceage.types import Faces, FloatArray, Frame
+
+BATCH_PHOTOS = 8
+BATCH_MEGAPIXELS = 24
+"""Photos are decoded, detected and aged in batches of at most this many of each: the bound on memory."""
+
+
+@dataclass(kw_only=True)
+class PhotoReport:
+    """What was done to one photo."""
+
+    source: str
+    target: str
+    faces: list[dict] = field(default_factory=list)
+    error: str | None = None
+    """Why nothing was written, in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgedPhoto:
+    """The faces of one photo, and how they were changed."""
+
+    faces: Faces
+    source_ages: FloatArray
+    target_ages: FloatArray
+    identity: FloatArray
+    frame_to_crop: FloatArray
+
+    def describe(self) -> list[dict]:
+        """Return what was done to each face, for the report."""
+        rows = zip(self.faces.boxes, self.source_ages, self.target_ages, self.identity, strict=True)
+        return [
+            {
+                "box": [round(float(v), 1) for v in box],
+                "source_age": round(float(source), 1),
+                "target_age": round(float(target), 1),
+                "identity": round(float(identity), 3),
+            }
+            for box, source, target, identity in rows
+        ]
+
+
+def age_frames(
+    networks: Networks, frames: Sequence[Frame], request: AgeRequest, timer: StageTimer | None = None
+) -> list[AgedPhoto]:
+    """Age the faces of independent pictures, in place.
+
+    Args:
+        networks: from `load_networks`.
+        frames: their planes must be writable.
+        request: whom to age, and how.
+        timer: counts the stages.
+    """
+    timer = timer or StageTimer()
+    with timer("detect"):
+        faces = networks.detector.detect(frames)
+    if request.faces == "largest":
+        faces = _largest(faces)
+    size = networks.ager.size_px
+    with timer("gather"):
+        matrices = align_faces(faces.landmarks, size)
+        pixels = gather_crops(frames, faces.frame_index, matrices, size)
+    with timer("age"):
+        if request.source_age is None:
+            (source,) = networks.age_reader(pixels)
+        else:
+            source = np.full(len(faces), request.source_age, np.float32)
+        target = request.target_ages(source)
+        aged = networks.ager.age(pixels, source, target)
+    weights = pose_weights(faces.landmarks, faces.scores) * request.strength
+    results = []
+    with timer("blend"):
+        for i, frame in enumerate(frames):
+            rows = np.flatnonzero(faces.frame_index == i)
+            blend_faces(frame, aged.deltas[rows], weights[rows], matrices[rows])
+            results.append(
+                AgedPhoto(
+                    faces=faces[rows],
+                    source_ages=source[rows],
+                    target_ages=target[rows],
+                    identity=aged.identity[rows],
+                    frame_to_crop=matrices[rows],
+                )
+            )
+    return results
+
+
+def _largest(faces: Faces) -> Faces:
+    """Keep the largest face of each picture."""
+    spread = np.square(faces.landmarks - faces.landmarks.mean(1, keepdims=True)).sum((1, 2))
+    order = np.lexsort((-spread, faces.frame_index))
+    _, first = np.unique(faces.frame_index[order], return_index=True)
+    return faces[order[first]]
+
+
+def age_photos(
+    networks: Networks,
+    items: Sequence[tuple[Path, Path]],
+    request: AgeRequest,
+    *,
+    overwrite: bool = False,
+    label: dict[str, str] | None = None,
+    progress: Callable[[PhotoReport], None] | None = None,
+    timer: StageTimer | None = None,
+) -> list[PhotoReport]:
+    """Age the faces of many photos. A photo that cannot be read or written is reported; the others are done.
+
+    Args:
+        networks: from `load_networks`.
+        items: (source, target) of each photo; the target's folders are made.
+        request: whom to age, and how.
+        overwrite: replace targets that exist.
+        label: what is written into the target's XMP about its origin; None for nothing.
+        progress: called with each photo's report as soon as it is final, from a worker thread.
+        timer: counts the stages.
+
+    Returns:
+        One report an item, in order.
+    """
+    timer = timer or StageTimer()
+    reports = [PhotoReport(source=str(s), target=str(t)) for s, t in items]
+    finished = progress or (lambda _: None)
+
+    def read() -> Iterator[tuple[int, Still]]:
+        for i, (source, _) in enumerate(items):
+            try:
+                with timer("read"):
+                    still = read_image(source)
+            except FaceAgeError as error:
+                reports[i].error = str(error)
+                finished(reports[i])
+                continue
+            yield i, still
+
+    def write(job: tuple[int, Still, Frame]) -> None:
+        i, still, frame = job
+        target = items[i][1]
+        try:
+            with timer("write"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_image(target, still, frame, overwrite=overwrite, label=label)
+        except (FaceAgeError, OSError) as error:
+            reports[i].error = str(error)
+        finished(reports[i])
+
+    with WriteBehind(write, BATCH_PHOTOS) as out:
+        for batch in _batches(read_ahead(read(), BATCH_PHOTOS)):
+            frames = [replace(s.frame, planes=tuple(p.copy() for p in s.frame.planes)) for _, s in batch]
+            for (i, still), frame, aged in zip(batch, frames, age_frames(networks, frames, request, timer), strict=True):
+                reports[i].faces = aged.describe()
+                out.put((i, still, frame))
+    return reports
+
+
+def _batches(photos: Iterable[tuple[int, Still]]) -> Iterator[list[tuple[int, Still]]]:
+    batch: list[tuple[int, Still]] = []
+    pixels = 0
+    for photo in photos:
+        size = photo[1].frame.width * photo[1].frame.height
+        if batch and (len(batch) == BATCH_PHOTOS or pixels + size > BATCH_MEGAPIXELS * 1e6):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(photo)
+        pixels += size
+    if batch:
+        yield batch
+

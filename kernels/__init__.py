@@ -1,0 +1,19 @@
+"""Pixel operations: read aligned crops out of native planes, and add a difference back into them.
+
+Each file has its formula, a PyTorch reference (`*_ref`) and a fast implementation. Nothing here imports
+torch before a reference is called.
+"""
+
+from faceage.kernels.add_delta import Rect, add_delta
+from faceage.kernels.color import color_of, rgb_to_yuv_delta, yuv_to_rgb
+from faceage.kernels.gather import gather_crops, gather_crops_ref
+
+__all__ = [
+    "Rect",
+    "add_delta",
+    "color_of",
+    "gather_crops",
+    "gather_crops_ref",
+    "rgb_to_yuv_delta",
+    "yuv_to_rgb",
+]

@@ -1,0 +1,229 @@
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faceage.kernels import add_delta, gather_crops
+
+from faceage.errors import ShapeError
+from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame
+
+ADD_ATOL_CODES, ADD_MAX_TIES = 1, 2e-3
+SIZE = 32
+
+
+def make_frame(pixel_format, width=150, height=121, color=None, seed=0, span=(0.3, 0.7)):
+    """Noise in every plane, inside padded buffers: the planes are views whose rows are further apart."""
+    rng = np.random.default_rng(seed)
+    layout = PIXEL_LAYOUTS[pixel_format]
+    planes = []
+    for spec in layout.planes:
+        shape = (-(-height // spec.sub_y), -(-width // spec.sub_x))
+        shape += (len(spec.components),) if len(spec.components) > 1 else ()
+        low, high = span if spec.components[0] in "YR" else (0.44, 0.56)
+        codes = rng.integers(int(low * 2**layout.bit_depth), int(high * 2**layout.bit_depth), shape)
+        padded = np.zeros((shape[0] + 2, shape[1] + 7, *shape[2:]), layout.dtype)
+        padded[: shape[0], : shape[1]] = codes << layout.shift
+        planes.append(padded[: shape[0], : shape[1]])
+    default = RGB if layout.planes[0].components.startswith("RGB") else ColorSpec(chroma_siting="center")
+    return Frame(planes=tuple(planes), pixel_format=pixel_format, color=color or default)
+
+
+def copy_frame(frame):
+    planes = tuple(p.copy() for p in frame.planes)
+    return Frame(planes=planes, pixel_format=frame.pixel_format, color=frame.color)
+
+
+def similarity(scale, degrees=0.0, center=(75.0, 60.0), size_px=SIZE):
+    a = scale * np.exp(1j * np.radians(degrees))
+    linear = np.array([[a.real, -a.imag], [a.imag, a.real]])
+    return np.column_stack([linear, (size_px - 1) / 2 - linear @ np.array(center)]).astype(np.float32)
+
+
+def smooth_delta(size_px=SIZE, amplitude=0.3, seed=0):
+    """A colourful bump under a mask that is 0 on the rim of two: float32 [3, S, S]."""
+    y, x = (np.mgrid[:size_px, :size_px] + 0.5) / size_px
+    window = (np.sin(np.pi * x) * np.sin(np.pi * y)) ** 2
+    phase = np.random.default_rng(seed).uniform(0, 6, 3)[:, None, None]
+    delta = amplitude * window * np.cos(4 * x + 3 * y + phase)
+    delta[:, [0, 1, -2, -1]] = 0
+    delta[:, :, [0, 1, -2, -1]] = 0
+    return delta.astype(np.float32)
+
+
+def rough_delta(size_px=SIZE, amplitude=0.5, seed=0):
+    delta = np.zeros((3, size_px, size_px), np.float32)
+    inner = np.random.default_rng(seed).normal(0, amplitude, (3, size_px - 4, size_px - 4))
+    delta[:, 2:-2, 2:-2] = inner
+    return delta
+
+
+MATRICES = {
+    "enlarged": similarity(0.3),
+    "much enlarged, rotated": similarity(0.11, 20),
+    "same size": similarity(1.0, center=(70, 60)),
+    "reduced, rotated": similarity(1.7, -50),
+    "much reduced": similarity(6.3, 10),
+    "over the edge": similarity(0.4, 130, (5, 118)),
+}
+
+
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES.keys())
+def test_cpu_equals_reference(pixel_format, matrix):
+    fast = make_frame(pixel_format)
+    slow = copy_frame(fast)
+    delta = rough_delta()
+    rect = add_delta(fast, delta, matrix)
+    assert rect == add_delta(slow, delta, matrix, impl="ref")
+    for a, b in zip(fast.planes, slow.planes, strict=True):
+        apart = np.abs(a.astype(np.int64) - b) >> PIXEL_LAYOUTS[pixel_format].shift
+        assert apart.max() <= ADD_ATOL_CODES
+        # One code of 16 bits is 3e-5 of the range: float32 against float64 shows there.
+        assert np.mean(apart > 0) <= (ADD_MAX_TIES if PIXEL_LAYOUTS[pixel_format].bit_depth < 16 else 0.1)
+
+
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+def test_nothing_outside_the_quadrilateral_changes(pixel_format, impl):
+    for name, matrix in MATRICES.items():
+        frame = make_frame(pixel_format, span=(0, 1))
+        before = copy_frame(frame)
+        x0, y0, x1, y1 = add_delta(frame, rough_delta(), matrix, impl=impl)
+        for plane, old, spec in zip(frame.planes, before.planes, frame.layout.planes, strict=True):
+            y, x = np.mgrid[: plane.shape[0], : plane.shape[1]].astype(np.float64)
+            x, y = (x + 0.5) * spec.sub_x - 0.5, (y + 0.5) * spec.sub_y - 0.5  # the sample's luma centre
+            u = matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]
+            v = matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]
+            outside = (np.minimum(u, v) < -0.5) | (np.maximum(u, v) > SIZE - 0.5)
+            centred = frame.color.chroma_siting == "center"
+            assert centred
+            changed = plane != old
+            changed = changed.any(-1) if changed.ndim == 3 else changed
+            assert changed.any(), name
+            assert not (changed & outside).any(), name
+            touched = (x >= x0 - 0.5) & (x <= x1) & (y >= y0 - 0.5) & (y <= y1)
+            assert not (changed & ~touched).any(), name
+            whole = plane.base  # the padding of the rows
+            assert not whole[plane.shape[0] :].any()
+            assert not whole[:, plane.shape[1] :].any()
+
+
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
+def test_no_delta_and_no_overlap_touch_nothing(pixel_format):
+    frame = make_frame(pixel_format, span=(0, 1))
+    before = copy_frame(frame)
+    assert add_delta(frame, np.zeros((3, SIZE, SIZE), np.float32), MATRICES["enlarged"]) is None
+    assert add_delta(frame, rough_delta(), similarity(0.5, 0, (-500, 20))) is None
+    assert add_delta(frame, rough_delta(), similarity(0.5, 0, (75, 900))) is None
+    tiny = rough_delta(amplitude=1e-7)
+    assert add_delta(frame, tiny, MATRICES["enlarged"]) is not None
+    for a, b in zip(frame.planes, before.planes, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_samples_whose_difference_rounds_to_zero_keep_stray_bits():
+    frame = make_frame("p010le")
+    for plane in frame.planes:
+        plane |= 0x2A
+    frame.planes[0][:] = 0xFFFF
+    before = copy_frame(frame)
+    delta = smooth_delta(amplitude=-1e-4)
+    delta[:, 16, 16] = -1.0
+    add_delta(frame, delta, MATRICES["same size"])
+    changed = frame.planes[0] != before.planes[0]
+    assert 0 < changed.sum() < 60
+    np.testing.assert_array_equal(frame.planes[0][~changed], 0xFFFF)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p10le", "p010le", "gray16", "rgb24", "rgb48"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_clips_at_the_ends_of_the_code_range(impl, pixel_format, sign):
+    frame = make_frame(pixel_format, span=(0, 1))
+    delta = np.zeros((3, SIZE, SIZE), np.float32)
+    delta[:, 2:-2, 2:-2] = sign * 3
+    add_delta(frame, delta, similarity(0.3), impl=impl)
+    middle = frame.planes[0][50:70, 65:85]
+    layout = frame.layout
+    want = 0 if sign < 0 else (2**layout.bit_depth - 1) << layout.shift
+    np.testing.assert_array_equal(middle, want)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("pixel_format", ["rgba", "rgba64"])
+def test_alpha_is_never_touched(impl, pixel_format):
+    frame = make_frame(pixel_format)
+    alpha = frame.planes[0][..., 3].copy()
+    add_delta(frame, rough_delta(), MATRICES["much enlarged, rotated"], impl=impl)
+    np.testing.assert_array_equal(frame.planes[0][..., 3], alpha)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "nv12", "yuv444p10le", "p010le", "rgb48"])
+@pytest.mark.parametrize("matrix", ["bt601", "bt709", "bt2020", "smpte240m"])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_adding_then_gathering_gives_the_delta_back(impl, pixel_format, matrix, full_range):
+    color = ColorSpec(matrix=matrix, full_range=full_range)
+    frame = make_frame(pixel_format, 320, 240, color)
+    index, to_crop = np.zeros(1, np.int64), similarity(0.16, 15, (160, 120))
+    before = gather_crops([frame], index, to_crop[None], SIZE)
+    delta = smooth_delta()
+    add_delta(frame, delta, to_crop, impl=impl)
+    got = (gather_crops([frame], index, to_crop[None], SIZE) - before)[0]
+    np.testing.assert_allclose(got, delta, atol=0.02)
+    # The bound is a small part of the signal, and there is no offset and no wrong colour.
+    assert np.abs(delta).max() > 0.25
+    assert abs((got - delta).mean()) < 1e-3
+    gain = [float((g * d).sum() / (d * d).sum()) for g, d in zip(got, delta, strict=True)]
+    np.testing.assert_allclose(gain, 1, atol=0.02)
+
+
+@pytest.mark.parametrize("siting", ["left", "center", "topleft"])
+def test_chroma_lands_on_its_siting(siting):
+    # A ramp is reproduced exactly by every filter, so the chroma's own position can be read off.
+    frame = make_frame("yuv420p", 160, 120, ColorSpec(matrix="bt601", full_range=True, chroma_siting=siting))
+    delta = np.zeros((3, SIZE, SIZE), np.float32)
+    delta[2, 2:-2, 2:-2] = np.arange(2, SIZE - 2) * 0.05  # blue rises with x
+    to_crop = similarity(0.25, 0, (79.5, 59.5))
+    before = copy_frame(frame)
+    add_delta(frame, delta, to_crop)
+    got = (frame.planes[1].astype(int) - before.planes[1])[30, 20:60]
+    luma_x = 2 * np.arange(20, 60) + (0.5 if siting == "center" else 0)
+    want = 0.5 * 255 / 2 * 0.05 * (to_crop[0, 0] * luma_x + to_crop[0, 2])
+    assert np.abs(got - want).max() <= 0.51
+    assert abs((got - want).mean()) < 0.05
+
+
+def test_enlarged_delta_has_no_facets():
+    # 64 pixels on 500: the second difference of the result stays near that of the smooth function itself.
+    size = 64
+    frame = Frame(planes=(np.full((520, 520), 30000, np.uint16),), pixel_format="gray16", color=ColorSpec())
+    delta = smooth_delta(size, 0.5)
+    delta[:] = delta[0]
+    add_delta(frame, delta, similarity(size / 500, 0, (259.5, 259.5), size))
+    line = frame.planes[0][260].astype(float)
+    curvature = np.abs(np.diff(line, 2))
+    steps = np.abs(np.diff(line))
+    assert steps.max() > 100
+    assert curvature[40:-40].max() < 0.15 * steps.max()
+
+
+def test_views_that_are_not_contiguous_work_in_place():
+    buffer = make_frame("rgba").planes[0].copy()
+    mirrored = Frame(planes=(buffer[:, ::-1],), pixel_format="rgba", color=RGB)
+    plain = Frame(planes=(np.ascontiguousarray(buffer[:, ::-1]),), pixel_format="rgba", color=RGB)
+    for frame in (mirrored, plain):
+        add_delta(frame, rough_delta(), MATRICES["enlarged"])
+    np.testing.assert_array_equal(buffer[:, ::-1], plain.planes[0])
+
+
+def test_wrong_shape_is_named():
+    with pytest.raises(ShapeError, match=r"got \(3, 8, 9\) and \(2, 3\)"):
+        add_delta(make_frame("gray"), np.zeros((3, 8, 9), np.float32), MATRICES["enlarged"])
+
+
+def test_kernels_do_not_import_torch():
+    for name in ("add_delta", "color", "gather"):
+        source = Path(importlib.import_module(f"faceage.kernels.{name}").__file__).read_text()
+        assert "\nimport torch" not in source

@@ -1,0 +1,116 @@
+"""The compact age estimator: reads the source age of a face, once a person and shot.
+
+    python -m train.age_estimator --data utkface.tar --out runs/age --minutes 10
+
+A distribution over the years 0 to 100 (Rothe et al., DEX, 2015), taught with soft labels (Geng, Label Distribution
+Learning, TKDE 2016) because UTKFace's ages are themselves estimates. Writes `age-estimator.safetensors`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from faceage.checkpoint import Header, save
+from faceage.networks.regressors import AgeEstimator, TrunkDims
+from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
+from train.identity import degrade
+from train.run import EMA, Run, device, git_commit
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyper-parameters."""
+
+    batch: int = 64
+    rate: float = 1.5e-3
+    weight_decay: float = 0.05
+    label_sigma_years: float = 3.0
+    years_weight: float = 0.1
+    """Weight of the absolute error of the mean, in years, beside the cross entropy."""
+    ema_half_life_images: int = 20_000
+    tick_images: int = 19_200
+    seed: int = 4
+
+
+@torch.inference_mode()
+def validate(net: AgeEstimator, faces: FaceSet, where: torch.device) -> dict[str, float]:
+    """Return MAE and Pearson r over the ages 0 to 100, and the MAE over 15 to 85."""
+    parts = [net(to_tensor(faces.pixels[i : i + 256]).to(where)) for i in range(0, len(faces), 256)]
+    ages = torch.cat(parts).cpu().numpy()
+    adult = (faces.ages >= 15) & (faces.ages <= 85)
+    error = np.abs(ages - faces.ages)
+    return {
+        "val_mae": float(error.mean()),
+        "val_mae_15_85": float(error[adult].mean()),
+        "val_r": float(np.corrcoef(ages, faces.ages)[0, 1]),
+    }
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
+@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
+@click.option("--minutes", type=float, default=10.0, help="Time budget, all sessions of the run together.")
+def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
+    """Train the age estimator."""
+    config, dims = Config(), TrunkDims(outputs=101)
+    torch.manual_seed(config.seed)
+    faces = load_faces(data, dims.size_px, cache)
+    where = device()
+    val = faces.val
+    run = Run(out, config, minutes)
+    sampler = Sampler(faces.train, config.batch, config.seed, power=0.5)
+
+    net = AgeEstimator(dims).to(where, memory_format=torch.channels_last)
+    ema = EMA(net, config.ema_half_life_images)
+    step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
+    state = run.load_state()
+    if state is not None:
+        for name, part in {"net": net, "ema": ema.net, "step": step}.items():
+            part.load_state_dict(state[name])
+    bins = torch.linspace(0, 100, dims.outputs, device=where)
+
+    ticks, errors = run.images_seen // config.tick_images, []
+    while not run.is_over:
+        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * np.cos(np.pi * run.progress)) + 1e-6
+        x, _, ages = sampler()
+        want = torch.from_numpy(ages).clamp(0, 100).to(where)
+        x = shift_and_jitter(degrade(x).to(where), shift_px=3, colour=0.3)
+        with torch.autocast(where.type, torch.bfloat16):
+            log_p = net.log_probabilities(x.contiguous(memory_format=torch.channels_last))
+        label = torch.softmax(-0.5 * ((bins - want[:, None]) / config.label_sigma_years) ** 2, 1)
+        error = (log_p.exp() @ bins - want).abs().mean()
+        loss = -(label * log_p).sum(1).mean() + config.years_weight * error
+        step.zero_grad()
+        loss.backward()
+        step.step()
+        run.images_seen += len(x)
+        ema.update(net, len(x), run.images_seen)
+        errors.append(float(error.detach()))
+        if run.images_seen // config.tick_images > ticks or run.is_over:
+            ticks = run.images_seen // config.tick_images
+            metrics = validate(ema.net, val, where)
+            run.record(train_mae=np.mean(errors), **metrics)
+            errors.clear()
+            run.save_state(net=net.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
+            header = Header(
+                arch="age-estimator",
+                dims=dataclasses.asdict(dims),
+                stage="age_estimator",
+                images_seen=run.images_seen,
+                dataset=DATASET,
+                train_config=run.config,
+                metrics=metrics,
+                git_commit=git_commit(),
+            )
+            save(out / "age-estimator.safetensors", ema.net.state_dict(), header)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""UTKFace as aligned faces: read from the official archive, align, split, cache.
+
+The archive's layout is `UTKFace/[age]_[gender]_[race]_[date&time].jpg.chip.jpg`, in a tar or a folder. Files with
+other names are skipped and counted.
+
+Reference: Zhang, Song, Qi: Age Progression/Regression by Conditional Adversarial Autoencoder, CVPR 2017.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from faceage.ages import age_to_classes
+from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template
+
+log = logging.getLogger(__name__)
+
+DATASET = {"name": "UTKFace", "licence": "non-commercial research only"}
+VALIDATION_SHARE = 0.1
+_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg")
+_CACHE_VERSION = 3
+_STORED_PX = 128
+"""Faces are cached at this side, of a 200-pixel original, and reduced to the networks' size on loading."""
+_MIN_SCORE = 0.9
+"""O-Net's confidence below which an archive's picture is dropped: not a face, or one nobody could align."""
+_DUPLICATE_CORRELATION = 0.96
+"""Faces whose 16x16 thumbnails correlate above this are one shoot and stay on one side of the split."""
+
+
+@dataclass(frozen=True)
+class FaceSet:
+    """Aligned faces and their labels."""
+
+    pixels: np.ndarray
+    """uint8 [N, S, S, 3], RGB."""
+    ages: np.ndarray
+    """float32 [N], years."""
+    genders: np.ndarray
+    """int64 [N], 0 male, 1 female."""
+    races: np.ndarray
+    """int64 [N], 0 White, 1 Black, 2 Asian, 3 Indian, 4 others: the dataset's own labels."""
+    landmarks: np.ndarray
+    """float32 [N, 5, 2], in the original 200-pixel picture."""
+    names: np.ndarray
+    validation: np.ndarray
+    """bool [N], the fixed validation split."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def rows(self, which: np.ndarray) -> FaceSet:
+        """Return the faces that a mask or an index array selects."""
+        return FaceSet(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    @property
+    def train(self) -> FaceSet:
+        """The training split."""
+        return self.rows(~self.validation)
+
+    @property
+    def val(self) -> FaceSet:
+        """The validation split."""
+        return self.rows(self.validation)
+
+
+def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (file name, JPEG bytes) of every picture in a tar or a folder, in the order of their names."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*.jpg"), key=lambda p: p.name):
+            yield file.name, file.read_bytes()
+        return
+    with tarfile.open(path) as tar:
+        members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".jpg")]
+        for member in sorted(members, key=lambda m: m.name.rsplit("/", 1)[-1]):
+            stream = tar.extractfile(member)
+            if stream is not None:
+                yield member.name.rsplit("/", 1)[-1], stream.read()
+
+
+def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
+    """Return UTKFace's aligned faces at `size_px`, from the cache if it was made from the same archive."""
+    file = cache / f"utkface-v{_CACHE_VERSION}-{_archive_key(archive)}.npz"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part.npz")
+        np.savez(part, **_prepare(archive))
+        part.rename(file)
+    with np.load(file, allow_pickle=False) as data:
+        arrays = {name: data[name] for name in FaceSet.__dataclass_fields__}
+    if size_px != _STORED_PX:
+        resize = [cv2.resize(p, (size_px, size_px), interpolation=cv2.INTER_AREA) for p in arrays["pixels"]]
+        arrays["pixels"] = np.stack(resize)
+    return FaceSet(**arrays)
+
+
+def _archive_key(archive: Path) -> str:
+    size = archive.stat().st_size if archive.is_file() else sum(1 for _ in archive.rglob("*.jpg"))
+    return hashlib.sha256(f"{archive.resolve()} {size}".encode()).hexdigest()[:12]
+
+
+def _prepare(archive: Path) -> dict[str, np.ndarray]:
+    pictures, labels, names, bad_names = [], [], [], 0
+    for name, data in read_archive(archive):
+        match = _NAME.match(name)
+        if match is None:
+            bad_names += 1
+            continue
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:
+            bad_names += 1
+            continue
+        pictures.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
+        labels.append([int(match[i]) for i in (1, 2, 3)])
+        names.append(name)
+    landmarks, scores = _find_landmarks(pictures)
+    kept = np.flatnonzero(scores >= _MIN_SCORE)
+    log.info("%d faces read, %d bad names or files skipped, %d without a clear face dropped",
+             len(pictures), bad_names, len(pictures) - len(kept))
+    pixels = warp_faces([pictures[i] for i in kept], landmarks[kept], TEMPLATE_5 * _STORED_PX - 0.5, _STORED_PX, _STORED_PX)
+    label = np.array(labels)[kept]
+    names_array = np.array(names)[kept]
+    return {
+        "pixels": pixels,
+        "ages": label[:, 0].astype(np.float32),
+        "genders": label[:, 1],
+        "races": label[:, 2],
+        "landmarks": landmarks[kept],
+        "names": names_array,
+        "validation": _split(pixels, names_array),
+    }
+
+
+def warp_faces(
+    pictures: list[np.ndarray], landmarks: np.ndarray, template: np.ndarray, width: int, height: int
+) -> np.ndarray:
+    """Align uint8 pictures [H, W, 3] to a template (in output pixels); returns uint8 [N, height, width, 3]."""
+    matrices = similarity_to_template(landmarks.astype(np.float32), template.astype(np.float32))
+    warped = [
+        cv2.warpAffine(p, m, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT_101)
+        for p, m in zip(pictures, matrices, strict=True)
+    ]
+    return np.stack(warped)
+
+
+def _find_landmarks(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Run MTCNN's O-Net twice on every picture: the archive's crops are centred, so no search is needed."""
+    from facenet_pytorch.models.mtcnn import ONet
+
+    net = ONet().eval()
+    landmarks = np.zeros((len(pictures), 5, 2), np.float32)
+    scores = np.zeros(len(pictures), np.float32)
+    for start in range(0, len(pictures), 256):
+        batch = pictures[start : start + 256]
+        side = batch[0].shape[0]
+        boxes = np.tile(np.array([0.2, 0.2, 0.8, 0.8], np.float32) * side, (len(batch), 1))
+        for _ in range(2):
+            boxes, points, score = _onet(net, batch, boxes)
+        landmarks[start : start + len(batch)] = points
+        scores[start : start + len(batch)] = score
+    return landmarks, scores
+
+
+@torch.inference_mode()
+def _onet(net: torch.nn.Module, pictures: list[np.ndarray], boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    crops = []
+    for picture, box in zip(pictures, boxes, strict=True):
+        scale = (box[2] - box[0]) / 48
+        pull = np.array([[scale, 0, box[0] + scale / 2 - 0.5], [0, scale, box[1] + scale / 2 - 0.5]], np.float32)
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        crops.append(cv2.warpAffine(picture, pull, (48, 48), flags=flags, borderMode=cv2.BORDER_REPLICATE))
+    x = (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() - 127.5) / 128
+    regression, points, probability = (t.numpy() for t in net(x))
+    side = (boxes[:, 2] - boxes[:, 0])[:, None]
+    points = np.stack([boxes[:, :1] + points[:, :5] * side, boxes[:, 1:2] + points[:, 5:] * side], -1)
+    refined = boxes + regression * side
+    centre = (refined[:, :2] + refined[:, 2:]) / 2
+    half = np.maximum(refined[:, 2] - refined[:, 0], refined[:, 3] - refined[:, 1])[:, None] / 2
+    return np.concatenate([centre - half, centre + half], 1), points, probability[:, 1]
+
+
+def _split(pixels: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Return the validation mask: near-duplicates stay together, and the choice depends on file names only."""
+    small = np.stack([cv2.resize(p, (16, 16), interpolation=cv2.INTER_AREA) for p in pixels])
+    vectors = small.mean(3).reshape(len(small), -1).astype(np.float32)
+    vectors -= vectors.mean(0)  # what every face has in common says nothing
+    vectors -= vectors.mean(1, keepdims=True)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6
+    group = np.arange(len(names))
+
+    def root(i: int) -> int:
+        while group[i] != i:
+            group[i] = group[group[i]]
+            i = group[i]
+        return i
+
+    for start in range(0, len(vectors), 1024):
+        rows, columns = np.nonzero(vectors[start : start + 1024] @ vectors.T > _DUPLICATE_CORRELATION)
+        for i, j in zip(rows + start, columns, strict=True):
+            if i < j:
+                a, b = root(int(i)), root(int(j))
+                group[max(a, b)] = min(a, b)
+    roots = np.array([root(i) for i in range(len(names))])
+    log.info("%d clusters of near-duplicates among %d faces", len(np.unique(roots)), len(names))
+    share = np.array([int(hashlib.sha256(str(names[r]).encode()).hexdigest()[:8], 16) / 2**32 for r in roots])
+    return share < VALIDATION_SHARE
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """Turn uint8 [N, S, S, 3] into float32 [N, 3, S, S] in [-1, 1], channels last in memory."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def balanced_weights(ages: np.ndarray, power: float = 0.5) -> np.ndarray:
+    """Return sampling probabilities that lift rare ages: a five-year bin of n faces gets n^(1 - power) of the mass."""
+    bins = np.minimum(ages // 5, 19).astype(int)
+    weights = np.bincount(bins, minlength=20).astype(np.float64)[bins] ** -power
+    return weights / weights.sum()
+
+
+class Sampler:
+    """Endless random batches, flipped at random, each its own generator state so that a run resumes exactly."""
+
+    def __init__(self, faces: FaceSet, batch: int, seed: int, power: float = 0.5) -> None:
+        self.faces, self.batch = faces, batch
+        self.weights = balanced_weights(faces.ages, power)
+        self.random = np.random.default_rng(seed)
+
+    def indices(self) -> np.ndarray:
+        """Return the rows of the next batch."""
+        return self.random.choice(len(self.faces), self.batch, p=self.weights)
+
+    def __call__(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Return (faces [N, 3, S, S], age classes [N, 6], ages [N])."""
+        rows = self.indices()
+        pixels = self.faces.pixels[rows]
+        flip = self.random.random(len(rows)) < 0.5
+        pixels[flip] = pixels[flip, :, ::-1]
+        ages = self.faces.ages[rows]
+        return to_tensor(pixels), torch.from_numpy(age_to_classes(ages)), ages
+
+
+def shift_and_jitter(x: Tensor, shift_px: int = 4, colour: float = 0.2) -> Tensor:
+    """Move, brighten and rescale the contrast of each picture differently; differentiable.
+
+    The same kind of change is made to real and generated pictures, so the discriminator cannot learn the training
+    set by heart, nor a reader the exact position of a pixel (Zhao et al., Differentiable Augmentation, NeurIPS 2020).
+    """
+    count, _, side, _ = x.shape
+    padded = F.pad(x, [shift_px] * 4, mode="replicate")
+    # One shift for each of eight groups: slices have a cheap gradient, a gather by index does not.
+    shifts = torch.randint(0, 2 * shift_px + 1, (8, 2)).tolist()
+    groups = zip(padded.tensor_split(8), shifts, strict=True)
+    x = torch.cat([part[:, :, top : top + side, left : left + side] for part, (top, left) in groups])
+    x = x.contiguous(memory_format=torch.channels_last)
+    gain = 1 + colour * (torch.rand(count, 1, 1, 1, device=x.device) * 2 - 1)
+    offset = torch.rand(count, 3, 1, 1, device=x.device) + torch.rand(count, 1, 1, 1, device=x.device) * 2 - 1.5
+    mean = x.mean((2, 3), keepdim=True)
+    return (x - mean) * gain + mean + colour * offset
+
+
+def landmarks_in_crop(faces: FaceSet, size_px: int) -> np.ndarray:
+    """Return each face's landmarks in its aligned crop, float32 [N, 5, 2]."""
+    matrices = similarity_to_template(faces.landmarks, (TEMPLATE_5 * size_px - 0.5).astype(np.float32))
+    return apply_affine(matrices, faces.landmarks)

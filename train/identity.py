@@ -1,0 +1,144 @@
+"""The compact identity network, distilled from a face-recognition teacher.
+
+    python -m train.identity --data utkface.tar --teacher mobilefacenet_casia.ckpt --out runs/identity --minutes 12
+
+The student reads 64-px crops in Age-cGAN's own alignment, so that a generated face goes straight in. It learns the
+teacher's embedding of each (mirrored, shifted, recoloured, blurred) training face by cosine; the validation figures are on faces
+that neither saw. Writes `identity.safetensors`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from faceage.checkpoint import Header, save, sha256_of
+from faceage.networks.regressors import IdentityNet, TrunkDims
+from train.data import DATASET, FaceSet, Sampler, load_faces, read_archive, shift_and_jitter, to_tensor, warp_faces
+from train.run import EMA, Run, device, git_commit
+from train.teacher import TEMPLATE_96X112, embed, load_teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyper-parameters."""
+
+    batch: int = 64
+    rate: float = 1.5e-3
+    weight_decay: float = 0.02
+    relation_weight: float = 1.0
+    """Weight of the batch's cosine table (Park et al., Relational Knowledge Distillation, CVPR 2019)."""
+    ema_half_life_images: int = 20_000
+    tick_images: int = 19_200
+    seed: int = 3
+
+
+def teacher_embeddings(archive: Path, teacher_file: Path, faces: FaceSet, cache: Path) -> torch.Tensor:
+    """Return the teacher's embeddings of every face and of its mirror image, float32 [2, N, 128], cached."""
+    file = cache / f"teacher-{sha256_of(teacher_file)[:12]}-{len(faces)}.npy"
+    if not file.exists():
+        import cv2
+
+        rows = {name: i for i, name in enumerate(faces.names.tolist())}
+        pictures: list[np.ndarray] = [np.zeros(0)] * len(faces)
+        for name, data in read_archive(archive):
+            if name in rows:
+                picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+                pictures[rows[name]] = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+        aligned = warp_faces(pictures, faces.landmarks, TEMPLATE_96X112, 96, 112)
+        teacher = load_teacher(teacher_file)
+        both = torch.stack([embed(teacher, aligned), embed(teacher, aligned[:, :, ::-1])])
+        np.save(file, both.numpy())
+    return torch.from_numpy(np.load(file))
+
+
+def degrade(x: torch.Tensor) -> torch.Tensor:
+    """Blur half of the batch by halving it and back: generated faces are softer than photographs."""
+    half = len(x) // 2
+    soft = F.interpolate(F.avg_pool2d(x[:half], 2), scale_factor=2.0, mode="bilinear", align_corners=False)
+    return torch.cat([soft, x[half:]])
+
+
+@torch.inference_mode()
+def validate(net: IdentityNet, pixels: np.ndarray, target: torch.Tensor) -> dict[str, float]:
+    """Return the mean cosine with the teacher, and the correlation of both networks' pairwise cosines."""
+    mine = torch.cat([net(to_tensor(pixels[i : i + 256]).to(target.device)) for i in range(0, len(pixels), 256)])
+    upper = torch.triu_indices(len(mine), len(mine), 1)
+    pairs = torch.stack([(mine @ mine.T)[upper[0], upper[1]], (target @ target.T)[upper[0], upper[1]]])
+    return {"val_cosine": float((mine * target).sum(1).mean()), "val_pair_r": float(torch.corrcoef(pairs)[0, 1])}
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
+@click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="MobileFaceNet checkpoint.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
+@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
+@click.option("--minutes", type=float, default=12.0, help="Time budget, all sessions of the run together.")
+def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> None:
+    """Distil the identity network."""
+    config, dims = Config(), TrunkDims(outputs=128)
+    torch.manual_seed(config.seed)
+    faces = load_faces(data, dims.size_px, cache)
+    where = device()
+    targets = teacher_embeddings(data, teacher, faces, cache).to(where)
+    train, val = faces.train, faces.val
+    train_targets, val_targets = targets[:, torch.from_numpy(~faces.validation)], targets[0, torch.from_numpy(faces.validation)]
+    run = Run(out, config, minutes)
+    sampler = Sampler(train, config.batch, config.seed, power=0.25)
+
+    net = IdentityNet(dims).to(where, memory_format=torch.channels_last)
+    ema = EMA(net, config.ema_half_life_images)
+    step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
+    state = run.load_state()
+    if state is not None:
+        for name, part in {"net": net, "ema": ema.net, "step": step}.items():
+            part.load_state_dict(state[name])
+
+    ticks, cosines = run.images_seen // config.tick_images, []
+    while not run.is_over:
+        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * np.cos(np.pi * run.progress)) + 1e-6
+        rows = torch.from_numpy(sampler.indices())
+        mirrored = torch.rand(len(rows)) < 0.5
+        x = to_tensor(train.pixels[rows.numpy()])
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        want = train_targets[mirrored.long().to(where), rows.to(where)]
+        x = shift_and_jitter(degrade(x).to(where), shift_px=3, colour=0.3)
+        with torch.autocast(where.type, torch.bfloat16):
+            got = net(x.contiguous(memory_format=torch.channels_last))
+        cosine = (got * want).sum(1)
+        relation = (got @ got.T - want @ want.T).square().mean() * len(x)
+        loss = (1 - cosine).mean() + config.relation_weight * relation
+        step.zero_grad()
+        loss.backward()
+        step.step()
+        run.images_seen += len(x)
+        ema.update(net, len(x), run.images_seen)
+        cosines.append(float(cosine.detach().mean()))
+        if run.images_seen // config.tick_images > ticks or run.is_over:
+            ticks = run.images_seen // config.tick_images
+            metrics = validate(ema.net, val.pixels, val_targets)
+            run.record(train_cosine=np.mean(cosines), **metrics)
+            cosines.clear()
+            run.save_state(net=net.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
+            header = Header(
+                arch="identity",
+                dims=dataclasses.asdict(dims),
+                stage="identity",
+                images_seen=run.images_seen,
+                dataset=DATASET | {"teacher": "MobileFaceNet, trained on CASIA-WebFace (non-commercial research only)"},
+                parents={"teacher": sha256_of(teacher)},
+                train_config=run.config,
+                metrics=metrics,
+                git_commit=git_commit(),
+            )
+            save(out / "identity.safetensors", ema.net.state_dict(), header)
+
+
+if __name__ == "__main__":
+    main()
