@@ -57,7 +57,7 @@ def save(path: Path, weights: dict[str, Tensor], header: Header, *, half: bool =
         half: store floating-point weights as float16 (what is bundled).
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialize
 
     tensors = {}
     for name, value in weights.items():
@@ -65,7 +65,8 @@ def save(path: Path, weights: dict[str, Tensor], header: Header, *, half: bool =
         tensors[name] = value.half() if half and value.dtype == torch.float32 else value.clone()
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, part, metadata={_KEY: json.dumps(dataclasses.asdict(header))})
+    data = serialize(tensors, metadata={_KEY: json.dumps(dataclasses.asdict(header))})
+    part.write_bytes(data)  # save_file would make a file that only its owner can read
     os.replace(part, path)
     return sha256_of(path)
 

@@ -1,11 +1,7 @@
 """The engine store: what is built, what is found again, what is refused."""
 
-import dataclasses
 import json
 import logging
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -123,7 +119,9 @@ def test_stored_engine_is_not_rebuilt_and_other_weights_are_another_file(copied)
     np.testing.assert_allclose(y.mean(), inputs()[0].mean() / 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no sidecar", "not json", "other fingerprint", "no engine"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "no sidecar", "not json", "other fingerprint", "no engine"]
+)
 def test_damaged_engine_is_rebuilt_with_a_warning(copied, caplog, damage):
     store, built = copied
     path = store.path(blur_program(), "onnxruntime")
@@ -166,18 +164,19 @@ def test_engine_below_the_parity_floor_is_not_stored(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_may_build_at_once(tmp_path):
-    with ThreadPoolExecutor(2) as pool:
-        engines = list(pool.map(lambda _: EngineStore(tmp_path).load(blur_program()), range(1)))
-    # The other process's build ends later: its files replace these.
-    other = EngineStore(tmp_path)
-    other._build(blur_program(), "onnxruntime", other.path(blur_program(), "onnxruntime"), "cpu", 1)
-    np.testing.assert_array_equal(engines[0](*inputs())[0], other.load(blur_program())(*inputs())[0])
+def test_another_process_may_build_meanwhile(tmp_path):
+    # The second store builds and stores while the first is about to; the first then replaces its files.
+    second = EngineStore(tmp_path)
+    first = EngineStore(tmp_path, lambda name: second.load(blur_program()))
+    engine = first.load(blur_program())
+    again = second.load(blur_program())
+    np.testing.assert_array_equal(engine(*inputs())[0], again(*inputs())[0])
+    assert first.contains(blur_program())
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_refusals_say_what_to_do(stored, tmp_path):
-    with pytest.raises(EngineError, match="unknown backend .*onnxruntime, torch"):
+    with pytest.raises(EngineError, match=r"unknown backend .*onnxruntime, torch"):
         stored.load(blur_program(), "openvino")
     with pytest.raises(EngineError, match="runs on the CPU"):
         stored.load(blur_program(), "onnxruntime", "cuda")
@@ -210,16 +209,3 @@ def test_fingerprint_separates_its_parts(tmp_path):
     (tmp_path / "f").write_bytes(b"ab")
     assert fingerprint("ab") == fingerprint(b"ab") == fingerprint(tmp_path / "f")
     assert fingerprint("a", "b") != fingerprint("ab")
-    assert dataclasses.replace(blur_program(), fingerprint="x").fingerprint == "x"
-
-
-def test_stored_engines_need_no_torch(engine_store):
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from faceage.detect import load_detector\n"
-        "from faceage.engines.store import EngineStore\n"
-        f"load_detector(EngineStore(Path({str(engine_store.root)!r})))\n"
-        "assert not {'torch', 'torchvision', 'facenet_pytorch'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONWARNINGS": "error"})

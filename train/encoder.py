@@ -100,7 +100,7 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
     FR = FR.to(where, memory_format=torch.channels_last)
     faces = load_faces(data, dims.size_px, cache)
     val = faces.val
-    mask = torch.from_numpy(face_mask(dims.size_px)).to(where)
+    mask = torch.tensor(face_mask(dims.size_px)).to(where)
     run = Run(out, config, minutes)
     sampler = Sampler(faces.train, config.batch, config.seed, power=0.5)
 

@@ -67,7 +67,7 @@ def latent_program(generator: Path, identity: Path) -> Program:
 
         from faceage.networks.latent import LatentObjective, gradient_network
 
-        mask = torch.from_numpy(face_mask(size))
+        mask = torch.tensor(face_mask(size))
         objective = LatentObjective(_network(generator), _network(identity), mask).eval()
         examples = (
             torch.randn(_EXAMPLES, dims["latent"]),

@@ -23,6 +23,9 @@ SUFFIX = ".onnx"
 OPSET = 20
 """The ONNX operator set of the files."""
 
+INPUT_PREFIX = "in_"
+"""Before the names of inputs in the file."""
+
 ERRORS_ONLY = 3
 """ONNX Runtime's log severity; its warnings are about its own optimisations."""
 
@@ -36,7 +39,7 @@ class OrtEngine:
         self.name = program.name
         self._program = program
         self._session = session
-        self._input_names = [spec.name for spec in program.inputs]
+        self._input_names = [INPUT_PREFIX + spec.name for spec in program.inputs]
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network; see `base.Engine`."""
@@ -63,8 +66,10 @@ def build(program: Program, exported: ExportedProgram, path: Path) -> None:
             warnings.simplefilter("ignore")
             onnx_program = torch.onnx.export(
                 exported,
-                input_names=[spec.name for spec in program.inputs],
-                output_names=[spec.name for spec in program.outputs],
+                # With prefixes, because the exporter names values inside the graph after their operators, and
+                # an output called "mean" would meet one of those.
+                input_names=[INPUT_PREFIX + spec.name for spec in program.inputs],
+                output_names=["out_" + spec.name for spec in program.outputs],
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,

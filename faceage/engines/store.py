@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 Backend = Literal["onnxruntime", "torch"]
 BACKENDS: dict[str, ModuleType] = {"onnxruntime": ort, "torch": eager}
 
-SIDECAR_VERSION = 1
-"""Format of the sidecar; a change makes all stored engines stale."""
+FORMAT_VERSION = 1
+"""Version of the files and their sidecars; a change makes all stored engines stale."""
 
 KEY_DIGITS = 16
 """Hex digits of the key in a file name."""
@@ -70,6 +70,7 @@ class EngineStore:
                 torch, or a folder that cannot be written.
         """
         module = _backend_module(backend)
+        module.check_device(device)
         if module.SUFFIX is None:
             return module.load(program, None, device, threads)
         path = self.path(program, backend)
@@ -111,30 +112,32 @@ class EngineStore:
         if self._on_build is not None:
             self._on_build(program.name)
         module = _backend_module(backend)
+        with self._draft_folder() as folder:
+            draft = Path(folder) / path.name
+            network, examples = program.build()
+            module.build(program, export(program, network, examples), draft)
+            engine = module.load(program, draft, device, threads)
+            record = _identity(program, backend) | {
+                "file_sha256": fingerprint(draft),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "parity": check_parity(program, engine, network, examples),
+            }
+            draft.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+            # Another process may do the same now. Each file is replaced whole, and a sidecar beside the
+            # other process's engine is caught by the hash.
+            os.replace(draft, path)
+            os.replace(draft.with_suffix(".json"), path.with_suffix(".json"))
+        return engine
+
+    def _draft_folder(self) -> tempfile.TemporaryDirectory:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".build-", dir=self.root) as folder:
-                draft = Path(folder) / path.name
-                network, examples = program.build()
-                module.build(program, export(program, network, examples), draft)
-                engine = module.load(program, draft, device, threads)
-                parity = check_parity(program, engine, network, examples)
-                record = _identity(program, backend) | {
-                    "file_sha256": fingerprint(draft),
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "parity": parity,
-                }
-                draft.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-                # Another process may do the same now. Each file is replaced whole, and a sidecar
-                # beside the other process's engine is caught by the hash.
-                os.replace(draft, path)
-                os.replace(draft.with_suffix(".json"), path.with_suffix(".json"))
+            return tempfile.TemporaryDirectory(prefix=".build-", dir=self.root)
         except OSError as error:
             raise EngineError(
                 f"engines cannot be stored in {self.root} ({error}); "
                 "set FACEAGE_CACHE to a folder that can be written"
             ) from error
-        return engine
 
 
 def _backend_module(backend: str) -> ModuleType:
@@ -146,7 +149,7 @@ def _backend_module(backend: str) -> ModuleType:
 def _identity(program: Program, backend: Backend) -> dict[str, object]:
     """Return what an engine is identified by: all of it goes into the key."""
     return {
-        "sidecar_version": SIDECAR_VERSION,
+        "format_version": FORMAT_VERSION,
         "program": program.name,
         "fingerprint": program.fingerprint,
         "backend": backend,

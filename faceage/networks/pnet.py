@@ -22,6 +22,19 @@ from torch.nn.functional import conv2d, max_pool2d, relu
 class FastPNet(nn.Module):
     """P-Net from pixels [B, 3, H, W] to offsets [B, 4, h, w] and face probability [B, 1, h, w]."""
 
+    first: Tensor
+    first_bias: Tensor
+    step: Tensor
+    second: Tensor
+    second_step: Tensor
+    second_bias: Tensor
+    slope2: Tensor
+    third: Tensor
+    third_bias: Tensor
+    heads: Tensor
+    heads_relu: Tensor
+    heads_bias: Tensor
+
     def __init__(self, pnet: nn.Module) -> None:
         """Take the weights of `pnet`, facenet-pytorch's PNet."""
         super().__init__()

@@ -1,0 +1,97 @@
+"""Encoding a still in memory, with the source's own settings and metadata."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import cv2
+from PIL import Image, TiffImagePlugin
+
+from faceage.media.still import (
+    EXIF_PREFIX,
+    ICC_TAG,
+    ORIENTATION_TAG,
+    PNG_XMP,
+    TIFF_STORAGE,
+    XMP_TAG,
+    Still,
+    swap_red_blue,
+)
+from faceage.types import Plane
+
+
+def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None) -> bytes:
+    """Encode what Pillow writes whole; `kind` is JPEG, WEBP or BMP."""
+    if kind == "JPEG":
+        if still.quantization:
+            options = {"qtables": still.quantization, "subsampling": still.subsampling}
+        else:
+            options = {"quality": 95, "subsampling": 0}
+        options |= {"progressive": still.progressive, "comment": still.comment, "optimize": True}
+    elif kind == "WEBP":
+        # A lossy WebP does not say its quality. `exact` keeps the colours under transparent pixels.
+        options = {"lossless": still.lossless or still.format != "WEBP", "quality": 90, "exact": True}
+    else:
+        options = {}
+    tags = {"exif": still.exif, "icc_profile": still.icc_profile, "xmp": xmp, "dpi": still.dpi}
+    options |= {key: value for key, value in tags.items() if value and kind != "BMP"}
+    buffer = io.BytesIO()
+    Image.fromarray(samples).save(buffer, kind, **{k: v for k, v in options.items() if v is not None})
+    return buffer.getvalue()
+
+
+def encode_png(samples: Plane, still: Still, xmp: bytes | None) -> bytes:
+    """Encode PNG, with the source's chunks or, from another format, its profile, EXIF and density."""
+    _, encoded = cv2.imencode(".png", swap_red_blue(samples), [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    data = encoded.tobytes()
+    chunks = list(still.png_chunks)
+    if still.format != "PNG":
+        if still.icc_profile:
+            chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(still.icc_profile)))
+        if still.dpi:
+            per_metre = [round(v / 0.0254) for v in still.dpi]
+            chunks.append((b"pHYs", struct.pack(">IIB", *per_metre, 1)))
+        if still.exif:
+            chunks.append((b"eXIf", still.exif.removeprefix(EXIF_PREFIX)))
+    if xmp:
+        chunks.append((b"iTXt", PNG_XMP + b"\0\0\0\0" + xmp))  # not compressed, no language, no translation
+    blocks = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    ]
+    after_header = 8 + 25  # signature, IHDR
+    return data[:after_header] + b"".join(blocks) + data[after_header:]
+
+
+def encode_tiff(samples: Plane, still: Still, xmp: bytes | None) -> bytes:
+    """Encode TIFF: OpenCV writes the samples (Pillow has no 16-bit colour), Pillow the directory."""
+    compression = still.tiff_compression if still.format == "TIFF" else 5
+    _, encoded = cv2.imencode(".tiff", swap_red_blue(samples), [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+    data = encoded.tobytes()
+    with Image.open(io.BytesIO(data)) as image:
+        assert isinstance(image, TiffImagePlugin.TiffImageFile)
+        storage = image.tag_v2
+        directory = TiffImagePlugin.ImageFileDirectory_v2(prefix=storage.prefix)
+        for tag in TIFF_STORAGE.intersection(storage):
+            directory.tagtype[tag] = storage.tagtype[tag]
+            directory[tag] = storage[tag]
+    if samples.ndim == 3 and samples.shape[2] == 4:
+        directory[338] = 2  # the fourth sample is alpha, not premultiplied
+    exif = Image.Exif()
+    exif.load(still.exif or b"")
+    for tag in exif:
+        if tag not in TIFF_STORAGE:
+            directory[tag] = exif.get_ifd(tag) if tag in (34665, 34853) else exif[tag]
+    directory[ORIENTATION_TAG] = still.orientation
+    if still.dpi and 282 not in directory:
+        directory[282], directory[283], directory[296] = *still.dpi, 2
+    for tag, kind_number, value in ((ICC_TAG, 7, still.icc_profile), (XMP_TAG, 1, xmp)):
+        if value:
+            directory.tagtype[tag] = kind_number
+            directory[tag] = value
+    # Pillow counts strip offsets from the directory's end: what followed the old 8-byte header goes there.
+    directory[273] = tuple(offset - 8 for offset in directory[273])
+    header = data[:4] + struct.pack(f"{'<' if data[:2] == b'II' else '>'}I", 8)
+    return header + directory.tobytes(8) + data[8:]

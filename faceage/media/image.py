@@ -1,0 +1,127 @@
+"""Stills: find them, read them upright into a frame, and write them back as the same kind of file.
+
+Nothing that can be kept is changed: format, bit depth, alpha, ICC profile, EXIF with its orientation,
+density, a JPEG's own quantisation tables and chroma subsampling, a PNG's text and colour chunks, a WebP's
+being lossless.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from faceage.errors import MediaError, UnsupportedError
+from faceage.media.encode_still import encode_pillow, encode_png, encode_tiff
+from faceage.media.still import FORMATS, MAX_PIXELS, PIXEL_FORMATS, Still, as_stored, read_image
+from faceage.media.xmp import label_xmp
+from faceage.types import Frame
+
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Still", "find_images", "read_image", "write_image"]
+
+IMAGE_SUFFIXES = frozenset(FORMATS)
+"""The suffixes, in lower case, of the files that `find_images` takes for pictures."""
+
+
+def write_image(
+    path: str | os.PathLike[str],
+    still: Still,
+    frame: Frame,
+    *,
+    overwrite: bool = False,
+    label: Mapping[str, str] | None = None,
+) -> None:
+    """Write a frame as the kind of file that its still was read from.
+
+    The file appears whole or not at all: it is written beside its final name and renamed.
+
+    Args:
+        path: the suffix decides the format; where it is the source's, the source's settings are kept.
+        still: what `read_image` returned.
+        frame: the upright picture, in any of `read_image`'s pixel formats.
+        overwrite: whether an existing file may be replaced.
+        label: fields for the XMP label (`xmp.label_xmp`), or None for no label. BMP can hold none.
+
+    Raises:
+        MediaError: if the file exists, or cannot be written.
+        UnsupportedError: if the format cannot hold the frame, such as alpha in a JPEG.
+    """
+    path = Path(path)
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise UnsupportedError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(FORMATS)}")
+    holds = {"JPEG": ("gray", "rgb24"), "BMP": ("gray", "rgb24"), "WEBP": ("gray", "rgb24", "rgba")}
+    if frame.pixel_format not in holds.get(kind, PIXEL_FORMATS.values()):
+        raise UnsupportedError(f"{path}: {kind} cannot hold {frame.pixel_format}; write .png or .tif")
+    if path.exists() and not overwrite:
+        raise MediaError(f"{path}: exists already; pass --overwrite to replace it")
+    xmp = label_xmp(still.xmp, label) if label is not None else still.xmp
+    # A BMP has no tag for it, so it is stored upright.
+    samples = as_stored(frame.planes[0], 1 if kind == "BMP" else still.orientation)
+    if kind == "PNG":
+        data = encode_png(samples, still, xmp)
+    elif kind == "TIFF":
+        data = encode_tiff(samples, still, xmp)
+    else:
+        data = encode_pillow(samples, still, kind, xmp)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def find_images(
+    inputs: Sequence[str | os.PathLike[str]], *, exclude: Path | None = None
+) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """Find the pictures among files and, recursively, folders.
+
+    Names that start with a dot are ignored. Links to folders are followed, each folder once. A file keeps
+    its name, a folder's tree its shape below the folder.
+
+    Args:
+        inputs: files and folders.
+        exclude: a folder to stay out of: the output, where it lies inside an input.
+
+    Returns:
+        (path, relative output path) of each picture, in order of the inputs and sorted within each; and the
+        files that were passed over because their suffix is not in `IMAGE_SUFFIXES`.
+
+    Raises:
+        MediaError: if an input is missing, or two different files would get the same output path.
+    """
+    found: dict[Path, Path] = {}  # output path to file
+    skipped: list[Path] = []
+    for root in map(Path, inputs):
+        if not root.exists():
+            raise MediaError(f"{root}: no such file or folder")
+        files = [(root, Path(root.name))] if root.is_file() else _walk(root, exclude)
+        for path, relative in files:
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                skipped.append(path)
+            elif not found.setdefault(relative, path).samefile(path):
+                raise MediaError(
+                    f"{found[relative]} and {path} would both be written to {relative}; "
+                    "process the two inputs one after the other, into folders of their own"
+                )
+    return [(path, relative) for relative, path in found.items()], skipped
+
+
+def _walk(root: Path, exclude: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Yield the files below a folder and their paths relative to it."""
+    seen = {exclude.resolve()} if exclude else set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        resolved = Path(folder).resolve()
+        if resolved in seen:
+            folders.clear()
+            continue
+        seen.add(resolved)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield path, path.relative_to(root)

@@ -1,0 +1,289 @@
+"""Reading a still: upright samples, and all that is needed to write the picture back as it was.
+
+Convention: a `Frame` is upright and RGB(A) or gray; BGR exists only for OpenCV.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+
+from faceage.errors import MediaError, UnsupportedError
+from faceage.types import RGB, ColorSpec, Frame, Plane
+
+log = logging.getLogger(__name__)
+
+FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+"""What a file name's suffix means, in Pillow's words."""
+
+MAX_PIXELS = 400_000_000
+"""Largest picture read, in pixels: 20000 x 20000, 1.2 GB as RGB."""
+
+# Pillow would warn at 89 megapixels and refuse 179; `read_image` has its own limit.
+Image.MAX_IMAGE_PIXELS = None
+
+ORIENTATION_TAG = 0x0112
+EXIF_PREFIX = b"Exif\0\0"
+# EXIF orientation: upright = the stored picture, transposed, then flipped up-down, then left-right.
+_UPRIGHT = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+_GRAY = ColorSpec(matrix="bt601", full_range=True, chroma_siting="center")
+PIXEL_FORMATS = {
+    (1, 1): "gray",
+    (1, 2): "gray16",
+    (3, 1): "rgb24",
+    (3, 2): "rgb48",
+    (4, 1): "rgba",
+    (4, 2): "rgba64",
+}
+"""By channels and bytes of a sample."""
+# PNG chunks that stay true whatever happens to the samples.
+_PNG_KEEP = frozenset(b"iCCP gAMA cHRM sRGB cICP mDCV cLLI pHYs eXIf tEXt zTXt iTXt tIME".split())
+PNG_XMP = b"XML:com.adobe.xmp\0"
+ICC_TAG, XMP_TAG = 34675, 700
+TIFF_STORAGE = frozenset(
+    [*range(254, 267), 273, *range(277, 282), 284, *range(290, 294), 317, 320, *range(322, 326), 330, 332]
+).union(range(338, 348), range(512, 533))
+"""Tags that say how a TIFF stores its samples: a new file has its own."""
+_TIFF_COMPRESSION = {"raw": 1, "tiff_lzw": 5, "tiff_adobe_deflate": 8, "tiff_deflate": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Still:
+    """A picture, and all that is needed to write it back the way it was stored."""
+
+    frame: Frame
+    """Upright; its plane is our own writable copy."""
+    format: str
+    """Pillow's name: JPEG, PNG, WEBP, TIFF, BMP."""
+    orientation: int = 1
+    """The EXIF orientation of the stored picture, 1 to 8."""
+    exif: bytes | None = None
+    """With JPEG's prefix, `EXIF_PREFIX`."""
+    icc_profile: bytes | None = None
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    quantization: dict[int, list[int]] | None = None
+    """A JPEG's tables."""
+    subsampling: int = 0
+    """A JPEG's chroma subsampling as Pillow counts: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
+    progressive: bool = False
+    comment: bytes | None = None
+    lossless: bool = False
+    """Of a WebP."""
+    tiff_compression: int = 5
+    """TIFF's number of it; LZW where the source's was lossy or is rare."""
+    png_chunks: tuple[tuple[bytes, bytes], ...] = ()
+    """The source PNG's own ancillary chunks, but XMP: type and data."""
+
+
+def read_image(path: str | os.PathLike[str]) -> Still:
+    """Read a still, upright.
+
+    A palette, one-bit and gray+alpha pictures become RGB, RGBA or gray, which a warning says.
+
+    Args:
+        path: a JPEG, PNG, WebP, TIFF or BMP file, whatever its suffix.
+
+    Returns:
+        The picture: rgb24, rgba, rgb48, rgba64, gray or gray16.
+
+    Raises:
+        MediaError: if the file is missing, empty, damaged, truncated, over `MAX_PIXELS`, or no picture.
+        UnsupportedError: if it is animated, has several pages, or is CMYK, Lab or floating-point.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise MediaError(f"{path}: no such file") from error
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+    if not data:
+        raise MediaError(f"{path}: the file is empty (0 bytes); copy it again")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_kind(path, image)
+            _log_changes(path, image)
+            orientation = _orientation(image)  # asked first: Pillow forgets a TIFF's when it decodes it
+            plane = _decode(image, data)
+            plane = plane if image.format == "TIFF" else _upright(plane, orientation)
+            return _still(image, plane, orientation, data)
+    except UnidentifiedImageError as error:
+        raise MediaError(
+            f"{path}: no picture, or a damaged one; expected JPEG, PNG, WebP, TIFF or BMP"
+        ) from error
+    except MemoryError as error:
+        raise MediaError(f"{path}: too large for this machine's memory; scale it down first") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise MediaError(f"{path}: the file is damaged or truncated ({error}); copy it again") from error
+
+
+def _check_kind(path: Path, image: Image.Image) -> None:
+    """Refuse what cannot be read, or could not be written back; nothing but the header is decoded yet."""
+    if image.format not in {*FORMATS.values(), "MPO"}:
+        raise UnsupportedError(f"{path}: a {image.format} file; convert it to PNG, TIFF, JPEG or WebP first")
+    megapixels = image.width * image.height / 1e6
+    if megapixels * 1e6 > MAX_PIXELS:
+        raise MediaError(
+            f"{path}: {image.width}x{image.height} is {megapixels:.0f} megapixels, the limit is "
+            f"{MAX_PIXELS // 10**6}; scale it down or cut it first"
+        )
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format != "MPO":
+        kind = "pages" if image.format == "TIFF" else "frames (animated)"
+        raise UnsupportedError(
+            f"{path}: has {pages} {kind}; split it, or make it a video for `faceage video`"
+        )
+    if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
+        raise UnsupportedError(f"{path}: its colours are {image.mode}; convert it to RGB first")
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if image.mode in ("F", "I") or max(tags.get(258, (8,))) > 16 or max(tags.get(339, (1,))) > 1:
+        raise UnsupportedError(f"{path}: floating-point or 32-bit samples; convert it to 8 or 16 bits first")
+
+
+def _log_changes(path: Path, image: Image.Image) -> None:
+    """Say what will not be written back as it was."""
+    if image.mode not in ("L", "RGB", "RGBA", "I;16", "I;16B", "I;16L"):
+        log.warning("%s: stored as %s, will be written as plain gray, RGB or RGBA", path, image.mode)
+    if getattr(image, "n_frames", 1) > 1:
+        log.warning("%s: holds further pictures (a gain map or a stereo pair), which are not kept", path)
+
+
+def _decode(image: Image.Image, data: bytes) -> Plane:
+    """Return the samples, [H, W] or [H, W, 3 or 4], as stored; those of a TIFF upright.
+
+    Both OpenCV and Pillow turn a TIFF upright themselves, and nothing else.
+    """
+    if _is_deep_colour(image, data):
+        # Pillow would cut 16-bit colour to 8.
+        stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if stored is None or stored.dtype != np.uint16:
+            raise ValueError("OpenCV cannot decode it")
+        return swap_red_blue(stored)
+    image.load()
+    if image.mode.startswith("I;16"):
+        return np.array(image).astype(np.uint16)
+    if image.has_transparency_data:
+        return np.array(image.convert("RGBA"))
+    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def _is_deep_colour(image: Image.Image, data: bytes) -> bool:
+    if image.format == "PNG":  # IHDR: bit depth at byte 24, colour type (2 RGB, 4 gray + alpha, 6 RGBA) at 25
+        return data[24] == 16 and (data[25] != 0 or "transparency" in image.info)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return len(image.tag_v2.get(258, ())) > 1 and max(image.tag_v2[258]) == 16
+    return False
+
+
+def swap_red_blue(samples: Plane) -> Plane:
+    """Return RGB(A) as BGR(A) and the other way round; gray as it is."""
+    if samples.ndim == 2:
+        return samples
+    return cv2.cvtColor(samples, cv2.COLOR_BGR2RGB if samples.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(ORIENTATION_TAG, 1)
+    return value if value in _UPRIGHT else 1
+
+
+def _upright(samples: Plane, orientation: int) -> Plane:
+    transpose, up_down, left_right = _UPRIGHT[orientation]
+    samples = samples.swapaxes(0, 1) if transpose else samples
+    samples = samples[::-1] if up_down else samples
+    samples = samples[:, ::-1] if left_right else samples
+    return np.ascontiguousarray(samples)
+
+
+def as_stored(samples: Plane, orientation: int) -> Plane:
+    """Undo `_upright`."""
+    transpose, up_down, left_right = _UPRIGHT[orientation]
+    samples = samples[:, ::-1] if left_right else samples
+    samples = samples[::-1] if up_down else samples
+    samples = samples.swapaxes(0, 1) if transpose else samples
+    return np.ascontiguousarray(samples)
+
+
+def _still(image: Image.Image, plane: Plane, orientation: int, data: bytes) -> Still:
+    channels = plane.shape[2] if plane.ndim == 3 else 1
+    pixel_format = PIXEL_FORMATS[channels, plane.itemsize]
+    info = image.info
+    xmp = info.get("xmp") or info.get("XML:com.adobe.xmp")
+    exif = info.get("exif") or None
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        xmp = image.tag_v2.get(XMP_TAG)
+        tags = image.getexif()
+        for tag in (*TIFF_STORAGE.intersection(tags), XMP_TAG, ICC_TAG):
+            tags.pop(tag, None)
+        if orientation != 1:  # removed when Pillow turned the picture
+            tags[ORIENTATION_TAG] = orientation
+        exif = tags.tobytes() if len(tags) else None
+    if exif and not exif.startswith(EXIF_PREFIX):  # WebP's and PNG's have none
+        exif = EXIF_PREFIX + exif
+    jpeg = image if isinstance(image, JpegImagePlugin.JpegImageFile) else None
+    return Still(
+        frame=Frame(planes=(plane,), pixel_format=pixel_format, color=_GRAY if channels == 1 else RGB),
+        format="JPEG" if image.format == "MPO" else str(image.format),
+        orientation=orientation,
+        exif=exif,
+        icc_profile=info.get("icc_profile"),
+        xmp=xmp.encode() if isinstance(xmp, str) else xmp,
+        dpi=info.get("dpi"),
+        quantization=jpeg.quantization if jpeg else None,
+        # Pillow cannot write 4:4:0 and 4:1:1, which it reports as -1: nothing is lost with 4:4:4.
+        subsampling=max(0, JpegImagePlugin.get_sampling(jpeg)) if jpeg else 0,
+        progressive=bool(info.get("progressive")),
+        comment=info.get("comment") if jpeg else None,
+        lossless=image.format == "WEBP" and b"VP8L" in data[12:16] + _webp_chunk_types(data),
+        tiff_compression=_TIFF_COMPRESSION.get(info.get("compression", ""), 5),
+        png_chunks=tuple(_png_chunks(data)) if image.format == "PNG" else (),
+    )
+
+
+def _webp_chunk_types(data: bytes) -> bytes:
+    """Return the chunk types of a WebP file, joined."""
+    types, at = b"", 12
+    while at + 8 <= len(data):
+        types += data[at : at + 4]
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+    return types
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the chunks of a PNG that are worth keeping, but XMP."""
+    at = 8
+    while at + 12 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        if kind in _PNG_KEEP and not body.startswith(PNG_XMP):
+            yield kind, body
+        at += 12 + size
