@@ -1,3 +1,63 @@
-"""Age or rejuvenate every face in a video or a folder of images, and touch nothing else."""
+"""Age or rejuvenate every face in a video or a folder of images, and touch nothing else.
+
+>>> import faceage
+>>> networks = faceage.load_networks()
+>>> request = faceage.AgeRequest(age=70)
+>>> faceage.age_video(networks, "in.mp4", "out.mp4", request)  # doctest: +SKIP
+
+The names below are imported when they are first used: `import faceage` itself costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from faceage.detect import DetectConfig
+    from faceage.errors import FaceAgeError
+    from faceage.follow import TrackConfig
+    from faceage.media.codecs import EncodeOptions
+    from faceage.media.image import find_images
+    from faceage.pipeline.photos import PhotoReport, age_photos
+    from faceage.pipeline.request import AgeRequest, Networks, load_networks
+    from faceage.pipeline.sheet import make_sheet
+    from faceage.pipeline.video import VideoReport, age_video
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AgeRequest": "faceage.pipeline.request",
+    "DetectConfig": "faceage.detect",
+    "EncodeOptions": "faceage.media.codecs",
+    "FaceAgeError": "faceage.errors",
+    "Networks": "faceage.pipeline.request",
+    "PhotoReport": "faceage.pipeline.photos",
+    "TrackConfig": "faceage.follow",
+    "VideoReport": "faceage.pipeline.video",
+    "age_photos": "faceage.pipeline.photos",
+    "age_video": "faceage.pipeline.video",
+    "find_images": "faceage.media.image",
+    "load_networks": "faceage.pipeline.request",
+    "make_sheet": "faceage.pipeline.sheet",
+}
+
+__all__ = [
+    "AgeRequest",
+    "DetectConfig",
+    "EncodeOptions",
+    "FaceAgeError",
+    "Networks",
+    "PhotoReport",
+    "TrackConfig",
+    "VideoReport",
+    "age_photos",
+    "age_video",
+    "find_images",
+    "load_networks",
+    "make_sheet",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

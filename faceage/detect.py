@@ -284,11 +284,11 @@ def _pyramid(frames: list[Frame], smallest: float, factor: float) -> list[_Level
     levels = []
     for scale in scales:
         is_scanned = scale <= first
-        size = (width, height)
+        w, h = width, height
         if is_scanned or scale < 1:
-            size = tuple(max(PNET_MIN_PX, 2 * round(side * scale / 2)) for side in size)
-        planes = [[_shrink(plane, *size) for plane in frame] for frame in planes]
-        levels.append(_Level(*size, is_scanned, planes))
+            w, h = (max(PNET_MIN_PX, 2 * round(side * scale / 2)) for side in (w, h))
+        planes = [[_shrink(plane, w, h) for plane in frame] for frame in planes]
+        levels.append(_Level(w, h, is_scanned, planes))
     return levels
 
 

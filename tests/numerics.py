@@ -6,9 +6,9 @@ GATHER_ATOL = 2e-5
 ADD_ATOL_CODES = 1
 """Code values after `add_delta`: float32 and float64 may round a tie differently ..."""
 
-ADD_MAX_TIES = 2e-3
-"""... but only in this share of the samples."""
+ADD_MAX_TIES = {8: 3e-4, 10: 6e-4, 12: 2e-3, 16: 0.03}
+"""... in this share of the samples, by bit depth: a code of 16 bits is not far above float32's rounding."""
 
-ROUND_TRIP_ATOL = {8: 0.02, 10: 0.012, 16: 0.011}
-"""Crop after adding a smooth delta minus crop before, by bit depth: rounding to codes, and the resampling
-there and back (at most 0.011 for the delta of the tests)."""
+ROUND_TRIP_ATOL = {8: 0.012, 10: 0.006, 16: 0.005}
+"""Crop after adding a smooth delta of up to 0.28 minus crop before, by bit depth: rounding to codes,
+and 0.0033 of resampling there and back."""

@@ -180,6 +180,8 @@ def test_refusals_say_what_to_do(stored, tmp_path):
         stored.load(blur_program(), "openvino")
     with pytest.raises(EngineError, match="runs on the CPU"):
         stored.load(blur_program(), "onnxruntime", "cuda")
+    with pytest.raises(EngineError, match='unknown device "meta"'):
+        stored.load(blur_program(), "torch", "meta")
     with pytest.raises(EngineError, match='unknown device "gpu"'):
         stored.load(blur_program(), "torch", "gpu")
     with pytest.raises(EngineError, match="cuda:99 is not there"):

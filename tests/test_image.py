@@ -145,6 +145,14 @@ def test_jpeg_keeps_its_tables_and_hardly_changes(tmp_path, subsampling, progres
     assert after.quantization == before.quantization
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_of_noise_at_the_highest_quality_fits_the_buffer(tmp_path, progressive):
+    source = save(
+        tmp_path / "a.jpg", samples("rgb24", 900, 1100), quality=100, subsampling=0, progressive=progressive
+    )
+    assert read_image(rewrite(tmp_path, source)).frame.width == 1100
+
+
 def test_webp_stays_lossless_or_lossy(tmp_path):
     lossless = save(tmp_path / "a.webp", samples("rgba"), lossless=True, exact=True, exif=exif_bytes())
     out = rewrite(tmp_path, lossless)
@@ -247,6 +255,9 @@ def test_formats_that_cannot_hold_the_frame(tmp_path):
     for suffix, kind in ((".jpg", "JPEG"), (".webp", "WEBP"), (".bmp", "BMP")):
         with pytest.raises(UnsupportedError, match=rf"{kind} cannot hold rgba64; write \.png or \.tif"):
             rewrite(tmp_path, source, suffix)
+    wide = save(tmp_path / "wide.png", np.zeros((1, 20_000, 3), np.uint8))
+    with pytest.raises(MediaError, match="cannot be stored as WEBP"):
+        rewrite(tmp_path, wide, ".webp")
     with pytest.raises(UnsupportedError, match=r"unknown suffix '\.xyz'"):
         rewrite(tmp_path, source, ".xyz")
     bmp = save(tmp_path / "a.bmp", samples("rgb24"))

@@ -98,13 +98,10 @@ class Program:
 class Engine(Protocol):
     """A network that is ready to run. Calls are safe from several threads at once."""
 
-    @property
-    def name(self) -> str:
-        """The program's name."""
-
-    @property
-    def backend(self) -> str:
-        """The backend's name, as in `store.BACKENDS`."""
+    name: str
+    """The program's name."""
+    backend: str
+    """The backend's name, as in `store.BACKENDS`."""
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network.
@@ -118,6 +115,7 @@ class Engine(Protocol):
         Raises:
             ShapeError: if an input does not fit.
         """
+        ...
 
 
 def fingerprint(*parts: str | bytes | Path) -> str:

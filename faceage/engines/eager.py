@@ -47,23 +47,28 @@ def versions() -> dict[str, str]:
     return {"torch": version("torch")}
 
 
-def load(program: Program, path: Path | None, device: str, threads: int) -> EagerEngine:
-    """Build the network on `device`: "cpu", "cuda" or "cuda:N". `threads` is set for torch as a whole.
-
-    Raises:
-        EngineError: if the device is not there.
-    """
+def check_device(device: str) -> None:
+    """Raise EngineError if `device` is not "cpu", "cuda" or "cuda:N", or is not in this machine."""
     import torch
 
     try:
         target = torch.device(device)
     except RuntimeError as error:
         raise EngineError(f'unknown device "{device}"; use cpu, cuda or cuda:N') from error
+    if target.type not in ("cpu", "cuda"):
+        raise EngineError(f'unknown device "{device}"; use cpu, cuda or cuda:N')
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise EngineError(
             f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
             "use --device cpu, or check the driver with: faceage doctor"
         )
+
+
+def load(program: Program, path: Path | None, device: str, threads: int) -> EagerEngine:
+    """Build the network on `device`; `path` plays no part, and `threads` is set for torch as a whole."""
+    import torch
+
+    target = torch.device(device)
     if target.type == "cpu":
         torch.set_num_threads(threads)
     module, _ = program.build()

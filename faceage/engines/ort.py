@@ -80,16 +80,20 @@ def build(program: Program, exported: ExportedProgram, path: Path) -> None:
     onnx_program.save(str(path), external_data=False)
 
 
-def load(program: Program, path: Path, device: str, threads: int) -> OrtEngine:
-    """Open the ONNX file at `path` on the CPU.
-
-    Raises:
-        EngineError: if `device` is not "cpu", or ONNX Runtime refuses the file.
-    """
+def check_device(device: str) -> None:
+    """Raise EngineError if this backend does not run on `device`."""
     if device != "cpu":
         raise EngineError(
             f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend torch"
         )
+
+
+def load(program: Program, path: Path, device: str, threads: int) -> OrtEngine:
+    """Open the ONNX file at `path` on the CPU.
+
+    Raises:
+        EngineError: if ONNX Runtime refuses the file.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -29,7 +29,7 @@ def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None) ->
             options = {"qtables": still.quantization, "subsampling": still.subsampling}
         else:
             options = {"quality": 95, "subsampling": 0}
-        options |= {"progressive": still.progressive, "comment": still.comment, "optimize": True}
+        options |= {"progressive": still.progressive, "comment": still.comment}
     elif kind == "WEBP":
         # A lossy WebP does not say its quality. `exact` keeps the colours under transparent pixels.
         options = {"lossless": still.lossless or still.format != "WEBP", "quality": 90, "exact": True}
@@ -37,8 +37,16 @@ def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None) ->
         options = {}
     tags = {"exif": still.exif, "icc_profile": still.icc_profile, "xmp": xmp, "dpi": still.dpi}
     options |= {key: value for key, value in tags.items() if value and kind != "BMP"}
-    buffer = io.BytesIO()
-    Image.fromarray(samples).save(buffer, kind, **{k: v for k, v in options.items() if v is not None})
+    options = {key: value for key, value in options.items() if value is not None}
+    image, buffer = Image.fromarray(samples), io.BytesIO()
+    try:
+        image.save(buffer, kind, **options)
+    except OSError:
+        if not options.pop("progressive", False):
+            raise
+        # Pillow's buffer for progressive files is two bytes a pixel, too small for noise at quality 100.
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

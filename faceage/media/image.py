@@ -58,12 +58,15 @@ def write_image(
     xmp = label_xmp(still.xmp, label) if label is not None else still.xmp
     # A BMP has no tag for it, so it is stored upright.
     samples = as_stored(frame.planes[0], 1 if kind == "BMP" else still.orientation)
-    if kind == "PNG":
-        data = encode_png(samples, still, xmp)
-    elif kind == "TIFF":
-        data = encode_tiff(samples, still, xmp)
-    else:
-        data = encode_pillow(samples, still, kind, xmp)
+    try:
+        if kind == "PNG":
+            data = encode_png(samples, still, xmp)
+        elif kind == "TIFF":
+            data = encode_tiff(samples, still, xmp)
+        else:
+            data = encode_pillow(samples, still, kind, xmp)
+    except (OSError, ValueError) as error:  # a side or a metadata block longer than the format allows
+        raise MediaError(f"{path}: cannot be stored as {kind} ({error}); write .png or .tif") from error
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

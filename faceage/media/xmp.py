@@ -29,8 +29,8 @@ _OLD_SOURCE_TYPE = re.compile(
 def label_xmp(packet: bytes | None, label: Mapping[str, str]) -> bytes:
     """Return the XMP packet with the label in it.
 
-    The packet that is there is kept as it is, byte for byte, but for a digital source type (there may be
-    only one: the picture is a composite now) and a label of an earlier run. One without an rdf:RDF element
+    The packet that is there is kept as it is, but for its padding, a digital source type (there may be only
+    one: the picture is a composite now) and a label of an earlier run. One without an rdf:RDF element
     in UTF-8 cannot be added to and is replaced.
 
     Args:
@@ -47,6 +47,7 @@ def label_xmp(packet: bytes | None, label: Mapping[str, str]) -> bytes:
     if "</rdf:RDF>" not in text:
         text = _EMPTY
     text = _OLD_SOURCE_TYPE.sub("", _OLD_LABEL.sub("", text))
+    text = re.sub(r"\s+(?=<\?xpacket end)", "", text)  # padding: a JPEG holds no packet over 64 KB
     # The descriptions of one packet must be about the same resource.
     about = re.search(r"rdf:about\s*=\s*(\"[^\"]*\"|'[^']*')", text)
     fields = "".join(f"<faceage:{key}>{escape(value)}</faceage:{key}>" for key, value in label.items())

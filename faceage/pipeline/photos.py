@@ -154,9 +154,8 @@ def age_photos(
         target = items[i][1]
         try:
             with timer("write"):
-                target.parent.mkdir(parents=True, exist_ok=True)
                 write_image(target, still, frame, overwrite=overwrite, label=label)
-        except (FaceAgeError, OSError) as error:
+        except FaceAgeError as error:
             reports[i].error = str(error)
         finished(reports[i])
 

@@ -151,7 +151,8 @@ def scan(
     """Return the people of a video, in order of appearance."""
     tracker = Tracker(networks.detector, config)
     samples: dict[int, list[float]] = {}
-    total = reader.info.frame_count
+    # How many frames a part of a video has shows only when they are decoded.
+    total = reader.info.frame_count if reader.start_s is None and reader.end_s is None else None
     frames = (upright(f, reader.info.rotation) for f in read_ahead(timed(reader, "decode", timer), CHUNK_FRAMES))
     windows = tracker.scan(frames)
     while True:

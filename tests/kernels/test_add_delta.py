@@ -1,14 +1,14 @@
-import importlib
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from faceage.kernels import add_delta, gather_crops
+from numerics import ADD_ATOL_CODES, ADD_MAX_TIES, ROUND_TRIP_ATOL
 
 from faceage.errors import ShapeError
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame
 
-ADD_ATOL_CODES, ADD_MAX_TIES = 1, 2e-3
 SIZE = 32
 
 
@@ -79,12 +79,12 @@ def test_cpu_equals_reference(pixel_format, matrix):
     for a, b in zip(fast.planes, slow.planes, strict=True):
         apart = np.abs(a.astype(np.int64) - b) >> PIXEL_LAYOUTS[pixel_format].shift
         assert apart.max() <= ADD_ATOL_CODES
-        # One code of 16 bits is 3e-5 of the range: float32 against float64 shows there.
-        assert np.mean(apart > 0) <= (ADD_MAX_TIES if PIXEL_LAYOUTS[pixel_format].bit_depth < 16 else 0.1)
+        assert np.mean(apart > 0) <= ADD_MAX_TIES[PIXEL_LAYOUTS[pixel_format].bit_depth]
 
 
-@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
-@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize(
+    ("pixel_format", "impl"), [*((f, "cpu") for f in PIXEL_LAYOUTS), ("yuv420p", "ref"), ("rgb48", "ref")]
+)
 def test_nothing_outside_the_quadrilateral_changes(pixel_format, impl):
     for name, matrix in MATRICES.items():
         frame = make_frame(pixel_format, span=(0, 1))
@@ -96,8 +96,6 @@ def test_nothing_outside_the_quadrilateral_changes(pixel_format, impl):
             u = matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]
             v = matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]
             outside = (np.minimum(u, v) < -0.5) | (np.maximum(u, v) > SIZE - 0.5)
-            centred = frame.color.chroma_siting == "center"
-            assert centred
             changed = plane != old
             changed = changed.any(-1) if changed.ndim == 3 else changed
             assert changed.any(), name
@@ -159,19 +157,18 @@ def test_alpha_is_never_touched(impl, pixel_format):
     np.testing.assert_array_equal(frame.planes[0][..., 3], alpha)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "ref"])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "nv12", "yuv444p10le", "p010le", "rgb48"])
 @pytest.mark.parametrize("matrix", ["bt601", "bt709", "bt2020", "smpte240m"])
 @pytest.mark.parametrize("full_range", [False, True])
-def test_adding_then_gathering_gives_the_delta_back(impl, pixel_format, matrix, full_range):
+def test_adding_then_gathering_gives_the_delta_back(pixel_format, matrix, full_range):
     color = ColorSpec(matrix=matrix, full_range=full_range)
     frame = make_frame(pixel_format, 320, 240, color)
     index, to_crop = np.zeros(1, np.int64), similarity(0.16, 15, (160, 120))
     before = gather_crops([frame], index, to_crop[None], SIZE)
     delta = smooth_delta()
-    add_delta(frame, delta, to_crop, impl=impl)
+    add_delta(frame, delta, to_crop)
     got = (gather_crops([frame], index, to_crop[None], SIZE) - before)[0]
-    np.testing.assert_allclose(got, delta, atol=0.02)
+    np.testing.assert_allclose(got, delta, atol=ROUND_TRIP_ATOL[frame.layout.bit_depth])
     # The bound is a small part of the signal, and there is no offset and no wrong colour.
     assert np.abs(delta).max() > 0.25
     assert abs((got - delta).mean()) < 1e-3
@@ -223,7 +220,12 @@ def test_wrong_shape_is_named():
         add_delta(make_frame("gray"), np.zeros((3, 8, 9), np.float32), MATRICES["enlarged"])
 
 
-def test_kernels_do_not_import_torch():
-    for name in ("add_delta", "color", "gather"):
-        source = Path(importlib.import_module(f"faceage.kernels.{name}").__file__).read_text()
-        assert "\nimport torch" not in source
+def test_a_cpu_run_imports_no_torch():
+    program = (
+        "import sys, numpy as np; from faceage.kernels import add_delta, gather_crops; "
+        "from faceage.types import ColorSpec, Frame; "
+        "frame = Frame(planes=(np.zeros((50, 50), np.uint8),), pixel_format='gray', color=ColorSpec()); "
+        "matrix = np.eye(2, 3, dtype=np.float32); gather_crops([frame], np.zeros(1, int), matrix[None], 16); "
+        "add_delta(frame, np.ones((3, 16, 16), np.float32), matrix); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from faceage.kernels import color_of, gather_crops, rgb_to_yuv_delta, yuv_to_rgb
 from faceage.kernels.gather import box_factors, crop_to_plane
+from numerics import GATHER_ATOL
 
 from faceage.errors import ShapeError
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame, PlaneLayout
 
-GATHER_ATOL = 2e-5  # tests/numerics.py
 SITINGS = ("left", "center", "topleft")
 
 
@@ -50,7 +50,8 @@ MATRICES = {
 @pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES.keys())
 def test_cpu_equals_reference(pixel_format, matrix):
-    for siting in SITINGS:
+    chroma = any(spec.sub_x * spec.sub_y > 1 for spec in PIXEL_LAYOUTS[pixel_format].planes)
+    for siting in SITINGS if chroma else SITINGS[:1]:
         color = ColorSpec(matrix="bt601", chroma_siting=siting)
         frame = make_frame(pixel_format, color=None if "rgb" in pixel_format else color)
         index = np.zeros(1, np.int64)

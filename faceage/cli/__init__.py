@@ -1,0 +1,61 @@
+"""The command line. A command parses its options, makes a configuration, calls the library once, and reports.
+
+Each command has its module here, imported when it is asked for: `faceage --help` imports Click and nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from faceage import __version__
+from faceage.errors import FaceAgeError
+
+COMMANDS = {
+    "video": "Age every face in videos.",
+    "images": "Age every face in photos and folders of photos.",
+    "sheet": "Draw a photo's faces at several ages, in one picture.",
+    "models": "List, describe, fetch and import models.",
+    "doctor": "Say what works on this machine, and how to mend what does not.",
+    "bench": "Measure speed on this machine, against baselines in the same run.",
+}
+"""Command, which is also its module here, and its line in the help."""
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return import_module(f"faceage.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; an error that the user can act on is one line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except FaceAgeError as error:
+            from faceage.cli.output import exit_code, say_error
+
+            say_error(str(error))
+            raise click.exceptions.Exit(exit_code(error)) from error
+        except KeyboardInterrupt as interrupt:
+            raise click.exceptions.Exit(130) from interrupt
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="faceage")
+def main() -> None:
+    """Age or rejuvenate every face in videos and photos, and touch nothing else.
+
+    Exit codes: 0 all done; 1 some items failed, the others are done; 2 wrong usage; 3 nothing could be
+    processed; 4 environment or engine; 130 interrupted (what was finished stays).
+    """

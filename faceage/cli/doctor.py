@@ -1,0 +1,146 @@
+"""`faceage doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import av.codec
+import click
+from rich.console import Console
+from rich.table import Table
+
+from faceage.agers.programs import generator_program, latent_program, reader_program
+from faceage.cache import cache_root
+from faceage.cli.environment import machine, versions
+from faceage.cli.output import EXIT_ENVIRONMENT
+from faceage.engines.store import EngineStore
+from faceage.errors import FaceAgeError
+from faceage.models import find_model, list_models
+from faceage.models.fetch import facenet_file
+from faceage.networks.mtcnn import onet_program, pnet_program, rnet_program
+
+NEEDED_ENCODERS = ("libx264", "libx265")
+OTHER_ENCODERS = ("libsvtav1", "libvpx-vp9", "prores_ks", "ffv1", "h264_nvenc", "hevc_nvenc", "av1_nvenc")
+MIN_FREE_GB = 1.0
+"""The engines of one model take 0.1 GB; the rest is room for FaceNet and other models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    state: Literal["ok", "note", "fail"]
+    found: str
+    remedy: str = ""
+    """The command that mends it."""
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Also import torch, and ask it for GPUs.")
+def command(as_json: bool, verbose: bool) -> None:
+    """Say what works on this machine, and how to mend what does not. Exit code 4 if something has to be mended."""
+    checks = [*_packages(), _encoders(), _gpu(), *([_torch()] if verbose else []), _cache(), *_models(), _facenet()]
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    else:
+        table = Table("", "", "found", "to mend it", box=None, pad_edge=False)
+        colours = {"ok": "green", "note": "yellow", "fail": "red"}
+        for check in checks:
+            table.add_row(f"[{colours[check.state]}]{check.state}[/]", check.name, check.found, check.remedy)
+        Console().print(table)
+    if any(check.state == "fail" for check in checks):
+        raise click.exceptions.Exit(EXIT_ENVIRONMENT)
+
+
+def _packages() -> Iterator[Check]:
+    facts = machine()
+    yield Check(name="machine", state="ok", found=f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']} GB")
+    for name, version in versions().items():
+        missing = version == "not installed"
+        yield Check(
+            name=name, state="fail" if missing else "ok", found=version, remedy=f"pip install {name}" if missing else ""
+        )
+
+
+def _encoders() -> Check:
+    there = [name for name in (*NEEDED_ENCODERS, *OTHER_ENCODERS) if name in av.codec.codecs_available]
+    missing = [name for name in NEEDED_ENCODERS if name not in there]
+    return Check(
+        name="encoders",
+        state="fail" if missing else "ok",
+        found=", ".join(there) + (f"; missing: {', '.join(missing)}" if missing else ""),
+        remedy="pip install --force-reinstall av" if missing else "",
+    )
+
+
+def _gpu() -> Check:
+    if shutil.which("nvidia-smi") is None:
+        return Check(name="GPU", state="note", found="no NVIDIA driver (no nvidia-smi): everything runs on the CPU")
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (subprocess.SubprocessError, OSError) as error:
+        return Check(name="GPU", state="note", found=f"nvidia-smi fails ({error}): everything runs on the CPU")
+    return Check(name="GPU", state="ok", found=f"{'; '.join(found.splitlines())}; use it with --device cuda")
+
+
+def _torch() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        return Check(name="torch", state="ok", found=f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices")
+    return Check(name="torch", state="note", found="sees no CUDA device")
+
+
+def _cache() -> Check:
+    folder = cache_root()
+    remedy = "export FACEAGE_CACHE=/a/folder/that/can/be/written"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free_gb = shutil.disk_usage(folder).free / 1e9
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        return Check(name="cache", state="fail", found=f"{folder} cannot be written ({reason})", remedy=remedy)
+    found = f"{folder}, {free_gb:.1f} GB free"
+    return Check(name="cache", state="ok", found=found) if free_gb >= MIN_FREE_GB else Check(
+        name="cache", state="fail", found=found, remedy=remedy
+    )  # fmt: skip
+
+
+def _models() -> Iterator[Check]:
+    store = EngineStore()
+    for name in list_models():
+        try:
+            files = find_model(name)
+        except FaceAgeError as error:
+            yield Check(name=f"model {name}", state="fail", found=str(error), remedy="pip install --force-reinstall faceage")
+            continue
+        programs = [
+            *(reader_program(path) for path in (files.encoder, files.age, files.identity)),
+            generator_program(files.generator),
+            latent_program(files.generator, files.identity),
+            *(pnet_program(), rnet_program(), onet_program()),
+        ]
+        built = sum(store.contains(program) for program in programs)
+        found = f"{len(files.paths())} checkpoints; {built} of {len(programs)} engines built"
+        if built < len(programs):
+            found += ", the others are built on first use"
+        yield Check(name=f"model {name}", state="ok", found=found)
+
+
+def _facenet() -> Check:
+    if facenet_file().is_file():
+        return Check(name="facenet", state="ok", found=str(facenet_file()))
+    found = "not fetched; only --identity facenet needs it"
+    return Check(name="facenet", state="note", found=found, remedy="faceage models fetch facenet")

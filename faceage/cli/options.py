@@ -1,0 +1,241 @@
+"""The options that commands share, each group handed to the command as one ready value."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from faceage import __version__
+from faceage.checkpoint import sha256_of
+from faceage.cli.output import Output
+from faceage.detect import DetectConfig
+from faceage.engines.store import Backend
+from faceage.media.video import EncodeOptions
+from faceage.media.xmp import SOURCE_TYPE
+from faceage.models import DEFAULT_MODEL, find_model, list_models
+from faceage.pipeline.request import AGE_LIMITS_YEARS, AgeRequest, Networks, load_networks
+from faceage.track import TrackConfig
+
+if TYPE_CHECKING:
+    from faceage.agers.base import Composite
+
+AGE = click.FloatRange(*AGE_LIMITS_YEARS)
+
+
+def _group(argument: str, make: Callable[..., object], *options: Callable) -> Callable[[Callable], Callable]:
+    """Return a decorator that adds options and passes what `make` makes of their values as `argument`."""
+    names = list(signature(make).parameters)
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def run(**params: object) -> object:
+            values = {name: params.pop(name) for name in names}
+            try:
+                made = make(**values)
+            except ValueError as error:
+                raise click.UsageError(str(error)) from error
+            return command(**params, **{argument: made})
+
+        for option in reversed(options):
+            run = option(run)
+        return run
+
+    return decorate
+
+
+def _request(
+    age: float | None, by: float | None, source_age: float | None, strength: float, faces: Literal["all", "largest"]
+) -> AgeRequest:
+    if (age is None) == (by is None):
+        raise click.UsageError("give either --age N or --by +N")
+    return AgeRequest(age=age, by=by, source_age=source_age, strength=strength, faces=faces)
+
+
+source_age_option = click.option(
+    "--source-age", type=AGE, metavar="YEARS", help="Everybody's present age. Default: estimated for each person."
+)
+strength_option = click.option(
+    "--strength", type=click.FloatRange(0, 1), default=AgeRequest.strength, show_default=True,
+    help="Share of the change that is applied.",
+)  # fmt: skip
+request_options = _group(
+    "request",
+    _request,
+    click.option("--age", type=AGE, metavar="YEARS", help="The age that everybody gets."),
+    click.option("--by", type=float, metavar="YEARS", help="Years to add to each person's age: +20, -10."),
+    source_age_option,
+    strength_option,
+    click.option(
+        "--faces", type=click.Choice(["all", "largest"]), default=AgeRequest.faces, show_default=True,
+        help="largest: the largest face of a photo, or the most prominent person of each shot.",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Which networks are used, and what runs them."""
+
+    model: str
+    backend: Literal["auto", "onnxruntime", "torch"]
+    device: str
+    identity: Literal["compact", "facenet"]
+    composite: Composite
+    min_face: float | None
+
+    def __post_init__(self) -> None:
+        if self.model not in list_models():
+            raise click.BadParameter(
+                f'unknown model "{self.model}"; there are {", ".join(list_models())}; '
+                "add one with `faceage models import`",
+                param_hint="--model",
+            )
+        DetectConfig(min_face_px=self.min_face)
+
+    def resolved(self) -> tuple[Backend, str]:
+        """Return the backend and the device: a GPU is used by the torch backend, or where it is named."""
+        backend: Backend = "torch" if self.device.startswith("cuda") else "onnxruntime"
+        if self.backend != "auto":
+            backend = self.backend
+        if self.device != "auto":
+            return backend, self.device
+        if backend == "onnxruntime":
+            return backend, "cpu"
+        import torch
+
+        return backend, "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load(self, out: Output) -> Networks:
+        """Load the networks, saying what is built."""
+        backend, device = self.resolved()
+        networks = load_networks(
+            model=self.model,
+            identity=self.identity,
+            backend=backend,
+            device=device,
+            detect=DetectConfig(min_face_px=self.min_face),
+            composite=self.composite,
+            on_build=out.building,
+        )
+        out.detail(f"model {self.model}, backend {backend} on {device}")
+        out.result("engines", {"model": self.model, "backend": backend, "device": device})
+        return networks
+
+    def label(self, target: str) -> dict[str, str]:
+        """Return what an output's label says: the tool, the model, the age."""
+        generator = sha256_of(find_model(self.model).generator)[:12]
+        return {
+            "tool": f"faceage {__version__}",
+            "model": f"{self.model} sha256:{generator}",
+            "target_age": target,
+        }
+
+
+network_options = _group(
+    "network",
+    NetworkOptions,
+    click.option("--model", default=DEFAULT_MODEL, show_default=True, help="See `faceage models list`."),
+    click.option(
+        "--backend", type=click.Choice(["auto", "onnxruntime", "torch"]), default="auto", show_default=True,
+        help="What runs the networks. auto: onnxruntime, or torch on a GPU.",
+    ),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where they run."),
+    click.option(
+        "--identity", type=click.Choice(["compact", "facenet"]), default="compact", show_default=True,
+        help="The network that keeps people recognisable; facenet is fetched by `faceage models fetch facenet`.",
+    ),
+    click.option(
+        "--composite", type=click.Choice(["delta", "replace"]), default="delta", show_default=True,
+        help="delta adds the change to the face; replace pastes the generated face.",
+    ),
+    click.option("--min-face", type=float, metavar="PX", help="Smallest face, in pixels. Default: 2.5 % of the picture."),
+)  # fmt: skip
+
+
+def _output(as_json: bool, report: Path | None, verbose: bool, quiet: bool) -> Output:
+    context = click.get_current_context()
+    if verbose and quiet:
+        raise click.UsageError("give either -v or -q")
+    options = {name: value for name, value in context.params.items() if value is not None}
+    return Output(
+        context.info_name or "", options, as_json=as_json, report=report, verbosity=int(verbose) - int(quiet)
+    )
+
+
+output_options = _group(
+    "out",
+    _output,
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line on stdout, and nothing else there."),
+    click.option(
+        "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a JSON report."
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Say what is used and how long each stage takes."),
+    click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+no_label_option = click.option("--no-label", is_flag=True, help="Do not mark outputs as partly synthetic.")
+
+
+class Time(click.ParamType):
+    """Seconds, or [HH:]MM:SS."""
+
+    name = "time"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds."""
+        if isinstance(value, float):
+            return value
+        if not re.fullmatch(r"((\d+:)?\d+:)?\d+(\.\d+)?", str(value)):
+            self.fail(f"{value!r} is no time; give seconds or [HH:]MM:SS", param, ctx)
+        seconds = 0.0
+        for part in str(value).split(":"):
+            seconds = 60 * seconds + float(part)
+        return seconds
+
+
+def _encoder_option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if bad := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise click.BadParameter(f"{bad[0]!r} is not KEY=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _encode(
+    codec: str | None, crf: float | None, preset: str | None, encoder_option: dict[str, str]
+) -> EncodeOptions:
+    return EncodeOptions(codec=codec, crf=crf, preset=preset, encoder_options=encoder_option)
+
+
+encode_options = _group(
+    "encode",
+    _encode,
+    click.option("--codec", help="Codec or encoder by FFmpeg's name: h264, libx265, ffv1. Default: the source's."),
+    click.option("--crf", type=float, help="Constant quality, lower is better. Default: visually lossless."),
+    click.option("--preset", help="The encoder's preset."),
+    click.option(
+        "--encoder-option", multiple=True, metavar="KEY=VALUE", callback=_encoder_option,
+        help="Any option of the encoder; may be repeated.",
+    ),
+)  # fmt: skip
+detect_every_option = click.option(
+    "--detect-every", type=click.IntRange(min=1), default=TrackConfig.detect_every, show_default=True, metavar="FRAMES",
+    help="Frames between two searches of the whole picture; in between, known faces are followed.",
+)  # fmt: skip
+
+
+def describe_target(request: AgeRequest) -> str:
+    """Return the wanted age as a label says it: "70", "+20 years"."""
+    return f"{request.age:g}" if request.age is not None else f"{request.by:+g} years"
+
+
+def label_comment(label: dict[str, str], existing: str | None) -> str:
+    """Return the label as a container's comment, after the comment that the source has."""
+    text = f"digitalSourceType: {SOURCE_TYPE}; " + "; ".join(f"{k}: {v}" for k, v in label.items())
+    return f"{existing}\n{text}" if existing else text

@@ -1,0 +1,221 @@
+"""What a run says: lines and a progress bar for people, JSON lines for programs, a report for the record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import click
+
+from faceage.errors import CheckpointError, EngineError, FaceAgeError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 3, 4, 130
+PROGRESS_EVENT_S = 1.0
+"""At least this long between two progress events of --json."""
+
+
+def exit_code(error: FaceAgeError) -> int:
+    """Return the exit code of an error that ended a run."""
+    is_environment = isinstance(error, EngineError | CheckpointError)
+    return EXIT_ENVIRONMENT if is_environment else EXIT_NOTHING_DONE
+
+
+def say_error(message: str) -> None:
+    """Print an error as one line on stderr."""
+    click.echo(f"faceage: error: {' '.join(message.split())}", err=True)
+
+
+class Output:
+    """The output of one command; use it as a context manager around the work.
+
+    It turns errors that the user can act on into one line and an exit code, and writes the report in any case.
+    """
+
+    def __init__(
+        self, command: str, options: dict, *, as_json: bool = False, report: Path | None = None, verbosity: int = 0
+    ) -> None:
+        """Say what is asked for.
+
+        Args:
+            command: the command's name.
+            options: its resolved options, for the report.
+            as_json: print events on stdout, and nothing else there.
+            report: file that gets the whole record.
+            verbosity: -1 only errors, 0, 1 also what was chosen and how long it took.
+        """
+        self.as_json, self.verbosity = as_json, verbosity
+        self.is_interactive = sys.stderr.isatty() and not as_json and verbosity >= 0
+        self._report = report
+        self._record: dict = {"command": command, "options": options, "items": []}
+        self._done = self._failed = 0
+        self._lock = threading.RLock()  # photos are reported from worker threads
+        self._started = monotonic()
+        self._next_progress: dict[str, float] = {}
+        self._logged: set[str] = set()
+        self._handler = _Handler(self._log)
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        logger = logging.getLogger("faceage")
+        self._level = logger.level
+        logger.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}[self.verbosity])
+        logger.addHandler(self._handler)
+        self.event("start", command=self._record["command"], options=self._record["options"])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logger = logging.getLogger("faceage")
+        logger.removeHandler(self._handler)
+        logger.setLevel(self._level)
+        self.end_progress()
+        if error is None:
+            code = 0 if not self._failed else EXIT_SOME_FAILED if self._done else EXIT_NOTHING_DONE
+        elif isinstance(error, KeyboardInterrupt):
+            code = EXIT_INTERRUPTED
+            say_error("interrupted; what was finished stays")
+        elif isinstance(error, FaceAgeError):
+            code = exit_code(error)
+            self._record["error"] = str(error)
+            self.event("error", message=str(error))
+            say_error(str(error))
+        else:
+            return
+        seconds = round(monotonic() - self._started, 3)
+        self._record |= {"seconds": seconds, "done": self._done, "failed": self._failed, "exit_code": code}
+        self.event("done", seconds=seconds, done=self._done, failed=self._failed, exit_code=code)
+        self._write_report()
+        if code:
+            raise click.exceptions.Exit(code) from error
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Print one JSON event, if JSON is asked for."""
+        if self.as_json:
+            with self._lock:
+                click.echo(json.dumps({"event": kind, **fields}, default=str))
+
+    def line(self, text: str) -> None:
+        """Print a result on stdout."""
+        if not self.as_json and self.verbosity >= 0:
+            with self._lock:
+                click.echo(text)
+
+    def note(self, text: str) -> None:
+        """Print something worth knowing on stderr."""
+        self.event("note", message=text)
+        if self.verbosity >= 0:
+            self._say(f"faceage: {text}")
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self.event("warning", message=text)
+        self._record.setdefault("warnings", []).append(text)
+        if self.verbosity >= 0:
+            self._say(f"faceage: warning: {text}")
+
+    def detail(self, text: str) -> None:
+        """Print on stderr what only -v shows."""
+        if self.verbosity > 0:
+            self._say(f"faceage: {text}")
+
+    def building(self, engine: str) -> None:
+        """Say that an engine is being built: it takes seconds, once."""
+        self.event("engine", name=engine)
+        if self.verbosity >= 0:
+            self._say(f"faceage: building engines (once): {engine} ...")
+
+    def item(self, record: dict) -> None:
+        """Count a finished file, and a failed one where the record has an "error", "damage" in it being half of each."""
+        with self._lock:
+            self._record["items"].append(record)
+            self._done += not record.get("error")
+            self._failed += bool(record.get("error") or record.get("damage"))
+            self.event("item", **record)
+            if record.get("error"):
+                self._bar_or_stderr(say_error, str(record["error"]))
+
+    def result(self, name: str, value: object) -> None:
+        """Put something beside the items into the report."""
+        self._record[name] = value
+
+    def progress(self, source: str, stage: str, done: int, total: int | None) -> None:
+        """Move the bar of a file's pass, or print an event now and then."""
+        now = monotonic()
+        first = self._next_progress.setdefault(stage, now)
+        if self.as_json and (now >= first or done == total):
+            self._next_progress[stage] = now + PROGRESS_EVENT_S
+            self.event("progress", source=source, stage=stage, done=done, total=total)
+        elif self.is_interactive:
+            with self._lock:
+                self._advance(f"{Path(source).name} {stage}", done, total)
+
+    def end_progress(self) -> None:
+        """Take the bar away: a file is finished."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+            self._bar = None
+            self._tasks.clear()
+            self._next_progress.clear()
+
+    def _advance(self, title: str, done: int, total: int | None) -> None:
+        if self._bar is None:
+            from faceage.cli.bar import make_bar
+
+            self._bar = make_bar()
+            self._bar.start()
+        if title not in self._tasks:
+            for task in self._tasks.values():
+                self._bar.remove_task(task)
+            self._tasks = {title: self._bar.add_task(title, total=total)}
+        self._bar.update(self._tasks[title], completed=done, total=total)
+
+    def _say(self, text: str) -> None:
+        self._bar_or_stderr(lambda line: click.echo(line, err=True), text)
+
+    def _bar_or_stderr(self, say: Callable[[str], None], text: str) -> None:
+        """Print above the bar, if there is one: it would be drawn over otherwise."""
+        with self._lock:
+            if self._bar is None:
+                say(text)
+            else:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _log(self, level: int, message: str) -> None:
+        """Show what the library logs, once: a video is opened several times."""
+        if message not in self._logged:
+            self._logged.add(message)
+            (self.warn if level >= logging.WARNING else self.detail)(message)
+
+    def _write_report(self) -> None:
+        if self._report is None:
+            return
+        from faceage.cli.environment import machine, versions
+
+        record = {"versions": versions(), "machine": machine(), **self._record}
+        try:
+            self._report.write_text(json.dumps(record, indent=2, default=str) + "\n")
+        except OSError as error:
+            say_error(f"the report {self._report} cannot be written ({error.strerror}); name another file")
+            raise click.exceptions.Exit(EXIT_SOME_FAILED) from error
+
+
+class _Handler(logging.Handler):
+    def __init__(self, show: Callable[[int, str], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.levelno, record.getMessage())

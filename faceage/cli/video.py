@@ -1,0 +1,152 @@
+"""`faceage video`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from faceage.cli.options import (
+    NetworkOptions,
+    Time,
+    describe_target,
+    detect_every_option,
+    encode_options,
+    label_comment,
+    network_options,
+    no_label_option,
+    output_options,
+    overwrite_option,
+    request_options,
+)
+from faceage.cli.output import Output
+from faceage.errors import CheckpointError, EngineError, FaceAgeError, MediaError
+from faceage.media.codecs import choose_encoder
+from faceage.media.probe import open_input
+from faceage.media.video import EncodeOptions, check_output, probe_video
+from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.video import VideoReport, age_video
+from faceage.track import TrackConfig
+
+PEOPLE_SHOWN = 6
+"""People named in the summary of a video."""
+
+
+@click.command("video")
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IN...")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+    help="The output file; for several inputs, or if it is a folder, the folder of the outputs.",
+)  # fmt: skip
+@request_options
+@network_options
+@detect_every_option
+@click.option("--start", type=Time(), metavar="TIME", help="Leave out what is before: seconds or [HH:]MM:SS.")
+@click.option("--end", type=Time(), metavar="TIME", help="Leave out what comes from this time on.")
+@encode_options
+@overwrite_option
+@no_label_option
+@output_options
+def command(
+    *,
+    inputs: tuple[Path, ...],
+    output: Path,
+    request: AgeRequest,
+    network: NetworkOptions,
+    detect_every: int,
+    start: float | None,
+    end: float | None,
+    encode: EncodeOptions,
+    overwrite: bool,
+    no_label: bool,
+    out: Output,
+) -> None:
+    """Age every face in videos and write them like their sources.
+
+    Codec, pixel format, timing, audio, subtitles and tags stay as they are. A video without a face passes through.
+    """
+    encode = replace(encode, overwrite=overwrite)
+    pairs = _pair(inputs, output)
+    with out:
+        pairs = [pair for pair in pairs if _can_start(*pair, encode, out)]
+        if not pairs:
+            return
+        networks = network.load(out)
+        label = None if no_label else network.label(describe_target(request))
+        for source, target in pairs:
+            try:
+                report = age_video(
+                    networks,
+                    source,
+                    target,
+                    request,
+                    encode=_labelled(encode, source, label),
+                    track=TrackConfig(detect_every=detect_every),
+                    start_s=start,
+                    end_s=end,
+                    progress=lambda stage, done, total, name=str(source): out.progress(name, stage, done, total),
+                )
+            except (EngineError, CheckpointError):
+                raise  # the next file would fail too
+            except FaceAgeError as error:
+                out.item({"source": str(source), "target": str(target), "error": str(error)})
+                continue
+            out.end_progress()
+            _report(report, out)
+
+
+def _pair(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]]:
+    """Return the output of each input."""
+    if len(inputs) == 1 and not output.is_dir():
+        return [(inputs[0], output)]
+    names = [source.name for source in inputs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise click.UsageError(f"several inputs are named {twice.pop()}; process them into folders of their own")
+    return [(source, output / source.name) for source in inputs]
+
+
+def _can_start(source: Path, target: Path, encode: EncodeOptions, out: Output) -> bool:
+    """Look at the input and the output before any engine is loaded, and report what cannot work."""
+    try:
+        info = probe_video(source)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MediaError(f"the folder {target.parent} cannot be made ({error.strerror}); name another") from error
+        check_output(target, [source], overwrite=encode.overwrite)
+        encoder = choose_encoder(info, encode)
+    except FaceAgeError as error:
+        out.item({"source": str(source), "target": str(target), "error": str(error)})
+        return False
+    out.detail(f"{source}: {info.width}x{info.height} {info.codec} {info.pixel_format}; encoder {encoder.name} "
+               f"{encoder.pixel_format} {encoder.options}")  # fmt: skip
+    return True
+
+
+def _labelled(encode: EncodeOptions, source: Path, label: dict[str, str] | None) -> EncodeOptions:
+    if label is None:
+        return encode
+    with open_input(source) as container:
+        comment = container.metadata.get("comment")
+    return replace(encode, metadata={"comment": label_comment(label, comment)})
+
+
+def _report(report: VideoReport, out: Output) -> None:
+    out.item(dataclasses.asdict(report))
+    fps = report.frames / report.seconds
+    out.line(f"{report.source}: {report.frames} frames, {_people(report)}, {fps:.1f} fps -> {report.target}")
+    if report.damage:
+        out.warn(report.damage)
+    stages = ", ".join(f"{stage} {ms:g}" for stage, ms in report.stage_ms.items())
+    out.detail(f"{report.source}: milliseconds a frame, overlapping: {stages}")
+
+
+def _people(report: VideoReport) -> str:
+    people = report.people
+    if not people or not report.frames_with_faces:
+        return "no face found, passed through untouched"
+    shown = ", ".join(f"{p['source_age']:.0f} -> {p['target_age']:.0f}" for p in people[:PEOPLE_SHOWN])
+    more = f" and {len(people) - PEOPLE_SHOWN} more" if len(people) > PEOPLE_SHOWN else ""
+    return f"{len(people)} {'person' if len(people) == 1 else 'people'} ({shown}{more})"
