@@ -147,10 +147,13 @@ def test_jpeg_keeps_its_tables_and_hardly_changes(tmp_path, subsampling, progres
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg_of_noise_at_the_highest_quality_fits_the_buffer(tmp_path, progressive):
-    source = save(
-        tmp_path / "a.jpg", samples("rgb24", 900, 1100), quality=100, subsampling=0, progressive=progressive
-    )
-    assert read_image(rewrite(tmp_path, source)).frame.width == 1100
+    source = tmp_path / "a.jpg"
+    options = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive)]
+    options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    cv2.imwrite(str(source), samples("rgb24", 900, 1100), options)
+    out = read_image(rewrite(tmp_path, source))
+    assert out.subsampling == 0
+    assert out.quantization == read_image(source).quantization
 
 
 def test_webp_stays_lossless_or_lossy(tmp_path):

@@ -59,7 +59,7 @@ def validate(net: AgeEstimator, faces: FaceSet, where: torch.device) -> dict[str
 @click.option("--minutes", type=float, default=10.0, help="Time budget, all sessions of the run together.")
 def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
     """Train the age estimator."""
-    config, dims = Config(), TrunkDims(outputs=101)
+    config, dims = Config(), TrunkDims(outputs=101, dropout=0.3)
     torch.manual_seed(config.seed)
     faces = load_faces(data, dims.size_px, cache)
     where = device()

@@ -32,7 +32,7 @@ class Config:
     batch: int = 64
     rate: float = 1.5e-3
     weight_decay: float = 0.02
-    relation_weight: float = 1.0
+    relation_weight: float = 0.3
     """Weight of the batch's cosine table (Park et al., Relational Knowledge Distillation, CVPR 2019)."""
     ema_half_life_images: int = 20_000
     tick_images: int = 19_200
@@ -59,10 +59,10 @@ def teacher_embeddings(archive: Path, teacher_file: Path, faces: FaceSet, cache:
 
 
 def degrade(x: torch.Tensor) -> torch.Tensor:
-    """Blur half of the batch by halving it and back: generated faces are softer than photographs."""
-    half = len(x) // 2
-    soft = F.interpolate(F.avg_pool2d(x[:half], 2), scale_factor=2.0, mode="bilinear", align_corners=False)
-    return torch.cat([soft, x[half:]])
+    """Blur a quarter of the batch by halving it and back: generated faces are softer than photographs."""
+    part = len(x) // 4
+    soft = F.interpolate(F.avg_pool2d(x[:part], 2), scale_factor=2.0, mode="bilinear", align_corners=False)
+    return torch.cat([soft, x[part:]])
 
 
 @torch.inference_mode()
@@ -108,7 +108,7 @@ def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> N
         x = to_tensor(train.pixels[rows.numpy()])
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         want = train_targets[mirrored.long().to(where), rows.to(where)]
-        x = shift_and_jitter(degrade(x).to(where), shift_px=3, colour=0.3)
+        x = shift_and_jitter(degrade(x).to(where), shift_px=2, colour=0.15)
         with torch.autocast(where.type, torch.bfloat16):
             got = net(x.contiguous(memory_format=torch.channels_last))
         cosine = (got * want).sum(1)

@@ -112,18 +112,23 @@ class NetworkOptions:
 
         return backend, "cuda" if torch.cuda.is_available() else "cpu"
 
-    def load(self, out: Output) -> Networks:
-        """Load the networks, saying what is built."""
+    def loader(self) -> Callable[..., Networks]:
+        """Return what loads the networks; another process can be given it too."""
         backend, device = self.resolved()
-        networks = load_networks(
+        return functools.partial(
+            load_networks,
             model=self.model,
             identity=self.identity,
             backend=backend,
             device=device,
             detect=DetectConfig(min_face_px=self.min_face),
             composite=self.composite,
-            on_build=out.building,
         )
+
+    def load(self, out: Output) -> Networks:
+        """Load the networks, saying what is built."""
+        backend, device = self.resolved()
+        networks = self.loader()(on_build=out.building)
         out.detail(f"model {self.model}, backend {backend} on {device}")
         out.result("engines", {"model": self.model, "backend": backend, "device": device})
         return networks

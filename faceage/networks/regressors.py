@@ -20,6 +20,8 @@ class TrunkDims:
     widths: tuple[int, ...] = (32, 64, 128, 192)
     blocks: tuple[int, ...] = (1, 2, 2, 1)
     outputs: int = 1
+    dropout: float = 0.0
+    """Share of the features that training drops before the dense layer."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # JSON gives lists
@@ -56,7 +58,7 @@ class Trunk(nn.Module):
             previous = width
         side = dims.size_px >> len(dims.widths)
         self.body = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(0.3)
+        self.dropout = nn.Dropout(dims.dropout)
         self.dense = nn.Linear(previous * side * side, dims.outputs)
 
     def forward(self, x_N3SS: Tensor) -> Tensor:
