@@ -26,9 +26,7 @@ def irregular_pts(count: int = FRAMES, *, start: int = 0) -> list[int]:
     return [start + int(n) for n in np.cumsum([0, *([3000, 1001, 4507, 9100] * count)])[:count]]
 
 
-def make_frame(
-    index: int, pixel_format: str = "yuv420p", width: int = WIDTH, height: int = HEIGHT
-) -> av.VideoFrame:
+def make_frame(index: int, pixel_format: str = "yuv420p", width: int = WIDTH, height: int = HEIGHT) -> av.VideoFrame:
     """Return a frame of seeded noise, whose left half has the luma 30 + index * LUMA_STEP."""
     frame = av.VideoFrame(width, height, pixel_format)
     rng = np.random.default_rng(index)
@@ -67,6 +65,7 @@ def make_clip(
     configure: Configure | None = None,
     audio: str | None = None,
     subtitles: Sequence[tuple[float, float, str]] = (),
+    draw: Callable[[int], av.VideoFrame] | None = None,
 ) -> Path:
     """Write a clip and return its path.
 
@@ -82,6 +81,7 @@ def make_clip(
         configure: called with the container and the video stream before the header: tags, colour, rotation.
         audio: encoder of a 440 Hz tone as long as the video.
         subtitles: (start in s, duration in s, text) of a SubRip track.
+        draw: makes the picture of an index; None: `make_frame`.
     """
     pts = list(pts) if pts is not None else regular_pts()
     quiet = {"x265-params": "log-level=error"} if codec == "libx265" else {}
@@ -95,7 +95,7 @@ def make_clip(
             configure(output, stream)
         output.start_encoding()
         for index, stamp in enumerate(pts):
-            frame = make_frame(index, pixel_format, *size)
+            frame = draw(index) if draw else make_frame(index, pixel_format, *size)
             frame.pts, frame.time_base = stamp, time_base
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
@@ -117,9 +117,7 @@ def _subtitle_stream(output: av.container.OutputContainer) -> av.stream.Stream:
     return stream
 
 
-def _write_tone(
-    output: av.container.OutputContainer, stream: av.AudioStream, length_s: float, start_s: float
-) -> None:
+def _write_tone(output: av.container.OutputContainer, stream: av.AudioStream, length_s: float, start_s: float) -> None:
     size = stream.codec_context.frame_size or 1024
     for number in range(int(length_s * 48_000) // size):
         time = (np.arange(size) + number * size) / 48_000

@@ -1,6 +1,113 @@
-"""Makes the modules beside the tests (`clips`) importable: importlib mode leaves the folder off the path."""
+"""What many tests share: a model of tiny random networks, its engines, and a photo and a clip with a face.
 
+Also makes the modules beside the tests (`clips`) importable: importlib mode leaves the folder off the path.
+"""
+
+import dataclasses
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+FACE_PX = 256
+"""Side of the photo and the clip."""
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Checkpoints of small random networks, by architecture."""
+    import torch
+
+    from faceage.checkpoint import Header, save
+    from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
+    from faceage.networks.regressors import AgeEstimator, IdentityNet, TrunkDims
+
+    torch.manual_seed(0)
+    dims = AgeCGANDims(generator_channels=(24, 16, 12, 8, 8), encoder_channels=(8, 8, 12, 16), encoder_hidden=64)
+    small = {"widths": (8, 8, 12, 16), "blocks": (1, 1, 1, 1)}
+    age, identity = TrunkDims(**small, outputs=101), TrunkDims(**small, outputs=128)
+    networks = {
+        "age-cgan-generator": (Generator(dims), dims),
+        "age-cgan-encoder": (Encoder(dims), dims),
+        "age-estimator": (AgeEstimator(age), age),
+        "identity": (IdentityNet(identity), identity),
+    }
+    with torch.no_grad():
+        generator = networks["age-cgan-generator"][0]
+        generator.to_rgb.weight.mul_(40)  # so that ages differ visibly
+        generator.dense.weight[:, dims.latent :].mul_(20)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = {}
+    for arch, (network, its_dims) in networks.items():
+        paths[arch] = folder / f"{arch}.safetensors"
+        header = Header(arch=arch, dims=dataclasses.asdict(its_dims), stage="test", images_seen=0)
+        save(paths[arch], network.state_dict(), header)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_model(checkpoints, tmp_path_factory):
+    """The name of a model made of `checkpoints`, in a cache folder that all tests of the session share."""
+    from faceage.models import import_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FACEAGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        import_model("tiny", list(checkpoints.values()))
+        yield "tiny"
+
+
+@pytest.fixture(scope="session")
+def networks(tiny_model):
+    """The loaded networks of `tiny_model`; their engines are built once a session."""
+    from faceage.pipeline.request import load_networks
+
+    return load_networks(model=tiny_model)
+
+
+@pytest.fixture(scope="session")
+def face_picture():
+    """An upright photo of one face: uint8 [256, 256, 3], RGB."""
+    skimage_data = pytest.importorskip("skimage.data")
+    return skimage_data.astronaut()[:FACE_PX, 96 : 96 + FACE_PX].copy()
+
+
+@pytest.fixture(scope="session")
+def face_photo(face_picture, tmp_path_factory):
+    """`face_picture` as a PNG file."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("photo") / "face.png"
+    Image.fromarray(face_picture).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def face_clip(tmp_path_factory):
+    """Two seconds of a slowly moving camera on one face, 256x256 at 25 frames a second, with a tone and a comment."""
+    import av
+    from clips import make_clip, regular_pts
+
+    skimage_data = pytest.importorskip("skimage.data")
+    photo = skimage_data.astronaut()
+
+    def draw(index):
+        x, y = 80 + index // 2, index // 4
+        picture = photo[y : y + FACE_PX, x : x + FACE_PX].copy()
+        return av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")
+
+    def configure(output, stream):
+        output.metadata["comment"] = "shot on a film set"
+
+    path = tmp_path_factory.mktemp("clip") / "face.mp4"
+    return make_clip(
+        path,
+        pts=regular_pts(50),
+        size=(FACE_PX, FACE_PX),
+        audio="aac",
+        draw=draw,
+        configure=configure,
+        options={"preset": "veryfast", "crf": "20"},
+        container_options={"movflags": "faststart"},
+    )

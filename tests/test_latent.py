@@ -8,6 +8,7 @@ from faceage.agers.latent import LatentConfig, optimize_latents
 from faceage.agers.programs import latent_program
 from faceage.engines.store import EngineStore
 from faceage.geometry import face_mask
+from faceage.models import find_model
 from faceage.networks.age_cgan import AgeCGANDims, Generator
 from faceage.networks.latent import LatentObjective, gradient_network
 from faceage.networks.regressors import IdentityNet, TrunkDims
@@ -135,7 +136,8 @@ def test_the_traced_gradient_is_autograds_for_any_batch(objective):
 
 
 def test_the_latent_engine_lowers_the_loss_of_faces(tiny_model, tmp_path):
-    engine = EngineStore(tmp_path).load(latent_program(tiny_model.generator, tiny_model.identity))
+    files = find_model(tiny_model)
+    engine = EngineStore(tmp_path).load(latent_program(files.generator, files.identity))
     _, y, x, _, weights = (t.numpy() for t in inputs(3))
     e = np.zeros((3, 128), np.float32)
     e[:, 0] = 1

@@ -9,6 +9,7 @@ Learning, TKDE 2016) because UTKFace's ages are themselves estimates. Writes `ag
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
 
     ticks, errors = run.images_seen // config.tick_images, []
     while not run.is_over:
-        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * np.cos(np.pi * run.progress)) + 1e-6
+        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         x, _, ages = sampler()
         want = torch.from_numpy(ages).clamp(0, 100).to(where)
         x = shift_and_jitter(degrade(x).to(where), shift_px=3, colour=0.3)

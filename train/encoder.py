@@ -14,6 +14,7 @@ Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.2.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from faceage.ages import age_to_classes
 from faceage.checkpoint import Header, load, save, sha256_of
 from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
-from faceage.networks.regressors import IdentityNet, TrunkDims
+from faceage.networks.regressors import IdentityNet
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
+from train.identity import load_identity
 from train.run import EMA, Run, device, git_commit, sheet
 
 
@@ -94,10 +96,7 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
     dims = AgeCGANDims(**header.dims)
     G = Generator(dims).eval().requires_grad_(False).to(where, memory_format=torch.channels_last)
     G.load_state_dict(weights)
-    identity_header, weights = load(identity, "identity")
-    FR = IdentityNet(TrunkDims(**identity_header.dims)).eval().requires_grad_(False)
-    FR.load_state_dict(weights)
-    FR = FR.to(where, memory_format=torch.channels_last)
+    FR = load_identity(identity).to(where, memory_format=torch.channels_last)
     faces = load_faces(data, dims.size_px, cache)
     val = faces.val
     mask = torch.tensor(face_mask(dims.size_px)).to(where)
@@ -114,7 +113,7 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
 
     ticks, latent_errors = run.images_seen // config.tick_images, []
     while not run.is_over:
-        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * np.cos(np.pi * run.progress)) + 1e-6
+        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         x, y, _ = sampler()
         x, y = x.to(where, memory_format=torch.channels_last), y.to(where)
         z = torch.randn(len(x), dims.latent, device=where)

@@ -2,8 +2,9 @@
 
     python -m train.gan --data utkface.tar --out runs/gan --minutes 45
 
-Writes `generator.safetensors` (averaged weights), the input of `train.encoder`, and `sheet.png`: one person a row, the six age
-classes in the columns. About 300 faces/s on two CPU cores with bfloat16; run it again with more minutes to go on.
+Writes `generator.safetensors` (averaged weights), the input of `train.encoder`, and `sheet.png`: each z at the six age
+classes, three z a row. Run it again with more minutes to go on; give it `--identity` for the last quarter of the time, so that
+one z stays one person at every age.
 
 The discriminator also sees real faces with a wrong age (Reed et al. 2016) as fakes: only then must it look at y.
 
@@ -20,9 +21,10 @@ import click
 import torch
 import torch.nn.functional as F
 
-from faceage.checkpoint import Header, save
+from faceage.checkpoint import Header, save, sha256_of
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Generator
 from train.data import DATASET, Sampler, load_faces, shift_and_jitter
+from train.identity import load_identity
 from train.run import EMA, Run, device, git_commit, sheet
 
 
@@ -38,6 +40,8 @@ class Config:
     """Share of the fake side of D's loss that real faces with a wrong age make up."""
     wrong_age_gap_years: float = 15.0
     """Only ages at least this far apart are called wrong: labels are noisy and neighbours look alike."""
+    identity_weight: float = 2.0
+    """With an identity network: weight of the squared distance between the embeddings of one z at two ages."""
     ema_half_life_images: int = 20_000
     tick_images: int = 12_800
     seed: int = 1
@@ -48,9 +52,12 @@ class Config:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 @click.option("--minutes", type=float, default=45.0, help="Time budget, all sessions of the run together.")
+@click.option("--identity", type=click.Path(exists=True, path_type=Path), help="From train.identity: keep who z is.")
 @click.option("--size", "size_px", type=click.Choice(["64", "128"]), default="64", help="Side of the faces, px.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration and stop.")
-def main(data: Path, out: Path, cache: Path, minutes: float, size_px: str, dry_run: bool) -> None:
+def main(
+    data: Path, out: Path, cache: Path, minutes: float, identity: Path | None, size_px: str, dry_run: bool
+) -> None:
     """Train the conditional GAN."""
     config = Config()
     dims = AgeCGANDims()
@@ -71,6 +78,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float, size_px: str, dry_r
 
     layout = {"memory_format": torch.channels_last, "device": where}
     G, D = Generator(dims).to(**layout), Discriminator(dims).to(**layout)
+    FR = None if identity is None else load_identity(identity).to(**layout)
     G_ema = EMA(G, config.ema_half_life_images)
     G_step = torch.optim.Adam(G.parameters(), config.generator_rate, config.betas)
     D_step = torch.optim.Adam(D.parameters(), config.discriminator_rate, config.betas)
@@ -119,7 +127,12 @@ def main(data: Path, out: Path, cache: Path, minutes: float, size_px: str, dry_r
         D.requires_grad_(False)
         with torch.autocast(where.type, torch.bfloat16):
             score = D(shift_and_jitter(fake), y_fake).float()
-        loss_G = -score.mean()
+            loss_G = -score.mean()
+            if FR is not None:
+                # One z is one person at any age: half of the batch again, at ages drawn anew.
+                half = len(x) // 2
+                embeddings = FR(fake[:half]) - FR(G(z[:half], y[:half]))
+                loss_G = loss_G + config.identity_weight * embeddings.square().sum(1).mean()
         G_step.zero_grad()
         loss_G.backward()
         G_step.step()
@@ -147,6 +160,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float, size_px: str, dry_r
                 stage="gan",
                 images_seen=run.images_seen,
                 dataset=DATASET,
+                parents={} if identity is None else {"identity": sha256_of(identity)},
                 train_config=run.config,
                 git_commit=git_commit(),
             )

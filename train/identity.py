@@ -10,6 +10,7 @@ that neither saw. Writes `identity.safetensors`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from faceage.checkpoint import Header, save, sha256_of
+from faceage.checkpoint import Header, load, save, sha256_of
 from faceage.networks.regressors import IdentityNet, TrunkDims
 from train.data import DATASET, FaceSet, Sampler, load_faces, read_archive, shift_and_jitter, to_tensor, warp_faces
 from train.run import EMA, Run, device, git_commit
@@ -56,6 +57,14 @@ def teacher_embeddings(archive: Path, teacher_file: Path, faces: FaceSet, cache:
         both = torch.stack([embed(teacher, aligned), embed(teacher, aligned[:, :, ::-1])])
         np.save(file, both.numpy())
     return torch.from_numpy(np.load(file))
+
+
+def load_identity(path: Path) -> IdentityNet:
+    """Load an identity network, frozen, in evaluation mode."""
+    header, weights = load(path, "identity")
+    net = IdentityNet(TrunkDims(**header.dims))
+    net.load_state_dict(weights)
+    return net.eval().requires_grad_(False)
 
 
 def degrade(x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +111,7 @@ def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> N
 
     ticks, cosines = run.images_seen // config.tick_images, []
     while not run.is_over:
-        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * np.cos(np.pi * run.progress)) + 1e-6
+        step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         rows = torch.from_numpy(sampler.indices())
         mirrored = torch.rand(len(rows)) < 0.5
         x = to_tensor(train.pixels[rows.numpy()])

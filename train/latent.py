@@ -30,8 +30,8 @@ from faceage.checkpoint import load
 from faceage.geometry import TEMPLATE_5, face_mask, similarity_to_template
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from faceage.networks.latent import LatentObjective
-from faceage.networks.regressors import IdentityNet, TrunkDims
 from train.data import load_faces, to_tensor
+from train.identity import load_identity
 from train.run import sheet
 from train.teacher import TEMPLATE_96X112, embed, load_teacher
 
@@ -87,9 +87,7 @@ def main(
     G, E = Generator(dims).eval(), Encoder(dims).eval()
     G.load_state_dict(weights)
     E.load_state_dict(load(encoder, "age-cgan-encoder")[1])
-    identity_header, weights = load(identity, "identity")
-    FR = IdentityNet(TrunkDims(**identity_header.dims)).eval()
-    FR.load_state_dict(weights)
+    FR = load_identity(identity)
     judge = load_teacher(teacher)
 
     val = load_faces(data, dims.size_px, cache).val

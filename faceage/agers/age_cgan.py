@@ -63,17 +63,19 @@ class AgeCGAN:
             loss, gradient = self._latent(z, classes[rows], pixels[rows], embeddings[rows], weights)
             return loss, gradient
 
-        start = encoded
-        if latents is not None:
-            known = ~np.isnan(latents).any(1)
-            start = np.where(known[:, None], latents, encoded).astype(np.float32)
-        return optimize_latents(objective, start, config)
+        known = np.zeros(len(pixels), bool) if latents is None else ~np.isnan(latents).any(1)
+        start = encoded if latents is None else np.where(known[:, None], latents, encoded).astype(np.float32)
+        budget = np.where(known, config.max_evaluations_known, config.max_evaluations)
+        return optimize_latents(objective, start, config, budget)
 
     def age(
         self, pixels: FloatArray, source_age: FloatArray, target_age: FloatArray, latents: FloatArray | None = None
     ) -> AgedFaces:
         """Age a batch of faces; see `base.Ager.age`."""
         z = self.fit(pixels, source_age, latents).latents
+        if latents is not None:
+            kept = np.where(np.isnan(latents), z, latents)
+            z = self.config.memory * kept + (1 - self.config.memory) * z
         (aged,) = self._generator(z, age_to_classes(target_age))
         if self._composite == "delta":
             (reference,) = self._generator(z, age_to_classes(source_age))

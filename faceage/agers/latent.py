@@ -29,13 +29,17 @@ class LatentConfig:
     """Weight of the mean square of z, which is 1 where the generator was trained."""
     max_evaluations: int = 24
     """Evaluations of loss and gradient a face at most."""
-    tolerance: float = 0.01
+    max_evaluations_known: int = 5
+    """The same for a face whose latent is known from an earlier frame and has only to follow."""
+    memory: float = 0.5
+    """Share of a known latent that is kept when a face is fitted again: what the fit makes of noise is averaged away."""
+    tolerance: float = 0.005
     """A face has converged when an accepted step lowers its loss by less than this share of it."""
     history: int = 8
     """Steps that the curvature is estimated from."""
 
     def __post_init__(self) -> None:
-        if self.max_evaluations < 1 or self.history < 1 or not 0 <= self.tolerance < 1:
+        if min(self.max_evaluations, self.max_evaluations_known) < 1 or self.history < 1 or not 0 <= self.tolerance < 1:
             raise ValueError(f"max_evaluations and history must be positive, tolerance in [0, 1): {self}")
 
 
@@ -61,7 +65,9 @@ _MAX_HALVINGS = 6
 """A face whose step fails this often in a row has converged as far as float32 goes."""
 
 
-def optimize_latents(objective: Objective, start: FloatArray, config: LatentConfig) -> Fit:
+def optimize_latents(
+    objective: Objective, start: FloatArray, config: LatentConfig, budget: IntArray | None = None
+) -> Fit:
     """Minimise the objective of each face from `start` by L-BFGS with backtracking.
 
     One evaluation serves all faces that have not converged; a face that has converged costs nothing more.
@@ -70,8 +76,10 @@ def optimize_latents(objective: Objective, start: FloatArray, config: LatentConf
         objective: see `Objective`.
         start: float32 [F, Z]. F may be 0.
         config: weights are the objective's affair, the rest is used here.
+        budget: int64 [F], evaluations of each face at most; None: `config.max_evaluations` for all.
     """
     count, width = start.shape
+    budget = np.full(count, config.max_evaluations) if budget is None else budget
     z = start.astype(np.float32, copy=True)
     rows = np.arange(count)
     loss, gradient = objective(z, rows)
@@ -82,8 +90,7 @@ def optimize_latents(objective: Objective, start: FloatArray, config: LatentConf
     direction = _direction(gradient, steps, changes)
     length = np.ones(count, np.float32)
     halvings = np.zeros(count, np.int64)
-    active = np.ones(count, bool)
-    active[:] = config.max_evaluations > 1
+    active = evaluations < budget
     while active.any():
         rows = np.flatnonzero(active)
         trial = z[rows] + length[rows, None] * direction[rows]
@@ -105,7 +112,7 @@ def optimize_latents(objective: Objective, start: FloatArray, config: LatentConf
         length[accepted], halvings[accepted] = 1.0, 0
         active[accepted[decrease <= config.tolerance * np.abs(loss[accepted])]] = False
         active[halvings >= _MAX_HALVINGS] = False
-        active[evaluations >= config.max_evaluations] = False
+        active[evaluations >= budget] = False
     return Fit(latents=z, first_losses=first, losses=loss, evaluations=evaluations)
 
 

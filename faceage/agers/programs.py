@@ -12,8 +12,6 @@ from faceage.geometry import face_mask
 if TYPE_CHECKING:
     from torch import nn
 
-EMBEDDING = 128
-"""Width of the compact identity network's embedding."""
 _EXAMPLES = 5
 """Batch of the example inputs: unlike every other axis, see `networks.latent.gradient_network`."""
 
@@ -37,11 +35,16 @@ def generator_program(checkpoint: Path) -> Program:
     )
 
 
-def reader_program(checkpoint: Path) -> Program:
-    """Faces [F, 3, S, S] -> what the checkpoint's network reads off them: z, ages [F] or embeddings [F, D]."""
+def reader_program(checkpoint: Path, size_px: int | None = None) -> Program:
+    """Faces [F, 3, S, S] -> what the checkpoint's network reads off them: z, ages [F] or embeddings [F, D].
+
+    Args:
+        checkpoint: of an encoder, an age estimator, or an identity network.
+        size_px: side of the faces, for FaceNet, which takes any; None: the network's own.
+    """
     header = read_header(checkpoint)
-    size = header.dims["size_px"]
-    width = {"age-cgan-encoder": header.dims.get("latent"), "identity": header.dims.get("outputs")}.get(header.arch)
+    size = size_px or header.dims["size_px"]
+    width = None if header.arch == "age-estimator" else header.dims.get("latent") or header.dims["outputs"]
 
     def build() -> tuple:
         import torch
@@ -57,15 +60,22 @@ def reader_program(checkpoint: Path) -> Program:
     )
 
 
-def latent_program(generator: Path, identity: Path) -> Program:
-    """(z, classes, faces, embeddings, weights [3]) -> (loss [F], d loss / d z [F, Z]); see `networks.latent`."""
+def latent_program(generator: Path, identity: Path, *, autograd: bool = False) -> Program:
+    """(z, classes, faces, embeddings, weights [3]) -> (loss [F], d loss / d z [F, Z]); see `networks.latent`.
+
+    Args:
+        generator: its checkpoint.
+        identity: the checkpoint of the identity network.
+        autograd: let torch differentiate at run time, for an identity network with layers that the exported gradient does
+            not know; only the torch backend runs that.
+    """
     dims = read_header(generator).dims
     size, width = dims["size_px"], read_header(identity).dims["outputs"]
 
     def build() -> tuple:
         import torch
 
-        from faceage.networks.latent import LatentObjective, gradient_network
+        from faceage.networks.latent import AutogradGradient, LatentObjective, gradient_network
 
         mask = torch.tensor(face_mask(size))
         objective = LatentObjective(_network(generator), _network(identity), mask).eval()
@@ -76,7 +86,7 @@ def latent_program(generator: Path, identity: Path) -> Program:
             torch.nn.functional.normalize(torch.randn(_EXAMPLES, width), dim=1),
             torch.tensor([1.0, 4.0, 0.02]),
         )
-        return gradient_network(objective, examples), examples
+        return (AutogradGradient(objective) if autograd else gradient_network(objective, examples)), examples
 
     return Program(
         name="age-cgan-latent",
@@ -94,13 +104,14 @@ def latent_program(generator: Path, identity: Path) -> Program:
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    sources = [module_file(f"faceage.networks.{name}") for name in ("age_cgan", "regressors", "latent")]
+    sources = [module_file(f"faceage.networks.{name}") for name in ("age_cgan", "facenet", "latent", "regressors")]
     return fingerprint(sha256_of(checkpoint), *sources, module_file("faceage.geometry"))
 
 
 def _network(checkpoint: Path) -> nn.Module:
     """Load the network that a checkpoint holds, frozen, in eval mode."""
     from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
+    from faceage.networks.facenet import FaceNet
     from faceage.networks.regressors import AgeEstimator, IdentityNet, TrunkDims
 
     makers = {
@@ -108,9 +119,10 @@ def _network(checkpoint: Path) -> nn.Module:
         "age-cgan-encoder": lambda dims: Encoder(AgeCGANDims(**dims)),
         "age-estimator": lambda dims: AgeEstimator(TrunkDims(**dims)),
         "identity": lambda dims: IdentityNet(TrunkDims(**dims)),
+        "facenet": lambda dims: FaceNet(dims["size_px"]),
     }
     arch = read_header(checkpoint).arch
     header, weights = load(checkpoint, arch)
     network = makers[arch](header.dims)
-    network.load_state_dict(weights)
+    (network.net if arch == "facenet" else network).load_state_dict(weights)
     return network.eval().requires_grad_(False)

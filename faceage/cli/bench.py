@@ -31,10 +31,10 @@ def command() -> None:
 @click.argument("clip", type=click.Path(path_type=Path))
 @age_option
 @repeats_option
+@click.option("--against", metavar="COMMAND", help='Another program, timed as a whole process: "deface {in} -o {out}".')
 @click.option(
-    "--against", metavar="COMMAND", help='Another program, timed as a whole process: "deface {in} -o {out}".'
+    "--repeat-clip", type=click.IntRange(min=2), metavar="K", help="Compare memory on the clip K times in a row."
 )
-@click.option("--repeat-clip", type=click.IntRange(min=2), metavar="K", help="Compare memory on the clip K times in a row.")
 @network_options
 @encode_options
 @output_options
@@ -52,7 +52,9 @@ def video_command(
         )  # fmt: skip
         _finish(out, result, clip)
         ours, bare = result["faceage"], result["transcode"]
-        out.line(f"{clip}: {info.width}x{info.height} {info.codec}, {ours['frames']:g} frames, {ours['people']:g} people")
+        out.line(
+            f"{clip}: {info.width}x{info.height} {info.codec}, {ours['frames']:g} frames, {ours['people']:g} people"
+        )
         out.line(f"bare transcode    {bare['fps']:8.2f} fps   peak RSS {bare['peak_rss_mb']:6.0f} MB")
         out.line(f"faceage           {ours['fps']:8.2f} fps   peak RSS {ours['peak_rss_mb']:6.0f} MB")
         out.line(f"ratio             {result['ratio_to_transcode']:8.3f}")
@@ -73,9 +75,7 @@ def video_command(
 @repeats_option
 @network_options
 @output_options
-def images_command(
-    *, photos: tuple[Path, ...], age: float, repeats: int, network: NetworkOptions, out: Output
-) -> None:
+def images_command(*, photos: tuple[Path, ...], age: float, repeats: int, network: NetworkOptions, out: Output) -> None:
     """Age photos, against a loop over them with facenet-pytorch's detector and eager torch, face by face."""
     if not photos:
         raise click.UsageError("name photos or folders")

@@ -124,7 +124,9 @@ def _models() -> Iterator[Check]:
         try:
             files = find_model(name)
         except FaceAgeError as error:
-            yield Check(name=f"model {name}", state="fail", found=str(error), remedy="pip install --force-reinstall faceage")
+            yield Check(
+                name=f"model {name}", state="fail", found=str(error), remedy="pip install --force-reinstall faceage"
+            )
             continue
         programs = [
             *(reader_program(path) for path in (files.encoder, files.age, files.identity)),

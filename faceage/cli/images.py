@@ -69,9 +69,7 @@ def command(
 
         start = perf_counter()
         label = None if no_label else network.label(describe_target(request))
-        reports = age_photos(
-            networks, jobs, request, overwrite=overwrite, label=label, progress=progress, timer=timer
-        )
+        reports = age_photos(networks, jobs, request, overwrite=overwrite, label=label, progress=progress, timer=timer)
         out.end_progress()
         _summarise(reports, perf_counter() - start, output, timer, out)
 
@@ -111,21 +109,29 @@ def _jobs(inputs: tuple[Path, ...], output: Path, overwrite: bool, out: Output) 
 def _report(report: PhotoReport, out: Output) -> None:
     out.item(dataclasses.asdict(report))
     if report.error is None and not out.is_interactive:
-        ages = ", ".join(f"{face['source_age']:.0f} -> {face['target_age']:.0f}" for face in report.faces)
-        count = f"{len(report.faces)} {'face' if len(report.faces) == 1 else 'faces'} ({ages})"
-        what = count if report.faces else "no face found, passed through untouched"
+        aged = _aged(report)
+        ages = ", ".join(f"{face['source_age']:.0f} -> {face['target_age']:.0f}" for face in aged)
+        what = f"{len(aged)} {'face' if len(aged) == 1 else 'faces'} ({ages})"
+        if not aged:
+            what = f"{'every face turned away' if report.faces else 'no face found'}, passed through untouched"
         out.line(f"{report.source}: {what} -> {report.target}")
+
+
+def _aged(report: PhotoReport) -> list[dict]:
+    """Return the faces that were changed: a profile is found but left alone."""
+    return [face for face in report.faces if face["weight"] > 0]
 
 
 def _summarise(reports: list[PhotoReport], seconds: float, output: Path, timer: StageTimer, out: Output) -> None:
     done = [report for report in reports if report.error is None]
-    faces = sum(len(report.faces) for report in done)
-    empty = sum(not report.faces for report in done)
+    faces = sum(len(_aged(report)) for report in done)
+    untouched = sum(not _aged(report) for report in done)
     stages = timer.ms_per(len(reports))
     out.result("stage_ms", stages)
     out.result("photos_per_second", round(len(reports) / seconds, 2))
     out.line(
         f"{len(done)} {'photo' if len(done) == 1 else 'photos'} written to {output}: {faces} faces aged, "
-        f"{empty} photos without a face, {len(reports) - len(done)} failed, {len(reports) / seconds:.1f} photos/s"
+        f"{untouched} without a face passed through, {len(reports) - len(done)} failed, "
+        f"{len(reports) / seconds:.1f} photos/s"
     )
     out.detail("milliseconds a photo, overlapping: " + ", ".join(f"{k} {v:g}" for k, v in stages.items()))

@@ -169,15 +169,15 @@ def _output(as_json: bool, report: Path | None, verbose: bool, quiet: bool) -> O
     if verbose and quiet:
         raise click.UsageError("give either -v or -q")
     options = {name: value for name, value in context.params.items() if value is not None}
-    return Output(
-        context.info_name or "", options, as_json=as_json, report=report, verbosity=int(verbose) - int(quiet)
-    )
+    return Output(context.info_name or "", options, as_json=as_json, report=report, verbosity=int(verbose) - int(quiet))
 
 
 output_options = _group(
     "out",
     _output,
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line on stdout, and nothing else there."),
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON event a line on stdout, and nothing else there."
+    ),
     click.option(
         "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a JSON report."
     ),
@@ -212,9 +212,7 @@ def _encoder_option(ctx: click.Context, param: click.Parameter, values: tuple[st
     return {name: value for name, _, value in pairs}
 
 
-def _encode(
-    codec: str | None, crf: float | None, preset: str | None, encoder_option: dict[str, str]
-) -> EncodeOptions:
+def _encode(codec: str | None, crf: float | None, preset: str | None, encoder_option: dict[str, str]) -> EncodeOptions:
     return EncodeOptions(codec=codec, crf=crf, preset=preset, encoder_options=encoder_option)
 
 

@@ -50,7 +50,12 @@ class Ages(click.ParamType):
 @click.command("sheet")
 @click.argument("photo", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The picture, e.g. sheet.png."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The picture, e.g. sheet.png.",
 )
 @click.option("--ages", type=Ages(), default=DEFAULT_AGES, show_default=True, help="The ages shown, in years.")
 @source_age_option

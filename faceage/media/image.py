@@ -7,6 +7,7 @@ being lossless.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from faceage.media.still import FORMATS, MAX_PIXELS, PIXEL_FORMATS, Still, as_st
 from faceage.media.xmp import label_xmp
 from faceage.types import Frame
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Still", "find_images", "read_image", "write_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Still", "copy_image", "find_images", "read_image", "write_image"]
 
 IMAGE_SUFFIXES = frozenset(FORMATS)
 """The suffixes, in lower case, of the files that `find_images` takes for pictures."""
@@ -53,8 +54,7 @@ def write_image(
     holds = {"JPEG": ("gray", "rgb24"), "BMP": ("gray", "rgb24"), "WEBP": ("gray", "rgb24", "rgba")}
     if frame.pixel_format not in holds.get(kind, PIXEL_FORMATS.values()):
         raise UnsupportedError(f"{path}: {kind} cannot hold {frame.pixel_format}; write .png or .tif")
-    if path.exists() and not overwrite:
-        raise MediaError(f"{path}: exists already; pass --overwrite to replace it")
+    _check_free(path, overwrite)
     xmp = label_xmp(still.xmp, label) if label is not None else still.xmp
     # A BMP has no tag for it, so it is stored upright.
     samples = as_stored(frame.planes[0], 1 if kind == "BMP" else still.orientation)
@@ -67,6 +67,23 @@ def write_image(
             data = encode_pillow(samples, still, kind, xmp)
     except (OSError, ValueError) as error:  # a side or a metadata block longer than the format allows
         raise MediaError(f"{path}: cannot be stored as {kind} ({error}); write .png or .tif") from error
+    _write_whole(path, data)
+
+
+def copy_image(
+    source: str | os.PathLike[str], path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Copy a picture that nothing was done to, byte for byte; errors as `write_image`."""
+    _check_free(Path(path), overwrite)
+    _write_whole(Path(path), Path(source).read_bytes())
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise MediaError(f"{path}: exists already; pass --overwrite to replace it")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +92,8 @@ def write_image(
     except OSError as error:
         raise MediaError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none
+            partial.unlink()
 
 
 def find_images(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +85,8 @@ class VideoWriter:
         self._range = source.range_s if isinstance(source, VideoReader) else (None, None)
         self._partial = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
         self._keep = False
+        self._copies_source = False
+        self._options = options
         self._origin_pts = 0
         self._open(options)
 
@@ -155,6 +158,17 @@ class VideoWriter:
     def keep(self) -> None:
         """Keep what is written so far even if the `with` block ends with an error."""
         self._keep = True
+
+    @property
+    def can_copy_source(self) -> bool:
+        """Whether the source itself is a valid output: same container, whole length, and no encoding asked for."""
+        asked = (self._options.codec, self._options.crf, self._options.preset, self._options.encoder_options)
+        is_whole = self._range == (None, None)
+        return is_whole and not any(asked) and self.path.suffix.lower() == self.info.path.suffix.lower()
+
+    def copy_source(self) -> None:
+        """Give out a copy of the source, byte for byte, in place of encoded frames: for when none changes."""
+        self._copies_source = True
 
     def write(self, frame: Frame) -> None:
         """Encode one frame. The frame is used up: its time stamp may be moved.

@@ -19,9 +19,7 @@ from faceage.checkpoint import Header, save
 from faceage.errors import CheckpointError
 from faceage.models import user_folder
 
-FACENET_URL = (
-    "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
-)
+FACENET_URL = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
 FACENET_SHA256 = "281cebca8662831adb987a874bdcb36e73f5b1c6dc5ee5878f305e985625d99b"
 FACENET_BYTES = 111_898_327
 FACENET_ARCH = "facenet"
@@ -50,15 +48,16 @@ def fetch_facenet(progress: Progress | None = None) -> Path:
     download = target.with_name(f".facenet.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _download(download, progress or (lambda *_: None))
-        _convert(download, target)
+        try:
+            _download(download, progress or (lambda *_: None))
+            _convert(download, target)
+        finally:
+            download.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"FaceNet cannot be stored in {target.parent} ({error.strerror or error}); "
             "set FACEAGE_CACHE to a folder that can be written"
         ) from error
-    finally:
-        download.unlink(missing_ok=True)
     return target
 
 

@@ -55,6 +55,22 @@ class LatentObjective(nn.Module):
         return weights_3[0] * identity + weights_3[1] * pixel + weights_3[2] * prior
 
 
+class AutogradGradient(nn.Module):
+    """The same function as `gradient_network`, differentiated by torch at every call."""
+
+    def __init__(self, objective: LatentObjective) -> None:
+        super().__init__()
+        self.objective = objective.requires_grad_(False)
+
+    def forward(self, z: Tensor, y: Tensor, x: Tensor, e: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss [N] and d loss / d z [N, Z]."""
+        with torch.inference_mode(False), torch.enable_grad():
+            latents = z.clone().requires_grad_()
+            losses = self.objective(latents, *(t.clone() for t in (y, x, e, weights)))
+            (gradient,) = torch.autograd.grad(losses.sum(), latents)
+        return losses.detach(), gradient
+
+
 def gradient_network(objective: LatentObjective, examples: tuple[Tensor, ...]) -> fx.GraphModule:
     """Return a network (z, y, x, e, weights) -> (loss [N], d loss / d z [N, Z]) made of plain convolutions.
 

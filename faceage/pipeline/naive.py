@@ -72,6 +72,21 @@ class _Networks:
             return z.detach(), self.objective(z, classes, face, embedding, weights)[0]
 
 
+def _choose_threads(networks: _Networks) -> None:
+    """Give torch one thread or all, whichever is faster here now: on a busy machine all can be far slower."""
+    import torch
+
+    face = torch.zeros(1, 3, networks.size_px, networks.size_px)
+    seconds = {}
+    for threads in (1, torch.get_num_threads()):
+        torch.set_num_threads(threads)
+        networks.fit(face, 40.0, LatentConfig(), 2)  # the first call is slower
+        start = perf_counter()
+        networks.fit(face, 40.0, LatentConfig(), 3)
+        seconds[threads] = perf_counter() - start
+    torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))
+
+
 def generated_faces(model: str, count: int) -> FloatArray:
     """Return faces that a model's generator makes of seeded latents at ages from 15 to 75: float32 [F, 3, S, S]."""
     import torch
@@ -91,12 +106,10 @@ def naive_fit(
     import torch
 
     networks = _Networks(model)
+    _choose_threads(networks)
     pixels = torch.from_numpy(faces)
-    networks.fit(pixels[:1], float(ages[0]), config, 2)  # the first call is slower
     start = perf_counter()
-    losses = [
-        float(networks.fit(pixels[i : i + 1], float(age), config, evaluations)[1]) for i, age in enumerate(ages)
-    ]
+    losses = [float(networks.fit(pixels[i : i + 1], float(age), config, evaluations)[1]) for i, age in enumerate(ages)]
     return np.array(losses, np.float32), 1e3 * (perf_counter() - start) / len(faces)
 
 
@@ -113,6 +126,7 @@ def naive_photos(model: str, photos: list[Path], folder: Path, request: AgeReque
     from facenet_pytorch import MTCNN
 
     networks = _Networks(model)
+    _choose_threads(networks)
     detector = MTCNN(keep_all=True)
     folder.mkdir(parents=True, exist_ok=True)
     faces = 0

@@ -12,11 +12,13 @@ from faceage.align import align_faces, pose_weights
 from faceage.blend import blend_faces
 from faceage.errors import FaceAgeError
 from faceage.kernels import gather_crops
-from faceage.media.image import Still, read_image, write_image
+from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer
 from faceage.pipeline.threads import WriteBehind, read_ahead
 from faceage.types import Faces, FloatArray, Frame
 
+MIN_PHOTO_SCORE = 0.85
+"""Confidence below which a photo's face is taken for a false alarm: it has no other frames to confirm it."""
 BATCH_PHOTOS = 8
 BATCH_MEGAPIXELS = 24
 """Photos are decoded, detected and aged in batches of at most this many of each: the bound on memory."""
@@ -42,18 +44,26 @@ class AgedPhoto:
     target_ages: FloatArray
     identity: FloatArray
     frame_to_crop: FloatArray
+    weights: FloatArray
+    """float32 [F], the share of the change that was applied: 0 for a profile."""
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether any sample can have changed."""
+        return bool((self.weights > 0).any())
 
     def describe(self) -> list[dict]:
         """Return what was done to each face, for the report."""
-        rows = zip(self.faces.boxes, self.source_ages, self.target_ages, self.identity, strict=True)
+        columns = (self.faces.boxes, self.source_ages, self.target_ages, self.identity, self.weights)
         return [
             {
                 "box": [round(float(v), 1) for v in box],
                 "source_age": round(float(source), 1),
                 "target_age": round(float(target), 1),
                 "identity": round(float(identity), 3),
+                "weight": round(float(weight), 2),
             }
-            for box, source, target, identity in rows
+            for box, source, target, identity, weight in zip(*columns, strict=True)
         ]
 
 
@@ -71,6 +81,7 @@ def age_frames(
     timer = timer or StageTimer()
     with timer("detect"):
         faces = networks.detector.detect(frames)
+        faces = faces[faces.scores >= MIN_PHOTO_SCORE]
     if request.faces == "largest":
         faces = _largest(faces)
     size = networks.ager.size_px
@@ -97,6 +108,7 @@ def age_frames(
                     target_ages=target[rows],
                     identity=aged.identity[rows],
                     frame_to_crop=matrices[rows],
+                    weights=weights[rows],
                 )
             )
     return results
@@ -149,12 +161,15 @@ def age_photos(
                 continue
             yield i, still
 
-    def write(job: tuple[int, Still, Frame]) -> None:
+    def write(job: tuple[int, Still, Frame | None]) -> None:
         i, still, frame = job
         target = items[i][1]
         try:
             with timer("write"):
-                write_image(target, still, frame, overwrite=overwrite, label=label)
+                if frame is None:
+                    copy_image(items[i][0], target, overwrite=overwrite)
+                else:
+                    write_image(target, still, frame, overwrite=overwrite, label=label)
         except FaceAgeError as error:
             reports[i].error = str(error)
         finished(reports[i])
@@ -162,9 +177,11 @@ def age_photos(
     with WriteBehind(write, BATCH_PHOTOS) as out:
         for batch in _batches(read_ahead(read(), BATCH_PHOTOS)):
             frames = [replace(s.frame, planes=tuple(p.copy() for p in s.frame.planes)) for _, s in batch]
-            for (i, still), frame, aged in zip(batch, frames, age_frames(networks, frames, request, timer), strict=True):
+            results = age_frames(networks, frames, request, timer)
+            for (i, still), frame, aged in zip(batch, frames, results, strict=True):
                 reports[i].faces = aged.describe()
-                out.put((i, still, frame))
+                # What nothing was done to is copied, byte for byte, and carries no label.
+                out.put((i, still, frame if aged.is_changed else None))
     return reports
 
 

@@ -17,10 +17,11 @@ from faceage.agers.latent import LatentConfig
 from faceage.agers.programs import generator_program, latent_program, reader_program
 from faceage.checkpoint import read_header
 from faceage.detect import DetectConfig, Detector, load_detector
-from faceage.engines.base import Engine
+from faceage.engines.base import Engine, Program
 from faceage.engines.store import Backend, EngineStore
 from faceage.errors import CheckpointError
 from faceage.models import DEFAULT_MODEL, find_model
+from faceage.models.fetch import facenet_file
 from faceage.types import FloatArray
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def load_networks(
 
     Args:
         model: a name that `faceage models list` shows.
-        identity: the network of the identity-preserving term.
+        identity: the network of the identity-preserving term; FaceNet is slower and must have been fetched.
         backend: what runs the engines.
         device: "cpu", "cuda" or "cuda:N".
         threads: threads of one engine call.
@@ -124,21 +125,26 @@ def load_networks(
         EngineError: if an engine cannot be built or run here.
     """
     files = find_model(model)
-    if identity == "facenet":
-        raise CheckpointError("FaceNet is not here; run `faceage models fetch facenet` first")
+    size_px = read_header(files.generator).dims["size_px"]
+    is_facenet = identity == "facenet"
+    if is_facenet and not facenet_file().exists():
+        raise CheckpointError("FaceNet is not on this machine; run `faceage models fetch facenet` once, with a network")
+    who = facenet_file() if is_facenet else files.identity
     store = EngineStore(on_build=on_build)
 
-    def engine(program: object) -> Engine:
-        return store.load(program, backend, device, threads)  # type: ignore[arg-type]
+    def engine(program: Program) -> Engine:
+        return store.load(program, backend, device, threads)
 
+    # FaceNet's pooling and resizing have no exported gradient, so torch differentiates it, whatever runs the rest.
+    fit = latent_program(files.generator, who, autograd=is_facenet)
     ager = AgeCGAN(
-        encoder=engine(reader_program(files.encoder)),
+        encoder=engine(reader_program(files.encoder, size_px)),
         generator=engine(generator_program(files.generator)),
-        latent=engine(latent_program(files.generator, files.identity)),
-        identity=engine(reader_program(files.identity)),
-        size_px=read_header(files.generator).dims["size_px"],
+        latent=store.load(fit, "torch", device, threads) if is_facenet else engine(fit),
+        identity=engine(reader_program(who, size_px)),
+        size_px=size_px,
         config=latent,
         composite=composite,
     )
     detector = load_detector(store, detect, backend=backend, device=device, threads=threads)
-    return Networks(model=model, detector=detector, age_reader=engine(reader_program(files.age)), ager=ager)
+    return Networks(model=model, detector=detector, age_reader=engine(reader_program(files.age, size_px)), ager=ager)

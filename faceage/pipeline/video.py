@@ -37,9 +37,6 @@ CHUNK_FRAMES = 2 * KEY_EVERY_FRAMES
 """Frames rendered at a time: all key frames in them, of all people, are one batch."""
 AGE_SAMPLES_PER_WINDOW = 1
 """Faces a track and window whose age is read."""
-LATENT_MEMORY = 0.5
-"""Share of the previous key frame's latent in the next: damps what the fit makes of noise, with a half-life of one key."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
@@ -61,6 +58,7 @@ class VideoReport:
     source: str
     target: str
     frames: int = 0
+    """Frames of the output. Where no face is to be changed, it is a copy of the source, byte for byte."""
     frames_with_faces: int = 0
     people: list[dict] = field(default_factory=list)
     seconds: float = 0.0
@@ -110,26 +108,35 @@ def age_video(
         VideoWriter(target, second_pass, encode) as writer,
     ):
         people = scan(networks, first_pass, request, track, timer, notify)
-        total = first_pass.frames_read
+        report.frames = first_pass.frames_read
+        report.damage = first_pass.damage
         renderer = Renderer(networks, people, timer)
-        frames = read_ahead(timed(second_pass, "decode", timer), CHUNK_FRAMES)
-
-        def encode_frame(frame: Frame) -> None:
-            with timer("encode"):
-                writer.write(frame)
-
-        with WriteBehind(encode_frame, CHUNK_FRAMES // 2) as out:
-            for done, frame in enumerate(renderer.render(frames, second_pass.info.rotation), 1):
-                out.put(frame)
-                del frame
-                notify("render", done, total)
-        report.frames = writer.frames_written
-    report.damage = second_pass.damage
+        if not any(person.weights.any() for person in people) and writer.can_copy_source:
+            writer.copy_source()
+        else:
+            _render(renderer, second_pass, writer, timer, lambda done: notify("render", done, report.frames))
     report.frames_with_faces = renderer.frames_with_faces
     report.people = [renderer.describe(person) for person in people]
     report.seconds = perf_counter() - start
     report.stage_ms = timer.ms_per(report.frames)
     return report
+
+
+def _render(
+    renderer: Renderer, reader: VideoReader, writer: VideoWriter, timer: StageTimer, notify: Callable[[int], None]
+) -> None:
+    """Decode, change and encode every frame: three threads, bounded queues between them."""
+    frames = read_ahead(timed(reader, "decode", timer), CHUNK_FRAMES)
+
+    def encode(frame: Frame) -> None:
+        with timer("encode"):
+            writer.write(frame)
+
+    with WriteBehind(encode, CHUNK_FRAMES // 2) as out:
+        for done, frame in enumerate(renderer.render(frames, reader.info.rotation), 1):
+            out.put(frame)
+            del frame
+            notify(done)
 
 
 def timed(items: Iterable[Frame], stage: str, timer: StageTimer) -> Iterator[Frame]:
@@ -202,8 +209,7 @@ def _person(track: Track, ages: list[float], request: AgeRequest, size_px: int, 
     if request.source_age is not None:
         source = request.source_age
     else:
-        # A track that no window sampled was found only in hindsight, in the gap between two: very short.
-        source = float(np.median(ages)) if ages else 40.0
+        source = float(np.median(ages))
     weights = face_weights(
         track.landmarks, track.scores, fade_in=not track.starts_shot, fade_out=not track.ends_shot, frame_rate=rate
     )

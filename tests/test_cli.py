@@ -1,0 +1,454 @@
+"""The commands: what they write, what they say, and the exit code of every way to fail."""
+
+import json
+import logging
+import shutil
+import struct
+import zlib
+
+import av
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from clips import frame_times, make_clip, packets_of
+from PIL import Image
+
+from faceage.cli import main
+from faceage.media.xmp import SOURCE_TYPE
+
+FAST = ["--preset", "ultrafast"]
+
+
+def faceage(*args):
+    """Run a command in this process."""
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def error_of(result):
+    """The one line of an error."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("faceage: error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0].removeprefix("faceage: error: ")
+
+
+def decoded(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray() for frame in container.decode(video=0)])
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture
+def video(networks, tiny_model, tmp_path):
+    """Run `faceage video` with the tiny model, whose engines are built."""
+
+    def run(*args, age=("--age", "70")):
+        return faceage("video", *args, "--model", tiny_model, *FAST, *age)
+
+    return run
+
+
+@pytest.fixture
+def images(networks, tiny_model):
+    """Run `faceage images` with the tiny model."""
+    return lambda *args: faceage("images", *args, "--model", tiny_model, "--age", 70)
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--age", "400"], "Invalid value for '--age': 400.0 is not in the range 0.0<=x<=100.0."),
+            (["--age", "70", "--by", "20"], "give either --age N or --by +N"),
+            ([], "give either --age N or --by +N"),
+            (["--by", "+300"], "by is 300; it must be from -100 to 100 years"),
+            (["--age", "70", "--strength", "2"], "Invalid value for '--strength': 2.0 is not in the range 0<=x<=1."),
+            (["--age", "70", "--min-face", "3"], "min_face_px is 3.0, must be at least 12"),
+            (["--age", "70", "--start", "soon"], "Invalid value for '--start': 'soon' is no time; give seconds or "),
+            (["--age", "70", "--encoder-option", "x"], "Invalid value for '--encoder-option': 'x' is not KEY=VALUE"),
+            (["--age", "70", "-v", "-q"], "give either -v or -q"),
+            (
+                ["--age", "70", "--model", "other"],
+                'Invalid value for --model: unknown model "other"; there are age-cgan',
+            ),
+        ],
+    )
+    def test_wrong_options_are_exit_code_2(self, args, message):
+        result = faceage("video", "in.mp4", "-o", "out.mp4", *args)
+        assert result.exit_code == 2
+        assert f"Error: {message}" in result.stderr
+
+    def test_two_inputs_of_one_name(self, tmp_path):
+        result = faceage("video", "a/x.mp4", "b/x.mp4", "-o", tmp_path, "--age", 70)
+        assert result.exit_code == 2
+        assert "several inputs are named x.mp4" in result.stderr
+
+    def test_an_unknown_command(self):
+        assert faceage("age").exit_code == 2
+
+    def test_help_names_every_command(self):
+        result = faceage("--help")
+        assert result.exit_code == 0
+        for name in ("video", "images", "sheet", "models", "doctor", "bench"):
+            assert f"\n  {name} " in result.stdout
+            assert faceage(name, "--help").exit_code == 0
+
+
+class TestVideo:
+    def test_the_face_is_aged_and_the_rest_kept(self, video, face_clip, tmp_path):
+        target = tmp_path / "new" / "out.mp4"
+        result = video(face_clip, "-o", target)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.startswith(f"{face_clip}: 50 frames, 1 person (")
+        assert result.stdout.endswith(f" fps -> {target}\n")
+        assert frame_times(target) == frame_times(face_clip)
+        assert [bytes(p) for p in packets_of(target, "audio")] == [bytes(p) for p in packets_of(face_clip, "audio")]
+        assert [path.name for path in target.parent.iterdir()] == ["out.mp4"]
+        before, after = decoded(face_clip), decoded(target)
+        assert np.abs(before.astype(int) - after).max() > 40
+
+    def test_the_label_follows_the_sources_comment(self, video, face_clip, tmp_path):
+        assert video(face_clip, "-o", tmp_path / "a.mp4", "--end", 0.2).exit_code == 0
+        assert video(face_clip, "-o", tmp_path / "b.mp4", "--end", 0.2, "--no-label").exit_code == 0
+        comments = []
+        for name in ("a.mp4", "b.mp4"):
+            with av.open(str(tmp_path / name)) as container:
+                comments.append(container.metadata["comment"])
+        assert comments[0].startswith(f"shot on a film set\ndigitalSourceType: {SOURCE_TYPE}; tool: faceage 0.1.0; ")
+        assert comments[0].endswith("; target_age: 70")
+        assert "; model: tiny sha256:" in comments[0]
+        assert comments[1] == "shot on a film set"
+
+    def test_a_video_without_a_face_passes_through(self, networks, tiny_model, tmp_path):
+        clip = make_clip(tmp_path / "noise.mp4")
+        target = tmp_path / "out.mkv"
+        result = faceage("video", clip, "-o", target, "--model", tiny_model, "--codec", "ffv1", "--age", 70)
+        assert result.exit_code == 0, result.stderr
+        assert "16 frames, no face found, passed through untouched" in result.stdout
+        assert np.array_equal(decoded(clip), decoded(target))
+
+    def test_json_and_report(self, video, face_clip, tmp_path):
+        report = tmp_path / "report.json"
+        result = video(face_clip, "-o", tmp_path / "out.mp4", "--end", 1, "--json", "--report", report)
+        assert result.exit_code == 0
+        events = [json.loads(line) for line in result.stdout.splitlines()]
+        kinds = [event["event"] for event in events]
+        assert kinds[0] == "start"
+        assert kinds[-2:] == ["item", "done"]
+        assert set(kinds[1:-2]) == {"progress"}
+        assert events[-1].items() >= {"done": 1, "failed": 0, "exit_code": 0}.items()
+        record = json.loads(report.read_text())
+        assert record["items"] == [{k: v for k, v in events[-2].items() if k != "event"}]
+        assert record["items"][0]["frames"] == 25
+        assert set(record["items"][0]["stage_ms"]) >= {"decode", "age", "encode"}
+        assert record["exit_code"] == 0
+        assert record["options"]["age"] == 70
+        assert record["versions"]["faceage"] == "0.1.0"
+        assert record["engines"] == {"model": "tiny", "backend": "onnxruntime", "device": "cpu"}
+
+    def test_quiet_says_nothing_and_verbose_more(self, video, face_clip, tmp_path):
+        quiet = video(face_clip, "-o", tmp_path / "a.mp4", "--end", 0.2, "-q")
+        assert (quiet.stdout, quiet.stderr) == ("", "")
+        verbose = video(face_clip, "-o", tmp_path / "b.mp4", "--end", 0.2, "-v")
+        assert "faceage: model tiny, backend onnxruntime on cpu" in verbose.stderr
+        assert "encoder libx264 yuv420p" in verbose.stderr
+        assert "milliseconds a frame, overlapping: decode " in verbose.stderr
+        assert logging.getLogger("faceage").handlers == []
+
+    def test_several_inputs_go_on_after_a_bad_one(self, video, face_clip, tmp_path):
+        (tmp_path / "bad.mp4").write_text("not a video\n")
+        result = video(tmp_path / "bad.mp4", face_clip, "-o", tmp_path / "out", "--end", 0.2)
+        assert result.exit_code == 1
+        assert error_of(result).startswith(f"{tmp_path}/bad.mp4 ")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["face.mp4"]
+
+    def test_a_truncated_video_is_kept_as_far_as_it_decodes(self, video, face_clip, tmp_path):
+        data = face_clip.read_bytes()
+        (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
+        result = video(tmp_path / "cut.mp4", "-o", tmp_path / "out.mp4")
+        assert result.exit_code == 1, result.stderr
+        assert f"faceage: warning: {tmp_path}/cut.mp4 is damaged: the file ends " in result.stderr
+        assert 5 < len(packets_of(tmp_path / "out.mp4", "video")) < 50
+
+    def test_an_interruption_leaves_finished_files(self, video, face_clip, tmp_path, monkeypatch):
+        import faceage.cli.video as module
+
+        calls = []
+        real = module.age_video
+
+        def stop_at_the_second(*args, **options):
+            if calls:
+                raise KeyboardInterrupt
+            calls.append(args)
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, "age_video", stop_at_the_second)
+        second = tmp_path / "second.mp4"
+        shutil.copy(face_clip, second)
+        result = video(face_clip, second, "-o", tmp_path / "out", "--end", 0.2, "--json")
+        assert result.exit_code == 130
+        assert error_of(result) == "interrupted; what was finished stays"
+        assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 130
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["face.mp4"]
+
+
+class TestBadVideos:
+    """Each is one clear line and exit code 3, before any engine is loaded."""
+
+    def check(self, video, source, target, message, *options):
+        result = video(source, "-o", target, *options)
+        assert result.exit_code == 3
+        assert error_of(result).startswith(message)
+        assert result.stdout == ""
+
+    def test_missing(self, video, tmp_path):
+        self.check(
+            video, tmp_path / "no.mp4", tmp_path / "out.mp4", f"{tmp_path}/no.mp4 does not exist; check the name"
+        )
+
+    def test_empty(self, video, tmp_path):
+        (tmp_path / "empty.mp4").touch()
+        self.check(video, tmp_path / "empty.mp4", tmp_path / "out.mp4", f"{tmp_path}/empty.mp4 is empty (0 bytes)")
+
+    def test_text(self, video, tmp_path):
+        (tmp_path / "text.mp4").write_text("hello\n" * 100)
+        message = f"{tmp_path}/text.mp4 is not a readable video: it holds text; name a video file"
+        self.check(video, tmp_path / "text.mp4", tmp_path / "out.mp4", message)
+
+    def test_audio_only(self, video, tmp_path):
+        with av.open(str(tmp_path / "sound.m4a"), "w") as output:
+            stream = output.add_stream("aac", rate=48_000)
+            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
+            frame.sample_rate, frame.pts = 48_000, 0
+            output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
+        message = f"{tmp_path}/sound.m4a has no video stream (audio only)"
+        self.check(video, tmp_path / "sound.m4a", tmp_path / "out.mp4", message)
+
+    def test_output_exists(self, video, face_clip, tmp_path):
+        (tmp_path / "out.mp4").write_text("mine")
+        message = f"the output {tmp_path}/out.mp4 exists; pass --overwrite or name another"
+        self.check(video, face_clip, tmp_path / "out.mp4", message)
+        assert (tmp_path / "out.mp4").read_text() == "mine"
+        assert video(face_clip, "-o", tmp_path / "out.mp4", "--end", 0.2, "--overwrite").exit_code == 0
+
+    def test_output_is_input(self, video, face_clip, tmp_path):
+        shutil.copy(face_clip, tmp_path / "in.mp4")
+        message = f"the output {tmp_path}/in.mp4 is the input {tmp_path}/in.mp4; faceage does not edit in place"
+        self.check(video, tmp_path / "in.mp4", tmp_path / "in.mp4", message, "--overwrite")
+        assert (tmp_path / "in.mp4").read_bytes() == face_clip.read_bytes()
+
+    def test_output_below_a_file(self, video, face_clip, tmp_path):
+        (tmp_path / "file").touch()
+        self.check(video, face_clip, tmp_path / "file" / "out.mp4", f"the folder {tmp_path}/file cannot be made (")
+
+    def test_output_where_nothing_can_be_written(self, video, face_clip):
+        self.check(video, face_clip, "/proc/out.mp4", "/proc/out.mp4 cannot be written")
+
+    def test_an_unknown_codec(self, video, face_clip, tmp_path):
+        message = "this build has no encoder 'h999'"
+        self.check(video, face_clip, tmp_path / "out.mp4", message, "--codec", "h999")
+
+    def test_a_range_behind_the_end(self, video, face_clip, tmp_path):
+        self.check(video, face_clip, tmp_path / "out.mp4", f"{face_clip} has no frame from 50", "--start", "00:50")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestEnvironment:
+    """What is wrong with the installation is exit code 4."""
+
+    def test_a_corrupt_checkpoint(self, networks, tiny_model, checkpoints, face_photo, tmp_path):
+        from faceage.models import import_model, user_folder
+
+        files = import_model("corrupt", list(checkpoints.values()))
+        files.encoder.write_bytes(files.encoder.read_bytes()[:-1000])
+        try:
+            result = faceage("images", face_photo, "-o", tmp_path, "--model", "corrupt", "--age", 70)
+        finally:
+            shutil.rmtree(user_folder() / "corrupt")
+        assert result.exit_code == 4
+        assert error_of(result).startswith(f"{files.encoder} is damaged or not safetensors (")
+
+    def test_a_device_that_is_not_there(self, tiny_model, face_photo, tmp_path):
+        options = ["--backend", "onnxruntime", "--device", "cuda:9", "--age", 70]
+        result = faceage("images", face_photo, "-o", tmp_path, "--model", tiny_model, *options)
+        assert result.exit_code == 4
+        assert "runs on the CPU, not on cuda:9" in error_of(result)
+
+    def test_facenet_that_was_not_fetched(self, tiny_model, face_photo, tmp_path):
+        result = faceage(
+            "images", face_photo, "-o", tmp_path, "--model", tiny_model, "--identity", "facenet", "--age", 70
+        )
+        assert result.exit_code == 4
+        assert "faceage models fetch facenet" in error_of(result)
+
+
+class TestImages:
+    def test_a_tree_keeps_its_shape(self, images, face_photo, tmp_path):
+        folder = tmp_path / "in"
+        (folder / "sub").mkdir(parents=True)
+        shutil.copy(face_photo, folder / "a.png")
+        shutil.copy(face_photo, folder / "sub" / "b.png")
+        shutil.copy(face_photo, folder / ".hidden.png")
+        (folder / "notes.txt").write_text("x")
+        out = tmp_path / "out"
+        result = images(folder, "-o", out)
+        assert result.exit_code == 0, result.stderr
+        assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == ["a.png", "sub/b.png"]
+        assert f"faceage: 1 not images, left out: {folder}/notes.txt" in result.stderr
+        assert f"{folder}/a.png: 1 face (" in result.stdout
+        assert f"2 photos written to {out}: 2 faces aged, 0 without a face passed through, 0 failed" in result.stdout
+        assert np.abs(pixels(face_photo).astype(int) - pixels(out / "a.png")).max() > 40
+        assert SOURCE_TYPE.encode() in (out / "a.png").read_bytes()
+
+        again = images(folder, "-o", out)
+        assert again.exit_code == 0
+        assert "faceage: 2 already there (--overwrite replaces them)" in again.stderr
+        assert again.stdout == ""
+        assert images(folder, "-o", out, "--overwrite", "--no-label").exit_code == 0
+        assert SOURCE_TYPE.encode() not in (out / "a.png").read_bytes()
+
+    def test_bad_files_do_not_stop_the_others(self, images, face_photo, tmp_path):
+        (tmp_path / "empty.jpg").touch()
+        (tmp_path / "text.png").write_text("hello")
+        Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+        missing = tmp_path / "missing.jpg"
+        sources = [tmp_path / "empty.jpg", tmp_path / "text.png", tmp_path / "dot.png", missing, face_photo]
+        result = images(*sources, "-o", tmp_path / "out")
+        assert result.exit_code == 1
+        errors = sorted(line for line in result.stderr.splitlines() if "error" in line)
+        assert [line.split(":")[2].strip() for line in errors] == [
+            f"{tmp_path}/empty.jpg", f"{missing} does not exist; check the name", f"{tmp_path}/text.png",
+        ]  # fmt: skip
+        assert f"{tmp_path}/dot.png: no face found, passed through untouched -> " in result.stdout
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dot.png", "face.png"]
+        assert (pixels(tmp_path / "out" / "dot.png") == (255, 0, 0)).all()
+
+    def test_an_empty_picture_alone(self, images, tmp_path):
+        (tmp_path / "empty.jpg").touch()
+        result = images(tmp_path / "empty.jpg", "-o", tmp_path / "out")
+        assert result.exit_code == 3
+        assert "the file is empty (0 bytes)" in error_of(result)
+
+    def test_a_picture_beyond_the_limit(self, images, tmp_path):
+        header = struct.pack(">IIBBBBB", 20_001, 21_000, 8, 2, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+        body = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+        (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + body)
+        result = images(tmp_path / "huge.png", "-o", tmp_path / "out")
+        assert result.exit_code == 3
+        assert "huge.png: 20001x21000 is 420 megapixels, the limit is 400" in error_of(result)
+
+    def test_a_folder_without_pictures(self, images, tmp_path):
+        (tmp_path / "in").mkdir()
+        result = images(tmp_path / "in", "-o", tmp_path / "out")
+        assert result.exit_code == 3
+        assert error_of(result).startswith(f"no image in {tmp_path}/in; ")
+
+    @pytest.mark.parametrize("as_folder", [True, False])
+    def test_the_output_is_the_input(self, images, face_photo, tmp_path, as_folder):
+        shutil.copy(face_photo, tmp_path / "face.png")
+        result = images(tmp_path if as_folder else tmp_path / "face.png", "-o", tmp_path, "--overwrite")
+        assert result.exit_code == 3
+        assert "faceage does not edit in place, name another folder" in error_of(result)
+        assert (tmp_path / "face.png").read_bytes() == face_photo.read_bytes()
+
+    def test_an_output_that_cannot_be_written(self, images, face_photo, tmp_path):
+        (tmp_path / "file").touch()
+        result = images(face_photo, "-o", tmp_path / "file" / "out")
+        assert result.exit_code == 3
+        assert error_of(result).startswith(f"{tmp_path}/file/out/face.png: cannot be written (")
+
+    def test_json(self, images, face_photo, tmp_path):
+        result = images(face_photo, "-o", tmp_path / "out", "--json", "--report", tmp_path / "report.json")
+        events = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [event["event"] for event in events] == ["start", "progress", "item", "done"]
+        (face,) = events[2]["faces"]
+        assert face["target_age"] == 70
+        record = json.loads((tmp_path / "report.json").read_text())
+        assert set(record["stage_ms"]) >= {"read", "detect", "age", "blend", "write"}
+        assert record["photos_per_second"] > 0
+
+
+class TestSheet:
+    def test_a_row_a_face_and_a_column_an_age(self, networks, tiny_model, face_photo, tmp_path):
+        target = tmp_path / "sheet.png"
+        result = faceage("sheet", face_photo, "-o", target, "--model", tiny_model, "--ages", "20,30,...,60")
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == f"{face_photo}: 5 ages -> {target}\n"
+        with Image.open(target) as sheet:
+            assert sheet.width > 6 * 200 > 4 * sheet.height
+        assert b"20, 30, 40, 50, 60" in target.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("ages", "message"),
+        [
+            ("20,x", "'x' is not a valid float range."),
+            ("20,...,60", '"..." needs two ages before it'),
+            ("20,400", "400.0 is not in"),
+        ],
+    )
+    def test_wrong_ages(self, face_photo, tmp_path, ages, message):
+        result = faceage("sheet", face_photo, "-o", tmp_path / "s.png", "--ages", ages)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+    def test_a_suffix_that_is_no_picture(self, face_photo, tmp_path):
+        assert faceage("sheet", face_photo, "-o", tmp_path / "s.mp4").exit_code == 2
+
+    def test_no_face(self, networks, tiny_model, tmp_path):
+        Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+        result = faceage("sheet", tmp_path / "black.png", "-o", tmp_path / "s.png", "--model", tiny_model)
+        assert result.exit_code == 3
+        assert "shows no face" in error_of(result)
+        assert not (tmp_path / "s.png").exists()
+
+
+class TestModelsAndDoctor:
+    def test_list_info_and_import(self, tiny_model, checkpoints, tmp_path, monkeypatch):
+        monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))
+        result = faceage("models", "import", "mine", *checkpoints.values())
+        assert result.exit_code == 0
+        assert result.stdout.endswith("use it with --model mine\n")
+        assert "mine             imported  ok\n" in faceage("models", "list").stdout
+        listed = json.loads(faceage("models", "list", "--json").stdout)
+        assert [row["model"] for row in listed["models"]] == ["age-cgan", "mine"]
+        assert "generator: age-cgan-generator, " in faceage("models", "info", "mine").stdout
+        described = json.loads(faceage("models", "info", "mine", "--json").stdout)
+        assert described["identity"]["dims"]["outputs"] == 128
+        assert faceage("models", "info", "other").exit_code == 2
+        refused = faceage("models", "import", "age-cgan", *checkpoints.values())
+        assert refused.exit_code == 4
+        assert "cannot be a model's name" in error_of(refused)
+
+    def test_fetch_without_a_network(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))
+        monkeypatch.setattr("faceage.models.fetch.FACENET_URL", "http://127.0.0.1:9/facenet.pt")
+        result = faceage("models", "fetch", "facenet")
+        assert result.exit_code == 4
+        assert error_of(result).startswith("http://127.0.0.1:9/facenet.pt cannot be downloaded (")
+
+    def test_doctor(self, networks, tiny_model):
+        result = faceage("doctor", "--json")
+        checks = {check["name"]: check for check in json.loads(result.stdout)}
+        assert checks["cache"]["state"] == checks["encoders"]["state"] == "ok"
+        assert checks["model tiny"]["found"] == "4 checkpoints; 8 of 8 engines built"
+        failed = [check for check in checks.values() if check["state"] == "fail"]
+        assert all(check["remedy"] for check in failed)
+        assert result.exit_code == (4 if failed else 0)
+        assert "model tiny" in faceage("doctor").stdout
+
+    def test_doctor_names_what_mends_the_cache(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path / "file"))
+        result = faceage("doctor", "--json")
+        assert result.exit_code == 4
+        (cache,) = [check for check in json.loads(result.stdout) if check["name"] == "cache"]
+        assert cache["state"] == "fail"
+        assert cache["remedy"].startswith("export FACEAGE_CACHE=")

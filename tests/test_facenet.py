@@ -1,0 +1,45 @@
+"""FaceNet in place of the compact identity network, with random weights: the real ones are downloaded by users only."""
+
+import numpy as np
+import pytest
+import torch
+
+from faceage.agers.latent import LatentConfig
+from faceage.checkpoint import Header, save
+from faceage.errors import CheckpointError
+from faceage.models import find_model, import_model
+from faceage.models.fetch import facenet_file
+from faceage.networks.facenet import FaceNet
+from faceage.pipeline.request import load_networks
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, tiny_model):
+    """A cache folder of its own that has the tiny model."""
+    files = find_model(tiny_model)
+    monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))
+    import_model("tiny", list(files.paths().values()))
+    return tmp_path
+
+
+def test_without_it_the_error_says_how_to_get_it(cache):
+    with pytest.raises(CheckpointError, match="faceage models fetch facenet"):
+        load_networks(model="tiny", identity="facenet", backend="torch")
+
+
+def test_latents_are_fitted_through_it(cache):
+    torch.manual_seed(0)
+    net = FaceNet()
+    dims = {"size_px": 160, "outputs": 512}
+    save(facenet_file(), net.net.state_dict(), Header(arch="facenet", dims=dims, stage="random", images_seen=0))
+    networks = load_networks(
+        model="tiny", identity="facenet", backend="torch", latent=LatentConfig(max_evaluations=3, pixel_weight=0)
+    )
+    size = networks.ager.size_px
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, size, size)).astype(np.float32)
+    ages = np.full(2, 30, np.float32)
+    fit = networks.ager.fit(pixels, ages)
+    assert (fit.losses < fit.first_losses).all()
+    aged = networks.ager.age(pixels, ages, ages)
+    np.testing.assert_allclose(aged.deltas, 0, atol=1e-6)
+    np.testing.assert_allclose(aged.identity, 1, atol=1e-4)

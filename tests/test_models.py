@@ -1,0 +1,128 @@
+"""Models: what is found, imported and fetched."""
+
+import hashlib
+import http.server
+import threading
+
+import pytest
+
+from faceage.checkpoint import Header, read_header, save
+from faceage.errors import CheckpointError
+from faceage.models import DEFAULT_MODEL, ROLES, fetch, find_model, import_model, list_models, user_folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_an_imported_model_is_found(cache, checkpoints):
+    files = import_model("mine", list(checkpoints.values()))
+    assert files == find_model("mine")
+    assert list_models() == [DEFAULT_MODEL, "mine"]
+    assert {path.parent for path in files.paths().values()} == {user_folder() / "mine"}
+    assert [read_header(path).arch for path in files.paths().values()] == list(ROLES.values())
+
+
+def test_an_unknown_model_is_refused_with_the_list(cache):
+    with pytest.raises(CheckpointError, match=r'unknown model "other"; there are age-cgan; add one with'):
+        find_model("other")
+
+
+@pytest.mark.parametrize("name", [DEFAULT_MODEL, "../up", "", "a b"])
+def test_a_bad_name_is_refused(cache, checkpoints, name):
+    with pytest.raises(CheckpointError, match="cannot be a model's name"):
+        import_model(name, list(checkpoints.values()))
+
+
+def test_the_generator_and_its_encoder_are_needed(cache, checkpoints):
+    with pytest.raises(CheckpointError, match="the model lacks age-cgan-encoder"):
+        import_model("mine", [checkpoints["age-cgan-generator"]])
+    assert list_models() == [DEFAULT_MODEL]
+
+
+def test_two_files_of_one_role_are_refused(cache, checkpoints):
+    generator = checkpoints["age-cgan-generator"]
+    with pytest.raises(CheckpointError, match=r"holds age-cgan-generator; expected one checkpoint each of"):
+        import_model("mine", [generator, generator])
+
+
+def test_an_encoder_of_another_generator_is_refused(cache, checkpoints, tmp_path):
+    import torch
+
+    dims = read_header(checkpoints["age-cgan-encoder"]).dims
+    header = Header(arch="age-cgan-encoder", dims=dims, stage="test", images_seen=0, parents={"gan": "0" * 64})
+    save(tmp_path / "encoder.safetensors", {"w": torch.zeros(1)}, header)
+    with pytest.raises(CheckpointError, match="the encoder was not trained for"):
+        import_model("mine", [checkpoints["age-cgan-generator"], tmp_path / "encoder.safetensors"])
+
+
+def test_a_damaged_checkpoint_is_refused(cache, checkpoints):
+    files = import_model("mine", list(checkpoints.values()))
+    files.generator.write_bytes(files.generator.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is damaged or not safetensors"):
+        find_model("mine")
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A small file in the place of FaceNet, on a server of this machine."""
+    import torch
+
+    source = tmp_path / "served.pt"
+    torch.save({"conv.weight": torch.ones(2, 3), "logits.weight": torch.zeros(4, 2)}, source)
+    data = source.read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(fetch, "FACENET_URL", f"http://127.0.0.1:{server.server_port}/facenet.pt")
+    monkeypatch.setattr(fetch, "FACENET_SHA256", hashlib.sha256(data).hexdigest())
+    yield data
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_facenet_is_fetched_checked_and_converted(cache, served):
+    from safetensors.numpy import load_file
+
+    seen = []
+    path = fetch.fetch_facenet(lambda done, total: seen.append(done))
+    assert path == fetch.facenet_file() == user_folder() / "facenet" / "facenet.safetensors"
+    assert seen[-1] == len(served)
+    assert list(load_file(path)) == ["conv.weight"]  # without the classifier
+    assert read_header(path).arch == "facenet"
+    assert [p.name for p in path.parent.iterdir()] == ["facenet.safetensors"]
+    assert list_models() == [DEFAULT_MODEL]  # it is no model of its own
+
+
+def test_a_download_that_differs_leaves_nothing(cache, served, monkeypatch):
+    monkeypatch.setattr(fetch, "FACENET_SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match=r"with SHA-256 [0-9a-f]{64}, expected 111,898,327 with 0000"):
+        fetch.fetch_facenet()
+    assert list(fetch.facenet_file().parent.iterdir()) == []
+
+
+def test_no_network_is_one_clear_line(cache, monkeypatch):
+    monkeypatch.setattr(fetch, "FACENET_URL", "http://127.0.0.1:9/facenet.pt")  # the discard port: refused
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded \(.*refused\); check the network"):
+        fetch.fetch_facenet()
+    assert list(fetch.facenet_file().parent.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(served, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="set FACEAGE_CACHE to a folder that can be written"):
+        fetch.fetch_facenet()

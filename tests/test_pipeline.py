@@ -1,0 +1,249 @@
+"""The whole path on real codecs and real networks: what changes, and that nothing else does."""
+
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+import pytest
+from skimage.data import astronaut
+
+from clips import frame_times, packets_of
+from faceage.geometry import invert_affine
+from faceage.media.video import EncodeOptions, VideoReader
+from faceage.pipeline.photos import age_frames, age_photos
+from faceage.pipeline.request import AgeRequest, StageTimer
+from faceage.pipeline.sheet import make_sheet
+from faceage.pipeline.video import KEY_EVERY_FRAMES, age_video, scan
+from faceage.types import RGB, Frame
+
+FRAMES = 30
+LOSSLESS = EncodeOptions(codec="ffv1", overwrite=True)
+
+
+def write_clip(path, pictures, pts=None, codec="libx264", tone=True):
+    """Encode RGB pictures; times are irregular unless given."""
+    with av.open(str(path), "w") as out:
+        video = out.add_stream(codec, 25, options={"crf": "12"} if codec == "libx264" else {})
+        video.height, video.width = pictures[0].shape[:2]
+        video.pix_fmt = "yuv420p"
+        video.time_base = Fraction(1, 12800)
+        video.codec_context.time_base = video.time_base
+        sound = out.add_stream("aac", 44100, layout="mono") if tone else None
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = (pts or [512 * i + 40 * (i % 3) for i in range(len(pictures))])[i], video.time_base
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        if sound is not None:
+            samples = (0.1 * np.sin(np.arange(44100) / 30))[None].astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 0
+            out.mux(sound.encode(frame))
+            out.mux(sound.encode(None))
+    return path
+
+
+def moving_face(count=FRAMES, side=256):
+    portrait = astronaut()
+    return [
+        cv2.warpAffine(portrait, np.float32([[0.9, 0, -80 + 0.8 * i], [0, 0.9, -5]]), (side, side), borderMode=1)
+        for i in range(count)
+    ]
+
+
+def decoded(path):
+    with VideoReader(path) as reader:
+        return [[plane.copy() for plane in frame.planes] for frame in reader]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "face.mkv", moving_face())
+
+
+def test_only_the_face_changes_and_everything_else_is_kept(networks, clip, tmp_path):
+    target = tmp_path / "aged.mkv"
+    report = age_video(networks, clip, target, AgeRequest(age=70, source_age=30), encode=LOSSLESS)
+    assert report.frames == FRAMES
+    assert report.frames_with_faces == FRAMES
+    (person,) = report.people
+    assert (person["first_frame"], person["last_frame"]) == (0, FRAMES - 1)
+    assert frame_times(target) == frame_times(clip)
+    assert [bytes(p) for p in packets_of(target, "audio")] == [bytes(p) for p in packets_of(clip, "audio")]
+
+    with VideoReader(clip) as reader:
+        (tracked,) = scan(networks, reader, AgeRequest(age=70, source_age=30), None, StageTimer(), lambda *_: None)
+    size = networks.ager.size_px
+    corners = np.float32([[-0.5, -0.5], [size - 0.5, -0.5], [size - 0.5, size - 0.5], [-0.5, size - 0.5]])
+    for i, (before, after) in enumerate(zip(decoded(clip), decoded(target), strict=True)):
+        inside = np.zeros(before[0].shape, np.uint8)
+        crop_to_frame = invert_affine(tracked.frame_to_crop[i])
+        polygon = corners @ crop_to_frame[:, :2].T + crop_to_frame[:, 2]
+        cv2.fillConvexPoly(inside, np.round(polygon).astype(np.int32), 1)
+        changed = before[0] != after[0]
+        assert changed.any(), f"frame {i} is as it was"
+        assert not (changed & (inside == 0)).any(), f"frame {i} changed outside the face"
+
+
+def test_strength_zero_gives_back_every_sample(networks, clip, tmp_path):
+    target = tmp_path / "same.mkv"
+    report = age_video(networks, clip, target, AgeRequest(by=40, strength=0), encode=LOSSLESS)
+    assert len(report.people) == 1
+    for before, after in zip(decoded(clip), decoded(target), strict=True):
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_change_is_steady(networks, clip, tmp_path):
+    """On a still picture with constant pose every frame gets the same change, on and between key frames."""
+    still = write_clip(tmp_path / "still.mkv", [moving_face(1)[0]] * (2 * KEY_EVERY_FRAMES + 3), codec="ffv1", tone=False)
+    target = tmp_path / "aged.mkv"
+    age_video(networks, still, target, AgeRequest(age=70, source_age=30), encode=LOSSLESS)
+    change = [a[0].astype(int) - b[0] for a, b in zip(decoded(target), decoded(still), strict=True)]
+    assert np.abs(change[0]).max() > 2
+    first_to_others = max(np.abs(c - change[0]).mean() for c in change)
+    assert first_to_others < 0.25 * np.abs(change[0]).mean()
+
+
+def test_one_source_age_for_a_track_and_years_added_to_it(networks, clip, tmp_path):
+    report = age_video(networks, clip, tmp_path / "by.mkv", AgeRequest(by=20), encode=LOSSLESS)
+    (person,) = report.people
+    assert person["target_age"] == pytest.approx(person["source_age"] + 20, abs=0.11)
+
+
+def test_a_video_without_faces_is_copied_byte_for_byte(networks, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+    source = write_clip(tmp_path / "none.mkv", [noise] * 12)
+    report = age_video(networks, source, tmp_path / "out.mkv", AgeRequest(age=70))
+    assert (tmp_path / "out.mkv").read_bytes() == source.read_bytes()
+    assert report.people == []
+    assert report.frames == 12
+    assert report.frames_with_faces == 0
+    assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+
+
+def test_two_people_and_the_largest_alone(networks, tmp_path):
+    picture = cv2.resize(astronaut()[0:256, 96:352], (256, 256))
+    small = cv2.resize(picture, (160, 160), interpolation=cv2.INTER_AREA)
+    both = np.full((256, 420, 3), 120, np.uint8)
+    both[:, :256], both[:160, 258:418] = picture, small
+    source = write_clip(tmp_path / "two.mkv", [both] * 12, tone=False)
+    everybody = age_video(networks, source, tmp_path / "all.mkv", AgeRequest(age=70), encode=LOSSLESS)
+    assert len(everybody.people) == 2
+    age_video(networks, source, tmp_path / "one.mkv", AgeRequest(age=70, faces="largest"), encode=LOSSLESS)
+    before, after = decoded(source)[6][0], decoded(tmp_path / "one.mkv")[6][0]
+    changed = np.argwhere(before != after)
+    assert len(changed)
+    assert changed[:, 1].max() < 256
+
+
+def test_a_phone_clip_that_is_stored_turned(networks, tmp_path):
+    upright = moving_face(12)
+    plain = write_clip(tmp_path / "plain.mp4", [np.rot90(p, -1) for p in upright], tone=False)
+    turned = tmp_path / "turned.mp4"
+    with av.open(str(plain)) as source, av.open(str(turned), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        one = 1 << 16
+        stream.set_display_matrix((0, -one, 0, one, 0, 0, 0, 0, 1 << 30))
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    with VideoReader(turned) as reader:
+        assert reader.info.rotation % 360 == 90
+    report = age_video(networks, turned, tmp_path / "aged.mp4", AgeRequest(age=70, source_age=30))
+    assert len(report.people) == 1
+    assert report.frames_with_faces == 12
+    with VideoReader(tmp_path / "aged.mp4") as reader:
+        assert reader.info.rotation % 360 == 90
+
+
+def test_a_truncated_video_keeps_what_decodes(networks, clip, tmp_path):
+    damaged = tmp_path / "cut.mkv"
+    damaged.write_bytes(clip.read_bytes()[: int(clip.stat().st_size * 0.6)])
+    report = age_video(networks, damaged, tmp_path / "out.mkv", AgeRequest(age=70), encode=LOSSLESS)
+    assert report.damage
+    assert 0 < report.frames < FRAMES
+    assert len(decoded(tmp_path / "out.mkv")) == report.frames
+
+
+def test_photos_one_bad_file_stops_nobody(networks, tmp_path):
+    good, bad, plain = (tmp_path / name for name in ("good.png", "bad.jpg", "plain.png"))
+    cv2.imwrite(str(good), astronaut()[:, :, ::-1])
+    bad.write_text("no picture")
+    cv2.imwrite(str(plain), np.full((40, 50, 3), 90, np.uint8))
+    out = tmp_path / "out"
+    items = [(p, out / p.name) for p in (bad, good, plain)]
+    reports = age_photos(networks, items, AgeRequest(age=70, source_age=30))
+    assert "bad.jpg" in reports[0].error
+    assert not (out / "bad.jpg").exists()
+    assert [len(r.faces) for r in reports[1:]] == [1, 0]
+    assert (out / "plain.png").read_bytes() == plain.read_bytes()
+    before, after = cv2.imread(str(good)), cv2.imread(str(out / "good.png"))
+    changed = np.argwhere((before != after).any(2))
+    box = np.array(reports[1].faces[0]["box"])
+    margin = 0.7 * (box[2] - box[0])
+    assert len(changed)
+    assert (changed.min(0)[::-1] > box[:2] - margin).all()
+    assert (changed.max(0)[::-1] < box[2:] + margin).all()
+
+
+def test_a_batch_of_photos_gives_what_each_gives_alone(networks):
+    def frame(picture):
+        return Frame(planes=(np.ascontiguousarray(picture),), pixel_format="rgb24", color=RGB)
+
+    pictures = [astronaut(), astronaut()[:, ::-1], cv2.resize(astronaut(), (300, 300))]
+    request = AgeRequest(age=70, source_age=30)
+    together = [frame(p.copy()) for p in pictures]
+    age_frames(networks, together, request)
+    for picture, batched in zip(pictures, together, strict=True):
+        alone = frame(picture.copy())
+        age_frames(networks, [alone], request)
+        assert np.abs(alone.planes[0].astype(int) - batched.planes[0]).max() <= 1
+        assert (alone.planes[0] != picture).any()
+
+
+def test_the_sheet_has_a_cell_for_each_age(networks, tmp_path):
+    photo = tmp_path / "photo.png"
+    cv2.imwrite(str(photo), astronaut()[:, :, ::-1])
+    sheet = make_sheet(networks, photo, [20, 70], source_age=30)
+    assert sheet.dtype == np.uint8
+    height, width, _ = sheet.shape
+    cells = sheet[height - 200 : height - 40, :].reshape(160, width, 3)
+    third = width // 3
+    original, young, old = (cells[:, i * third + 20 : (i + 1) * third - 20].astype(int) for i in range(3))
+    assert np.abs(original - young).mean() > 0.2
+    assert np.abs(young - old).mean() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either an age or"),
+        ({"age": 70, "by": 10}, "either an age or"),
+        ({"age": 400}, "age is 400; it must be from 0 to 100"),
+        ({"age": 70, "source_age": -1}, "source_age is -1"),
+        ({"by": 101}, "by is 101"),
+        ({"age": 70, "strength": 1.5}, "strength is 1.5"),
+    ],
+)
+def test_requests_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AgeRequest(**options)
+
+
+def test_composite_replace_reconstructs_the_face(networks):
+    """With "replace" the generated face itself is pasted: what is inside the mask is the generator's."""
+    ager = networks.ager
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, ager.size_px, ager.size_px)).astype(np.float32)
+    source, target = np.float32([30, 30]), np.float32([70, 20])
+    delta = ager.age(pixels, source, target)
+    ager._composite = "replace"
+    try:
+        replaced = ager.age(pixels, source, target, delta.latents)
+    finally:
+        ager._composite = "delta"
+    made = pixels + replaced.deltas
+    assert (np.abs(made) <= 1 + 1e-5).all()
+    assert np.abs(replaced.deltas - delta.deltas).max() > 0.1

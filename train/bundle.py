@@ -1,0 +1,36 @@
+"""Copy finished checkpoints into the package, in half precision.
+
+    python -m train.bundle --runs runs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from faceage.checkpoint import load, save
+from faceage.models import ROLES
+
+FILES = {
+    "age-cgan-generator": "gan/generator.safetensors",
+    "age-cgan-encoder": "encoder/encoder.safetensors",
+    "age-estimator": "age/age-estimator.safetensors",
+    "identity": "identity/identity.safetensors",
+}
+TARGET = Path(__file__).parent.parent / "faceage" / "models"
+
+
+@click.command()
+@click.option("--runs", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the run folders.")
+def main(runs: Path) -> None:
+    """Bundle the checkpoints of all roles."""
+    for arch in ROLES.values():
+        header, weights = load(runs / FILES[arch], arch)
+        path = TARGET / f"{arch}.safetensors"
+        sha = save(path, weights, header, half=True)
+        click.echo(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {sha[:12]}, {header.images_seen} images")
+
+
+if __name__ == "__main__":
+    main()
