@@ -1,6 +1,6 @@
 """Age the faces of one photo.
 
-    python examples/age_photo.py portrait.png aged.png 70
+python examples/age_photo.py portrait.png aged.png 70
 """
 
 import sys

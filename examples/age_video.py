@@ -1,6 +1,6 @@
 """Age everybody in a video by a number of years.
 
-    python examples/age_video.py clip.mp4 aged.mp4 +30
+python examples/age_video.py clip.mp4 aged.mp4 +30
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Show two videos of the same size side by side, the first on the left, with the second's sound.
 
-    python examples/before_after.py before.mp4 after.mp4 both.mp4
+python examples/before_after.py before.mp4 after.mp4 both.mp4
 """
 
 import sys

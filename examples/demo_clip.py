@@ -2,8 +2,8 @@
 
     python examples/demo_clip.py out/demo
 
-The video is the portrait under a moving camera (it drifts, zooms and rolls a little), with a tone as its sound, so that what a
-face tool must keep can be seen and heard: motion, frame times, audio.
+The video is the portrait under a moving camera (it drifts, zooms and rolls a little), with a tone as its sound, so
+that what a face tool must keep can be seen and heard: motion, frame times, audio.
 """
 
 import math

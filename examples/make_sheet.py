@@ -1,6 +1,6 @@
 """Show the faces of a photo at several ages, in one picture.
 
-    python examples/make_sheet.py portrait.png sheet.png
+python examples/make_sheet.py portrait.png sheet.png
 """
 
 import sys

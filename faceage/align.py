@@ -54,9 +54,7 @@ def head_turn(landmarks: FloatArray) -> FloatArray:
     right = (landmarks[:, 1] + landmarks[:, 4]) / 2
     down = (landmarks[:, 3] + landmarks[:, 4] - landmarks[:, 0] - landmarks[:, 1]) / 2
     down = down / np.maximum(np.linalg.norm(down, axis=-1, keepdims=True), 1e-6)
-    across = np.stack(
-        [down[:, 1], -down[:, 0]], -1
-    )  # unit vector to the viewer's right, normal to the midline
+    across = np.stack([down[:, 1], -down[:, 0]], -1)  # unit vector to the viewer's right, normal to the midline
     half_width = ((right - left) * across).sum(-1) / 2
     offset = ((landmarks[:, 2] - (left + right) / 2) * across).sum(-1)
     return np.abs(offset) / np.maximum(half_width, 1e-6)

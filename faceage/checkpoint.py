@@ -78,7 +78,7 @@ def read_header(path: Path) -> Header:
         CheckpointError: if the file is missing, damaged, not a faceage checkpoint, or of a newer format.
     """
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; expected a faceage .safetensors file; see `faceage models list`")
+        raise CheckpointError(f"no checkpoint at {path}; expected a .safetensors file; see `faceage models list`")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(_KEY)

@@ -69,9 +69,7 @@ def _differs(a: _Look, b: _Look) -> bool:
     correlation = (x * y).mean() / np.sqrt(((x * x).mean() + floor) * ((y * y).mean() + floor))
     change = np.abs(a.histogram - b.histogram).sum() / 2
     return bool(
-        1 - correlation > MIN_DECORRELATION
-        and change > MIN_HISTOGRAM_CHANGE
-        and _difference(a, b) > MIN_DIFFERENCE
+        1 - correlation > MIN_DECORRELATION and change > MIN_HISTOGRAM_CHANGE and _difference(a, b) > MIN_DIFFERENCE
     )
 
 

@@ -278,9 +278,7 @@ def _pyramid(frames: list[Frame], smallest: float, factor: float) -> list[_Level
         scale *= factor
     while scales[0] < min(1, RNET_SIZE_PX / smallest):
         scales.insert(0, min(1, scales[0] / factor))
-    planes: list[list[Plane]] = [
-        [plane[..., :3] if plane.ndim == 3 else plane for plane in f.planes] for f in frames
-    ]
+    planes: list[list[Plane]] = [[plane[..., :3] if plane.ndim == 3 else plane for plane in f.planes] for f in frames]
     levels = []
     for scale in scales:
         is_scanned = scale <= first
@@ -303,9 +301,7 @@ def _shrink(plane: Plane, width: int, height: int) -> Plane:
 def _to_pixels(frame: Frame, planes: list[Plane], level: _Level) -> FloatArray:
     """Return the planes as MTCNN's RGB: float32 [3, H, W]; planes that are smaller are enlarged."""
     size = (level.width, level.height)
-    samples = [
-        p if p.shape[1::-1] == size else cv2.resize(p, size, interpolation=cv2.INTER_LINEAR) for p in planes
-    ]
+    samples = [p if p.shape[1::-1] == size else cv2.resize(p, size, interpolation=cv2.INTER_LINEAR) for p in planes]
     return _normalise(frame, samples)
 
 

@@ -172,9 +172,7 @@ class Follower:
         sights = self._refine(paths, frame, index)
         missing = [path for path, sight in zip(paths, sights, strict=True) if not sight and not path.searched]
         detected = self._search(missing, frame, index) if key is None else key
-        expected = [
-            sight.box if sight else path.box_at(index) for path, sight in zip(paths, sights, strict=True)
-        ]
+        expected = [sight.box if sight else path.box_at(index) for path, sight in zip(paths, sights, strict=True)]
         pairs = _assign(self._affinity(expected, [sight.box for sight in detected]))
         for row, column in pairs:
             sight = sights[row]
@@ -296,9 +294,7 @@ class Follower:
 
     def _overlaps(self, sight: Sight, boxes: Sequence[FloatArray]) -> bool:
         """Return whether a face lies on one of the boxes."""
-        return bool(len(boxes)) and bool(
-            (_iou(sight.box[None], np.stack(boxes)) >= self._config.collapse_iou).any()
-        )
+        return bool(len(boxes)) and bool((_iou(sight.box[None], np.stack(boxes)) >= self._config.collapse_iou).any())
 
 
 def _cut_out(frame: Frame, low: FloatArray, high: FloatArray) -> tuple[Frame | None, FloatArray]:

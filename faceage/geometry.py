@@ -47,7 +47,7 @@ def similarity_to_template(landmarks: FloatArray, template: FloatArray) -> Float
     Reference: Umeyama, TPAMI 1991, eqs. 40-42, with det(R) = +1.
     """
     if landmarks.ndim != 3 or landmarks.shape[1:] != (5, 2) or template.shape != (5, 2):
-        raise ShapeError(f"expected landmarks [F, 5, 2] and template [5, 2], got {landmarks.shape} and {template.shape}")
+        raise ShapeError(f"expected landmarks [F, 5, 2], template [5, 2], got {landmarks.shape}, {template.shape}")
     source = landmarks[..., 0].astype(np.float64) + 1j * landmarks[..., 1]  # [F, 5]
     target = template[:, 0].astype(np.float64) + 1j * template[:, 1]
     source_mean = source.mean(1, keepdims=True)

@@ -70,9 +70,7 @@ def smooth_landmarks(
     size = _local_size(landmarks, observed)
     noise = np.hypot(MEASUREMENT_NOISE * size, MEASUREMENT_NOISE_PX)
     flat = landmarks.reshape(count, 10).astype(np.float64)
-    trust = np.clip(scores, MIN_SCORE, 1) * np.where(
-        _outliers(flat, observed, noise, size), OUTLIER_WEIGHT, 1
-    )
+    trust = np.clip(scores, MIN_SCORE, 1) * np.where(_outliers(flat, observed, noise, size), OUTLIER_WEIGHT, 1)
     weight = np.where(observed, trust / noise**2, 0.0)
     calm = ((frame_rate**2 / (ACCELERATION * size)) ** 2)[1:-1]
     pull = calm
@@ -137,9 +135,7 @@ def _local_size(landmarks: FloatArray, observed: npt.NDArray[np.bool_]) -> Array
     return np.maximum(np.median(_neighbours(size, HALF_WINDOW, mode="edge"), -1), 1.0)
 
 
-def _outliers(
-    flat: Array, observed: npt.NDArray[np.bool_], noise: Array, size: Array
-) -> npt.NDArray[np.bool_]:
+def _outliers(flat: Array, observed: npt.NDArray[np.bool_], noise: Array, size: Array) -> npt.NDArray[np.bool_]:
     """Return which rows are far off what the rows around them say, and alone in that: bool [T]."""
     rows = np.flatnonzero(observed)
     outlier = np.zeros(len(flat), bool)

@@ -71,9 +71,7 @@ class Track:
     def landmarks_at(self, frame: int) -> FloatArray:
         """Return float32 [5, 2] for a frame of the video; IndexError if the track does not cover it."""
         if not self.first_frame <= frame <= self.last_frame:
-            raise IndexError(
-                f"track {self.track_id} covers {self.first_frame}..{self.last_frame}, not {frame}"
-            )
+            raise IndexError(f"track {self.track_id} covers {self.first_frame}..{self.last_frame}, not {frame}")
         return self.landmarks[frame - self.first_frame]
 
 
@@ -169,9 +167,7 @@ class Tracker:
         landmarks = np.zeros((len(every), 5, 2), np.float32)
         landmarks[rows] = found.landmarks
         scores = np.interp(every, rows, found.scores).astype(np.float32)
-        near = np.convolve(observed, np.ones(2 * TRUSTED_GAP_FRAMES + 1))[
-            TRUSTED_GAP_FRAMES:-TRUSTED_GAP_FRAMES
-        ]
+        near = np.convolve(observed, np.ones(2 * TRUSTED_GAP_FRAMES + 1))[TRUSTED_GAP_FRAMES:-TRUSTED_GAP_FRAMES]
         scores[near < 0.5] = 0
         return Track(
             track_id=int(found.track_ids[0]),

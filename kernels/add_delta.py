@@ -28,10 +28,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from faceage.kernels.color import color_of, rgb_to_yuv_delta
-from faceage.kernels.gather import Matrix23, compose_affine, crop_to_plane, warp_samples
 
 from faceage.errors import ShapeError
+from faceage.kernels.color import color_of, rgb_to_yuv_delta
+from faceage.kernels.gather import Matrix23, compose_affine, crop_to_plane, warp_samples
 from faceage.types import FloatArray, Frame, PixelLayout, Plane, PlaneLayout
 
 Rect = tuple[int, int, int, int]
@@ -113,9 +113,7 @@ def _add_ref(plane: Plane, codes: FloatArray, matrix: Matrix23, rect: Rect, layo
     u, v = m[0, 0] * x + m[0, 1] * y + m[0, 2], m[1, 0] * x + m[1, 1] * y + m[1, 2]
     # grid_sample wants -1 and 1 at the centres of the first and the last sample.
     grid = torch.stack([2 * u / (kx * size - 1) - 1, 2 * v / (ky * size - 1) - 1], -1)
-    delta = torch.nn.functional.grid_sample(
-        filtered[None], grid[None], padding_mode="zeros", align_corners=True
-    )
+    delta = torch.nn.functional.grid_sample(filtered[None], grid[None], padding_mode="zeros", align_corners=True)
     part = plane[y0:y1, x0:x1]
     before = torch.from_numpy(part.astype(np.int64)).reshape(y1 - y0, x1 - x0, -1)
     rounded = delta[0].permute(1, 2, 0).round().long()

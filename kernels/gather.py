@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
-from faceage.kernels.color import color_of, yuv_to_rgb
 
 from faceage.errors import ShapeError
+from faceage.kernels.color import color_of, yuv_to_rgb
 from faceage.types import ChromaSiting, FloatArray, Frame, IntArray, Plane, PlaneLayout
 
 if TYPE_CHECKING:
@@ -148,9 +148,7 @@ def warp_samples(samples: FloatArray, matrix: Matrix23, size: tuple[int, int], b
     """
     if samples.ndim == 3 and samples.shape[2] == 2:
         return cv2.merge([warp_samples(channel, matrix, size, border) for channel in cv2.split(samples)])
-    return cv2.warpAffine(
-        samples, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=border
-    )
+    return cv2.warpAffine(samples, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=border)
 
 
 def _sample_plane(plane: Plane, crop_to_samples: Matrix23, size_px: int) -> FloatArray:

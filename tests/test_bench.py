@@ -1,13 +1,14 @@
 """The measurements: that they measure what they say, not how fast this machine is."""
 
+import itertools
 import json
 import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
 from clips import frame_times, make_clip
+
 from faceage.cli import main
 from faceage.cli.environment import machine, versions
 from faceage.pipeline.bench import EVALUATION_STEPS, faces_of, loop_clip
@@ -58,7 +59,7 @@ def test_a_looped_clip_goes_on_without_a_gap(face_clip, tmp_path):
     looped = frame_times(loop_clip(face_clip, tmp_path / "looped.mp4", 3))
     assert len(looped) == 3 * len(times)
     step = times[1] - times[0]
-    assert {b - a for a, b in zip(looped, looped[1:], strict=False)} == {step}
+    assert {b - a for a, b in itertools.pairwise(looped)} == {step}
 
 
 def test_a_looped_clip_decodes(tmp_path):

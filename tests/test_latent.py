@@ -43,7 +43,9 @@ def test_a_batch_gives_what_its_faces_give_alone():
 
     together = optimize_latents(objective, np.zeros_like(minimum), LatentConfig())
     for i in range(len(minimum)):
-        alone = optimize_latents(lambda z, rows, i=i: objective(z, rows + i), np.zeros((1, 12), np.float32), LatentConfig())
+        alone = optimize_latents(
+            lambda z, rows, i=i: objective(z, rows + i), np.zeros((1, 12), np.float32), LatentConfig()
+        )
         np.testing.assert_allclose(alone.latents[0], together.latents[i], atol=1e-4)
         assert alone.evaluations[0] == together.evaluations[i]
 
@@ -102,7 +104,10 @@ def test_settings_out_of_range_are_refused(setting):
 def objective() -> LatentObjective:
     torch.manual_seed(0)
     dims = AgeCGANDims(generator_channels=(16, 16, 8, 8, 8))
-    generator, identity = Generator(dims), IdentityNet(TrunkDims(widths=(8, 8, 16, 16), blocks=(1, 1, 1, 1), outputs=32))
+    generator, identity = (
+        Generator(dims),
+        IdentityNet(TrunkDims(widths=(8, 8, 16, 16), blocks=(1, 1, 1, 1), outputs=32)),
+    )
     for module in generator.modules():  # running statistics that folding must respect
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)

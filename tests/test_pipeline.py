@@ -6,9 +6,9 @@ import av
 import cv2
 import numpy as np
 import pytest
+from clips import frame_times, packets_of
 from skimage.data import astronaut
 
-from clips import frame_times, packets_of
 from faceage.geometry import invert_affine
 from faceage.media.video import EncodeOptions, VideoReader
 from faceage.pipeline.photos import age_frames, age_photos
@@ -32,7 +32,10 @@ def write_clip(path, pictures, pts=None, codec="libx264", tone=True):
         sound = out.add_stream("aac", 44100, layout="mono") if tone else None
         for i, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts, frame.time_base = (pts or [512 * i + 40 * (i % 3) for i in range(len(pictures))])[i], video.time_base
+            frame.pts, frame.time_base = (
+                (pts or [512 * i + 40 * (i % 3) for i in range(len(pictures))])[i],
+                video.time_base,
+            )
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         if sound is not None:
@@ -97,7 +100,9 @@ def test_strength_zero_gives_back_every_sample(networks, clip, tmp_path):
 
 def test_the_change_is_steady(networks, clip, tmp_path):
     """On a still picture with constant pose every frame gets the same change, on and between key frames."""
-    still = write_clip(tmp_path / "still.mkv", [moving_face(1)[0]] * (2 * KEY_EVERY_FRAMES + 3), codec="ffv1", tone=False)
+    still = write_clip(
+        tmp_path / "still.mkv", [moving_face(1)[0]] * (2 * KEY_EVERY_FRAMES + 3), codec="ffv1", tone=False
+    )
     target = tmp_path / "aged.mkv"
     age_video(networks, still, target, AgeRequest(age=70, source_age=30), encode=LOSSLESS)
     change = [a[0].astype(int) - b[0] for a, b in zip(decoded(target), decoded(still), strict=True)]

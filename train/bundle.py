@@ -1,16 +1,16 @@
 """Copy finished checkpoints into the package, in half precision.
 
-    python -m train.bundle --runs runs
+python -m train.bundle --runs runs
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from faceage.checkpoint import load, save
-from faceage.models import ROLES
+from faceage.checkpoint import load, save, sha256_of
 
 FILES = {
     "age-cgan-generator": "gan/generator.safetensors",
@@ -25,10 +25,13 @@ TARGET = Path(__file__).parent.parent / "faceage" / "models"
 @click.option("--runs", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the run folders.")
 def main(runs: Path) -> None:
     """Bundle the checkpoints of all roles."""
-    for arch in ROLES.values():
+    renamed: dict[str, str] = {}  # hash of a full-precision parent to that of its bundled copy
+    for arch in ("identity", "age-estimator", "age-cgan-generator", "age-cgan-encoder"):  # parents first
         header, weights = load(runs / FILES[arch], arch)
+        parents = {stage: renamed.get(sha, sha) for stage, sha in header.parents.items()}
         path = TARGET / f"{arch}.safetensors"
-        sha = save(path, weights, header, half=True)
+        sha = save(path, weights, replace(header, parents=parents), half=True)
+        renamed[sha256_of(runs / FILES[arch])] = sha
         click.echo(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {sha[:12]}, {header.images_seen} images")
 
 

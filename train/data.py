@@ -126,9 +126,15 @@ def _prepare(archive: Path) -> dict[str, np.ndarray]:
         names.append(name)
     landmarks, scores = _find_landmarks(pictures)
     kept = np.flatnonzero(scores >= _MIN_SCORE)
-    log.info("%d faces read, %d bad names or files skipped, %d without a clear face dropped",
-             len(pictures), bad_names, len(pictures) - len(kept))
-    pixels = warp_faces([pictures[i] for i in kept], landmarks[kept], TEMPLATE_5 * _STORED_PX - 0.5, _STORED_PX, _STORED_PX)
+    log.info(
+        "%d faces read, %d bad names or files skipped, %d without a clear face dropped",
+        len(pictures),
+        bad_names,
+        len(pictures) - len(kept),
+    )
+    pixels = warp_faces(
+        [pictures[i] for i in kept], landmarks[kept], TEMPLATE_5 * _STORED_PX - 0.5, _STORED_PX, _STORED_PX
+    )
     label = np.array(labels)[kept]
     names_array = np.array(names)[kept]
     return {
@@ -173,7 +179,9 @@ def _find_landmarks(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 
 
 @torch.inference_mode()
-def _onet(net: torch.nn.Module, pictures: list[np.ndarray], boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _onet(
+    net: torch.nn.Module, pictures: list[np.ndarray], boxes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     crops = []
     for picture, box in zip(pictures, boxes, strict=True):
         scale = (box[2] - box[0]) / 48

@@ -3,10 +3,10 @@
     python -m train.encoder --data utkface.tar --generator runs/gan/generator.safetensors \
         --identity runs/identity/identity.safetensors --out runs/encoder --minutes 20
 
-The generator is frozen. On generated faces the loss is the paper's: the Euclidean distance of E(G(z, y)) to z. Real faces have no
-z, and an encoder that only saw generated ones is lost on them; so half of each batch is real, and there the
-distance is between the face and its reconstruction, in pixels and in the identity network. Writes `encoder.safetensors`
-and `sheet.png`: faces of the validation split above their reconstructions.
+The generator is frozen. On generated faces the loss is the paper's: the Euclidean distance of E(G(z, y)) to z. Real
+faces have no z, and an encoder that only saw generated ones is lost on them; so half of each batch is real, and there
+the distance is between the face and its reconstruction, in pixels and in the identity network. Writes
+`encoder.safetensors` and `sheet.png`: faces of the validation split above their reconstructions.
 
 Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.2.
 """

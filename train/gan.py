@@ -3,8 +3,8 @@
     python -m train.gan --data utkface.tar --out runs/gan --minutes 45
 
 Writes `generator.safetensors` (averaged weights), the input of `train.encoder`, and `sheet.png`: each z at the six age
-classes, three z a row. Run it again with more minutes to go on; give it `--identity` for the last quarter of the time, so that
-one z stays one person at every age.
+classes, three z a row. Run it again with more minutes to go on; give it `--identity` for the last quarter of the time,
+so that one z stays one person at every age.
 
 The discriminator also sees real faces with a wrong age (Reed et al. 2016) as fakes: only then must it look at y.
 

@@ -3,8 +3,8 @@
     python -m train.identity --data utkface.tar --teacher mobilefacenet_casia.ckpt --out runs/identity --minutes 12
 
 The student reads 64-px crops in Age-cGAN's own alignment, so that a generated face goes straight in. It learns the
-teacher's embedding of each (mirrored, shifted, recoloured, blurred) training face by cosine; the validation figures are on faces
-that neither saw. Writes `identity.safetensors`.
+teacher's embedding of each (mirrored, shifted, recoloured, blurred) training face by cosine; the validation figures are
+on faces that the student never saw. Writes `identity.safetensors`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def validate(net: IdentityNet, pixels: np.ndarray, target: torch.Tensor) -> dict
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
-@click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="MobileFaceNet checkpoint.")
+@click.option(
+    "--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="MobileFaceNet checkpoint."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 @click.option("--minutes", type=float, default=12.0, help="Time budget, all sessions of the run together.")
@@ -97,7 +99,8 @@ def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> N
     where = device()
     targets = teacher_embeddings(data, teacher, faces, cache).to(where)
     train, val = faces.train, faces.val
-    train_targets, val_targets = targets[:, torch.from_numpy(~faces.validation)], targets[0, torch.from_numpy(faces.validation)]
+    in_val = torch.from_numpy(faces.validation)
+    train_targets, val_targets = targets[:, ~in_val], targets[0, in_val]
     run = Run(out, config, minutes)
     sampler = Sampler(train, config.batch, config.seed, power=0.25)
 

@@ -4,10 +4,10 @@
         --encoder runs/encoder/encoder.safetensors --identity runs/identity/identity.safetensors \
         --teacher mobilefacenet_casia.ckpt --out runs/latent
 
-Nothing is trained: the product optimizes each face's latent when it runs, with `faceage.agers.latent`. This script shows
-what the choices are worth: the paper's pixel-wise and identity-preserving objectives and the product's mix of both, by
-L-BFGS and by Adam, loss against evaluations and time (`curves.png`, `latent.json`, `sheet.png`). Identity is judged by the teacher, which is in
-no loss here.
+Nothing is trained: the product optimizes each face's latent when it runs, with `faceage.agers.latent`. This script
+shows what the choices are worth: the paper's pixel-wise and identity-preserving objectives and the product's mix of
+both, by L-BFGS and by Adam, loss against time (`curves.png`, `latent.json`, `sheet.png`). Identity is judged by the
+teacher, which is in no loss here.
 
 Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.3.
 """

@@ -57,7 +57,9 @@ class Run:
             file.write(json.dumps(line) + "\n")
         rate = self.images_seen / max(self.elapsed_s, 1e-9)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._console.print(f"{self.elapsed_s / 60:6.1f} min  {self.images_seen / 1000:8.1f} kimg  {rate:5.0f}/s  {text}")
+        self._console.print(
+            f"{self.elapsed_s / 60:6.1f} min  {self.images_seen / 1000:8.1f} kimg  {rate:5.0f}/s  {text}"
+        )
         if not all(np.isfinite(v) for v in line.values()):
             raise FloatingPointError(f"a loss is not finite after {self.images_seen} images: {line}")
 

@@ -1,4 +1,4 @@
-"""The face-recognition teacher: MobileFaceNet, read from a torch checkpoint. Used to train and to measure, never shipped.
+"""The face-recognition teacher, MobileFaceNet, read from a torch checkpoint. It trains and judges; it is not shipped.
 
 Reference: Chen, Liu, Gao, Han: MobileFaceNets, 2018, arXiv:1804.07573, table 1.
 """

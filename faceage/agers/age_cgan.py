@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from faceage.ages import age_to_classes
 from faceage.agers.base import AgedFaces, Composite
 from faceage.agers.latent import Fit, LatentConfig, optimize_latents
+from faceage.ages import age_to_classes
 from faceage.engines.base import Engine
 from faceage.types import FloatArray, IntArray
 

@@ -32,7 +32,7 @@ class LatentConfig:
     max_evaluations_known: int = 5
     """The same for a face whose latent is known from an earlier frame and has only to follow."""
     memory: float = 0.5
-    """Share of a known latent that is kept when a face is fitted again: what the fit makes of noise is averaged away."""
+    """Share of a known latent that is kept when a face is fitted again: what the fit makes of noise averages out."""
     tolerance: float = 0.005
     """A face has converged when an accepted step lowers its loss by less than this share of it."""
     history: int = 8

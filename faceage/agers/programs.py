@@ -66,8 +66,8 @@ def latent_program(generator: Path, identity: Path, *, autograd: bool = False) -
     Args:
         generator: its checkpoint.
         identity: the checkpoint of the identity network.
-        autograd: let torch differentiate at run time, for an identity network with layers that the exported gradient does
-            not know; only the torch backend runs that.
+        autograd: let torch differentiate at run time, for an identity network with layers that the exported gradient
+            does not know; only the torch backend runs that.
     """
     dims = read_header(generator).dims
     size, width = dims["size_px"], read_header(identity).dims["outputs"]

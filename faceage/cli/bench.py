@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from faceage.cli.encoding import encode_options
 from faceage.cli.environment import machine, versions
-from faceage.cli.options import AGE, NetworkOptions, encode_options, network_options, output_options
+from faceage.cli.options import AGE, NetworkOptions, network_options, output_options
 from faceage.cli.output import Output
 from faceage.media.image import find_images
 from faceage.media.video import EncodeOptions, probe_video
@@ -65,8 +66,8 @@ def video_command(
                      f"faceage is {result['factor_over_against']:g} times as fast")  # fmt: skip
         if repeat_clip:
             looped = result["looped"]
-            out.line(f"clip {repeat_clip} times    {looped['fps']:8.2f} fps   peak RSS {looped['peak_rss_mb']:6.0f} MB, "
-                     f"{looped['peak_rss_ratio']:g} of the clip once")  # fmt: skip
+            peak = f"{looped['peak_rss_mb']:6.0f} MB, {looped['peak_rss_ratio']:g} of the clip once"
+            out.line(f"clip {repeat_clip} times    {looped['fps']:8.2f} fps   peak RSS {peak}")
 
 
 @command.command("images")
@@ -86,8 +87,9 @@ def images_command(*, photos: tuple[Path, ...], age: float, repeats: int, networ
         _finish(out, result, *photos)
         for name in ("faceage", "naive"):
             row = result[name]
-            out.line(f"{name:10} {row['photos_per_second']:8.2f} photos/s   {row['faces']:g} faces in {row['photos']:g} "
-                     f"photos   peak RSS {row['peak_rss_mb']:6.0f} MB")  # fmt: skip
+            what = f"{row['faces']:g} faces in {row['photos']:g} photos"
+            speed = f"{row['photos_per_second']:8.2f} photos/s"
+            out.line(f"{name:10} {speed}   {what}   peak RSS {row['peak_rss_mb']:6.0f} MB")
         out.line(f"factor     {result['factor_over_naive']:8.2f}")
 
 
@@ -109,12 +111,16 @@ def latent_command(*, photos: tuple[Path, ...], faces: int, network: NetworkOpti
             pixels = generated_faces(network.model, faces)
         result = bench_latent(networks, pixels, notify=out.note)
         _finish(out, result, *photos)
-        out.line(f"{result['faces']} faces; loss {result['encoder_loss']:g} from the encoder, {result['loss']:g} after "
-                 f"{result['evaluations_a_face']:g} evaluations; lower for {result['share_below_encoder']:.1%}")  # fmt: skip
+        losses = (
+            f"{result['encoder_loss']:g} from the encoder, {result['loss']:g} after {result['evaluations_a_face']:g}"
+        )
+        share = f"lower for {result['share_below_encoder']:.1%}"
+        out.line(f"{result['faces']} faces; loss {losses} evaluations; {share}")
         out.line(f"batch of {LATENT_BATCH:<3}      {result['batch_ms_a_face']:8.2f} ms a face, "
                  f"{result['batch_share_of_single']:g} of one at a time")  # fmt: skip
         out.line(f"one at a time    {result['single_ms_a_face']:8.2f} ms a face")
-        out.line(f"eager torch      {result['naive_ms_a_face']:8.2f} ms a face, loss {result['naive_loss']:g}")
+        out.line(f"eager torch      {result['naive_ms_a_face']:8.2f} ms a face, loss {result['naive_loss']:g}; "
+                 f"the batch takes {result['batch_share_of_naive']:g} of it")  # fmt: skip
         out.line("evaluations  mean loss  ms a face")
         for row in result["curve"]:
             out.line(f"{row['evaluations']:11d}  {row['mean_loss']:9.4f}  {row['ms_a_face']:9.2f}")
@@ -122,7 +128,7 @@ def latent_command(*, photos: tuple[Path, ...], faces: int, network: NetworkOpti
 
 def _finish(out: Output, result: dict, *inputs: Path) -> None:
     """Put the result and what it was measured on into the events and the report."""
-    facts = {"machine": machine(), "versions": versions(), "threads_an_engine": 1}
-    out.item({"source": ", ".join(map(str, inputs)), **facts, **result})
-    place = facts["machine"]
-    out.line(f"{place['cpu']}, {place['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
+    place, found = machine(), versions()
+    source = ", ".join(map(str, inputs))
+    out.item({"source": source, "machine": place, "versions": found, "threads_an_engine": 1, **result})
+    out.line(f"{place['cpu']}, {place['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in found.items()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -17,11 +16,8 @@ from faceage.checkpoint import sha256_of
 from faceage.cli.output import Output
 from faceage.detect import DetectConfig
 from faceage.engines.store import Backend
-from faceage.media.video import EncodeOptions
-from faceage.media.xmp import SOURCE_TYPE
 from faceage.models import DEFAULT_MODEL, find_model, list_models
 from faceage.pipeline.request import AGE_LIMITS_YEARS, AgeRequest, Networks, load_networks
-from faceage.track import TrackConfig
 
 if TYPE_CHECKING:
     from faceage.agers.base import Composite
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
 AGE = click.FloatRange(*AGE_LIMITS_YEARS)
 
 
-def _group(argument: str, make: Callable[..., object], *options: Callable) -> Callable[[Callable], Callable]:
+def group(argument: str, make: Callable[..., object], *options: Callable) -> Callable[[Callable], Callable]:
     """Return a decorator that adds options and passes what `make` makes of their values as `argument`."""
     names = list(signature(make).parameters)
 
@@ -65,7 +61,7 @@ strength_option = click.option(
     "--strength", type=click.FloatRange(0, 1), default=AgeRequest.strength, show_default=True,
     help="Share of the change that is applied.",
 )  # fmt: skip
-request_options = _group(
+request_options = group(
     "request",
     _request,
     click.option("--age", type=AGE, metavar="YEARS", help="The age that everybody gets."),
@@ -143,7 +139,7 @@ class NetworkOptions:
         }
 
 
-network_options = _group(
+network_options = group(
     "network",
     NetworkOptions,
     click.option("--model", default=DEFAULT_MODEL, show_default=True, help="See `faceage models list`."),
@@ -160,7 +156,7 @@ network_options = _group(
         "--composite", type=click.Choice(["delta", "replace"]), default="delta", show_default=True,
         help="delta adds the change to the face; replace pastes the generated face.",
     ),
-    click.option("--min-face", type=float, metavar="PX", help="Smallest face, in pixels. Default: 2.5 % of the picture."),
+    click.option("--min-face", type=float, metavar="PX", help="Smallest face, in pixels. Default: by picture size."),
 )  # fmt: skip
 
 
@@ -172,11 +168,11 @@ def _output(as_json: bool, report: Path | None, verbose: bool, quiet: bool) -> O
     return Output(context.info_name or "", options, as_json=as_json, report=report, verbosity=int(verbose) - int(quiet))
 
 
-output_options = _group(
+output_options = group(
     "out",
     _output,
     click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON event a line on stdout, and nothing else there."
+        "--json", "as_json", is_flag=True, help="Print JSON events, one a line, on stdout and nothing else there."
     ),
     click.option(
         "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a JSON report."
@@ -188,57 +184,6 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outpu
 no_label_option = click.option("--no-label", is_flag=True, help="Do not mark outputs as partly synthetic.")
 
 
-class Time(click.ParamType):
-    """Seconds, or [HH:]MM:SS."""
-
-    name = "time"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return seconds."""
-        if isinstance(value, float):
-            return value
-        if not re.fullmatch(r"((\d+:)?\d+:)?\d+(\.\d+)?", str(value)):
-            self.fail(f"{value!r} is no time; give seconds or [HH:]MM:SS", param, ctx)
-        seconds = 0.0
-        for part in str(value).split(":"):
-            seconds = 60 * seconds + float(part)
-        return seconds
-
-
-def _encoder_option(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    pairs = [value.partition("=") for value in values]
-    if bad := [name for name, equals, _ in pairs if not (name and equals)]:
-        raise click.BadParameter(f"{bad[0]!r} is not KEY=VALUE")
-    return {name: value for name, _, value in pairs}
-
-
-def _encode(codec: str | None, crf: float | None, preset: str | None, encoder_option: dict[str, str]) -> EncodeOptions:
-    return EncodeOptions(codec=codec, crf=crf, preset=preset, encoder_options=encoder_option)
-
-
-encode_options = _group(
-    "encode",
-    _encode,
-    click.option("--codec", help="Codec or encoder by FFmpeg's name: h264, libx265, ffv1. Default: the source's."),
-    click.option("--crf", type=float, help="Constant quality, lower is better. Default: visually lossless."),
-    click.option("--preset", help="The encoder's preset."),
-    click.option(
-        "--encoder-option", multiple=True, metavar="KEY=VALUE", callback=_encoder_option,
-        help="Any option of the encoder; may be repeated.",
-    ),
-)  # fmt: skip
-detect_every_option = click.option(
-    "--detect-every", type=click.IntRange(min=1), default=TrackConfig.detect_every, show_default=True, metavar="FRAMES",
-    help="Frames between two searches of the whole picture; in between, known faces are followed.",
-)  # fmt: skip
-
-
 def describe_target(request: AgeRequest) -> str:
     """Return the wanted age as a label says it: "70", "+20 years"."""
     return f"{request.age:g}" if request.age is not None else f"{request.by:+g} years"
-
-
-def label_comment(label: dict[str, str], existing: str | None) -> str:
-    """Return the label as a container's comment, after the comment that the source has."""
-    text = f"digitalSourceType: {SOURCE_TYPE}; " + "; ".join(f"{k}: {v}" for k, v in label.items())
-    return f"{existing}\n{text}" if existing else text

@@ -137,7 +137,7 @@ class Output:
             self._say(f"faceage: building engines (once): {engine} ...")
 
     def item(self, record: dict) -> None:
-        """Count a finished file, and a failed one where the record has an "error", "damage" in it being half of each."""
+        """Count a file: a record with an "error" as failed, one with "damage" as done and failed, any other as done."""
         with self._lock:
             self._record["items"].append(record)
             self._done += not record.get("error")

@@ -36,12 +36,12 @@ class Ages(click.ParamType):
         ages: list[float] = []
         for i, part in enumerate(parts):
             if part != "...":
-                ages.append(AGE.convert(part, param, ctx))
+                ages.append(AGE(part, param, ctx))
                 continue
             step = ages[-1] - ages[-2] if len(ages) > 1 and i + 1 < len(parts) else 0.0
             if not step:
                 self.fail('"..." needs two ages before it and one after: 10,20,...,80', param, ctx)
-            last = AGE.convert(parts[i + 1], param, ctx)
+            last = AGE(parts[i + 1], param, ctx)
             while (last - ages[-1] - step) / step > 1e-6:
                 ages.append(ages[-1] + step)
         return ages

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from faceage.cli.encoding import Time, detect_every_option, encode_options, label_comment
 from faceage.cli.options import (
     NetworkOptions,
-    Time,
     describe_target,
-    detect_every_option,
-    encode_options,
-    label_comment,
     network_options,
     no_label_option,
     output_options,
@@ -86,7 +84,7 @@ def command(
                     track=TrackConfig(detect_every=detect_every),
                     start_s=start,
                     end_s=end,
-                    progress=lambda stage, done, total, name=str(source): out.progress(name, stage, done, total),
+                    progress=functools.partial(out.progress, str(source)),
                 )
             except (EngineError, CheckpointError):
                 raise  # the next file would fail too

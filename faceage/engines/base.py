@@ -82,16 +82,12 @@ class Program:
                     fits &= size == axis
             if not fits:
                 named = [d.name if isinstance(d, Axis) else d for d in spec.shape]
-                raise ShapeError(
-                    f"{self.name}: input {spec.name} must be {named}, got {shape} (sizes so far {sizes})"
-                )
+                raise ShapeError(f"{self.name}: input {spec.name} must be {named}, got {shape} (sizes so far {sizes})")
         return sizes
 
     def empty_outputs(self, sizes: dict[str, int]) -> tuple[FloatArray, ...]:
         """Return the outputs of a call whose batch is empty; `sizes` are those from `check`."""
-        shapes = [
-            [sizes.get(d.name, 0) if isinstance(d, Axis) else d for d in spec.shape] for spec in self.outputs
-        ]
+        shapes = [[sizes.get(d.name, 0) if isinstance(d, Axis) else d for d in spec.shape] for spec in self.outputs]
         return tuple(np.zeros(shape, np.float32) for shape in shapes)
 
 
@@ -122,9 +118,7 @@ def fingerprint(*parts: str | bytes | Path) -> str:
     """Return the sha256 (hex) over `parts`: text, bytes, and the contents of files."""
     digest = hashlib.sha256()
     for part in parts:
-        data = (
-            part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
-        )
+        data = part.read_bytes() if isinstance(part, Path) else part.encode() if isinstance(part, str) else part
         # Each part is hashed by itself first, so that moving a byte between two parts changes the result.
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
@@ -138,7 +132,5 @@ def module_file(name: str) -> Path:
     """
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise EngineError(
-            f"the Python module {name} is not installed; run: pip install --force-reinstall faceage"
-        )
+        raise EngineError(f"the Python module {name} is not installed; run: pip install --force-reinstall faceage")
     return Path(spec.origin)

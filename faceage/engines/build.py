@@ -31,8 +31,7 @@ def export(program: Program, network: nn.Module, examples: tuple[Tensor, ...]) -
         base = torch.export.Dim(f"{axis.name}_units", min=axis.min // unit, max=axis.max // unit)
         dims[axis.name] = base if unit == 1 else unit * base
     shapes = tuple(
-        {i: dims[axis.name] for i, axis in enumerate(spec.shape) if isinstance(axis, Axis)}
-        for spec in program.inputs
+        {i: dims[axis.name] for i, axis in enumerate(spec.shape) if isinstance(axis, Axis)} for spec in program.inputs
     )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -61,9 +60,7 @@ def check_parity(
     for inputs in cases:
         for got, want in zip(engine(*inputs), reference(*inputs), strict=True):
             if got.shape != want.shape or not np.isfinite(got).all():
-                raise EngineError(
-                    f"{program.name}: {engine.backend} gives {got.shape}, or values that are not finite"
-                )
+                raise EngineError(f"{program.name}: {engine.backend} gives {got.shape}, or values that are not finite")
             error = np.abs(got.astype(np.float64) - want)
             rmse, peak = float(np.sqrt((error**2).mean())), float(np.abs(want).max())
             psnr = 20 * math.log10(peak / rmse) if rmse and peak else EXACT_DB if not rmse else 0.0
@@ -80,11 +77,7 @@ def check_parity(
 def _random_inputs(program: Program, random: np.random.Generator, at_minimum: bool) -> tuple[FloatArray, ...]:
     def size(axis: int | Axis) -> int:
         return (
-            axis
-            if isinstance(axis, int)
-            else axis.min
-            if at_minimum
-            else min(axis.typical + axis.multiple, axis.max)
+            axis if isinstance(axis, int) else axis.min if at_minimum else min(axis.typical + axis.multiple, axis.max)
         )
 
     shapes = [tuple(size(axis) for axis in spec.shape) for spec in program.inputs]

@@ -83,9 +83,7 @@ def build(program: Program, exported: ExportedProgram, path: Path) -> None:
 def check_device(device: str) -> None:
     """Raise EngineError if this backend does not run on `device`."""
     if device != "cpu":
-        raise EngineError(
-            f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend torch"
-        )
+        raise EngineError(f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend torch")
 
 
 def load(program: Program, path: Path, device: str, threads: int) -> OrtEngine:

@@ -54,9 +54,7 @@ class EngineStore:
         self.root = cache_root() / "engines" if root is None else root
         self._on_build = on_build
 
-    def load(
-        self, program: Program, backend: Backend = "onnxruntime", device: str = "cpu", threads: int = 1
-    ) -> Engine:
+    def load(self, program: Program, backend: Backend = "onnxruntime", device: str = "cpu", threads: int = 1) -> Engine:
         """Return the engine of `program`, building it first if the store has none that fits.
 
         Args:
@@ -135,8 +133,7 @@ class EngineStore:
             return tempfile.TemporaryDirectory(prefix=".build-", dir=self.root)
         except OSError as error:
             raise EngineError(
-                f"engines cannot be stored in {self.root} ({error}); "
-                "set FACEAGE_CACHE to a folder that can be written"
+                f"engines cannot be stored in {self.root} ({error}); set FACEAGE_CACHE to a folder that can be written"
             ) from error
 
 

@@ -35,10 +35,7 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "mpeg2video": ("mpeg2video", _QSCALE_2),
     "mpeg1video": ("mpeg1video", _QSCALE_2),
     "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
-    **{
-        name: (name, {})
-        for name in ("ffvhuff", "huffyuv", "magicyuv", "png", "qtrle", "rawvideo", "utvideo", "v210")
-    },
+    **{name: (name, {}) for name in ("ffvhuff", "huffyuv", "magicyuv", "png", "qtrle", "rawvideo", "utvideo", "v210")},
 }
 """Codec of the source -> encoder and its settings: visually lossless, or lossless where the codec is."""
 
@@ -138,9 +135,7 @@ def _pixel_format(name: str, info: VideoInfo) -> tuple[str, PixFmtLoss]:
     formats = [item.name for item in _encoder(name).video_formats or []]
     if not formats or info.pixel_format in formats:
         return info.pixel_format, PixFmtLoss.NONE
-    best, loss = find_best_pix_fmt_of_list(
-        formats, info.pixel_format, "a" in info.pixel_format.split("v")[-1][:1]
-    )
+    best, loss = find_best_pix_fmt_of_list(formats, info.pixel_format, "a" in info.pixel_format.split("v")[-1][:1])
     if best is None:
         return formats[0], PixFmtLoss(-1)
     # The full-range twins (yuvj420p) are one format under two names: the range is kept as a tag.
@@ -155,9 +150,7 @@ def _options(name: str, info: VideoInfo, options: EncodeOptions) -> dict[str, st
     if options.crf is not None:
         quality = next((key for key in ("crf", "cq") if key in known), None)
         if quality is None:
-            raise UnsupportedError(
-                f"{name} has no constant quality (crf); leave --crf out, or use --encoder-option"
-            )
+            raise UnsupportedError(f"{name} has no constant quality (crf); leave --crf out, or use --encoder-option")
         result[quality] = f"{options.crf:g}"
     if options.preset is not None:
         if "preset" not in known:
@@ -209,9 +202,7 @@ def _mastering_text(name: str, mastering: tuple[float, ...]) -> str:
 
 def encoder_time_base(name: str, info: VideoInfo) -> Fraction:
     """Return the encoder's time base: the stream's, except for codecs that know constant frame rates only."""
-    if name in ("mpeg1video", "mpeg2video") or (
-        name == "mpeg4" and info.time_base.denominator > MPEG4_MAX_TICKS
-    ):
+    if name in ("mpeg1video", "mpeg2video") or (name == "mpeg4" and info.time_base.denominator > MPEG4_MAX_TICKS):
         return 1 / frame_rate(info)
     return info.time_base
 

@@ -66,8 +66,7 @@ def encode_png(samples: Plane, still: Still, xmp: bytes | None) -> bytes:
     if xmp:
         chunks.append((b"iTXt", PNG_XMP + b"\0\0\0\0" + xmp))  # not compressed, no language, no translation
     blocks = [
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
     after_header = 8 + 25  # signature, IHDR
     return data[:after_header] + b"".join(blocks) + data[after_header:]

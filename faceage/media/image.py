@@ -70,9 +70,7 @@ def write_image(
     _write_whole(path, data)
 
 
-def copy_image(
-    source: str | os.PathLike[str], path: str | os.PathLike[str], *, overwrite: bool = False
-) -> None:
+def copy_image(source: str | os.PathLike[str], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Copy a picture that nothing was done to, byte for byte; errors as `write_image`."""
     _check_free(Path(path), overwrite)
     _write_whole(Path(path), Path(source).read_bytes())

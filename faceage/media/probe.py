@@ -167,9 +167,7 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             if stream.codec_context is None:
-                raise MediaError(
-                    f"{path} has a video stream that no decoder here reads; convert it to H.264 first"
-                )
+                raise MediaError(f"{path} has a video stream that no decoder here reads; convert it to H.264 first")
             return stream
     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no stream"
     raise MediaError(f"{path} has no video stream ({kinds} only); name a file with a picture")
@@ -203,14 +201,10 @@ def _first_frame(container: InputContainer, stream: VideoStream, path: Path) -> 
             log.debug("%s: packet %d does not decode", path, count)
         if count > FIRST_FRAME_PACKETS:
             break
-    raise MediaError(
-        f"{path} has a {stream.codec_context.name} stream of which no frame decodes; the file is damaged"
-    )
+    raise MediaError(f"{path} has a {stream.codec_context.name} stream of which no frame decodes; the file is damaged")
 
 
-def color_of(
-    pixel_format: str, tags: tuple[int, int, int, int], height: int, siting: str | None
-) -> ColorSpec:
+def color_of(pixel_format: str, tags: tuple[int, int, int, int], height: int, siting: str | None) -> ColorSpec:
     """Return what the samples mean: the stream's tags, and for what it does not say the usual assumption.
 
     Raises:
@@ -228,9 +222,7 @@ def color_of(
             f"the video's colour matrix is FFmpeg's number {matrix_tag}, which faceage does not know "
             "(BT.601, BT.709, BT.2020, 240M, RGB); convert it: `ffmpeg -vf scale=out_color_matrix=bt709`"
         )
-    full_range = (
-        range_tag == FULL_RANGE or "yuvj" in pixel_format or (range_tag == 0 and "gray" in pixel_format)
-    )
+    full_range = range_tag == FULL_RANGE or "yuvj" in pixel_format or (range_tag == 0 and "gray" in pixel_format)
     sited: ChromaSiting = siting if siting in ("left", "center", "topleft") else "left"  # type: ignore[assignment]
     return ColorSpec(matrix=matrix, full_range=full_range, chroma_siting=sited)
 

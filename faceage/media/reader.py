@@ -53,9 +53,7 @@ class VideoReader:
         self, path: str | os.PathLike[str], *, start_s: float | None = None, end_s: float | None = None
     ) -> None:
         if end_s is not None and end_s <= (start_s or 0):
-            raise UnsupportedError(
-                f"the range ends at {end_s} s, before it starts at {start_s or 0} s; swap them"
-            )
+            raise UnsupportedError(f"the range ends at {end_s} s, before it starts at {start_s or 0} s; swap them")
         self.info = probe_video(path)
         name = frame_format(self.info.pixel_format)
         if name is None:
@@ -118,9 +116,7 @@ class VideoReader:
         """The first and the last time of the range on the stream's own clock, in seconds, None where open."""
         zero = self.info.start_pts * self.info.time_base
         times = (self.start_s, self.end_s)
-        begin, end = (
-            None if t is None else zero + Fraction(t).limit_denominator(av.time_base) for t in times
-        )
+        begin, end = (None if t is None else zero + Fraction(t).limit_denominator(av.time_base) for t in times)
         return begin, end
 
     def _decode(self) -> Iterator[VideoFrame]:
@@ -231,6 +227,4 @@ class VideoReader:
             if self._packets < listed:
                 found.append(f"{self._packets} of {listed} packets are there")
         if found:
-            self.damage = (
-                f"{self.info.path} is damaged: {', '.join(found)}; {self.frames_read} frames were read"
-            )
+            self.damage = f"{self.info.path} is damaged: {', '.join(found)}; {self.frames_read} frames were read"

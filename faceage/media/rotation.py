@@ -17,8 +17,8 @@ def upright(frame: Frame, rotation: int) -> Frame:
 
     Args:
         frame: as stored.
-        rotation: degrees counter-clockwise that a player turns it by. Only quarter turns are views; by anything else, and
-            for 4:2:2, whose chroma would change its shape, the frame is returned as it is.
+        rotation: degrees counter-clockwise that a player turns it by. Only quarter turns are views; by anything else,
+            and for 4:2:2, whose chroma would change its shape, the frame is returned as it is.
 
     Returns:
         A frame over the same memory. Its chroma siting is called "center": turned, the others have no name, and the

@@ -136,9 +136,7 @@ def read_image(path: str | os.PathLike[str]) -> Still:
             plane = plane if image.format == "TIFF" else _upright(plane, orientation)
             return _still(image, plane, orientation, data)
     except UnidentifiedImageError as error:
-        raise MediaError(
-            f"{path}: no picture, or a damaged one; expected JPEG, PNG, WebP, TIFF or BMP"
-        ) from error
+        raise MediaError(f"{path}: no picture, or a damaged one; expected JPEG, PNG, WebP, TIFF or BMP") from error
     except MemoryError as error:
         raise MediaError(f"{path}: too large for this machine's memory; scale it down first") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
@@ -158,9 +156,7 @@ def _check_kind(path: Path, image: Image.Image) -> None:
     pages = getattr(image, "n_frames", 1)
     if pages > 1 and image.format != "MPO":
         kind = "pages" if image.format == "TIFF" else "frames (animated)"
-        raise UnsupportedError(
-            f"{path}: has {pages} {kind}; split it, or make it a video for `faceage video`"
-        )
+        raise UnsupportedError(f"{path}: has {pages} {kind}; split it, or make it a video for `faceage video`")
     if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
         raise UnsupportedError(f"{path}: its colours are {image.mode}; convert it to RGB first")
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}

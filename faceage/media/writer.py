@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -40,9 +39,7 @@ def check_output(
         raise MediaError(f"the output {path} is a folder; name a file in it")
     for source in inputs:
         if path.exists() and Path(source).exists() and path.samefile(source):
-            raise MediaError(
-                f"the output {path} is the input {source}; faceage does not edit in place, name another"
-            )
+            raise MediaError(f"the output {path} is the input {source}; faceage does not edit in place, name another")
     if path.exists() and not overwrite:
         raise MediaError(f"the output {path} exists; pass --overwrite or name another")
     if not path.parent.is_dir():
@@ -115,9 +112,7 @@ class VideoWriter:
             output.start_encoding()
         except (av.FFmpegError, ValueError) as error:
             self._discard()
-            raise MediaError(
-                f"{self.path} cannot be written as {output.format.name}: {error}; use .mkv"
-            ) from error
+            raise MediaError(f"{self.path} cannot be written as {output.format.name}: {error}; use .mkv") from error
 
     def _add_video(self, source: av.VideoStream) -> None:
         ticks = encoder_time_base(self.encoder.name, self.info)
@@ -194,9 +189,7 @@ class VideoWriter:
         try:
             self._mux(self._stream.encode(native))
         except (av.FFmpegError, OSError) as error:
-            raise MediaError(
-                f"{self.path}: frame {self.frames_written} cannot be written: {error}"
-            ) from error
+            raise MediaError(f"{self.path}: frame {self.frames_written} cannot be written: {error}") from error
         self.frames_written += 1
 
     def _start(self, frame: Frame) -> None:

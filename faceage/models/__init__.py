@@ -82,7 +82,7 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
             the same role, or the generator or its encoder is missing.
     """
     if name == DEFAULT_MODEL or not name.replace("-", "").replace("_", "").isalnum():
-        raise CheckpointError(f'"{name}" cannot be a model\'s name; use letters, digits and dashes, not "{DEFAULT_MODEL}"')
+        raise CheckpointError(f'"{name}" cannot name a model; use letters, digits and dashes, not "{DEFAULT_MODEL}"')
     by_arch: dict[str, Path] = {}
     for path in checkpoints:
         arch = read_header(path).arch

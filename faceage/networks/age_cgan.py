@@ -9,6 +9,7 @@ arXiv:1702.01983.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -53,8 +54,7 @@ class Generator(nn.Module):
         self.dense = nn.Linear(dims.latent + dims.classes, C[0] * _FIRST_SIDE_PX**2, bias=False)
         self.norm = nn.BatchNorm2d(C[0])
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b))
-            for a, b in zip(C, C[1:], strict=False)
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b)) for a, b in pairwise(C)
         )
         self.upsample = nn.Upsample(scale_factor=2.0, mode="nearest")
         self.to_rgb = nn.Conv2d(C[-1], 3, 3, padding=1)
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
                 nn.Conv2d(a, b, 5, stride=2, padding=2, bias=i == 0),
                 nn.BatchNorm2d(b) if i else nn.Identity(),
             )
-            for i, (a, b) in enumerate(zip(C, C[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(C))
         )
         self.hidden = nn.Linear(C[-1] * _FIRST_SIDE_PX**2, dims.encoder_hidden, bias=False)
         self.norm = nn.BatchNorm1d(dims.encoder_hidden)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class FaceNet(nn.Module):
-    """face -> unit embedding [N, 512]. Takes faceage's aligned crops of any side and enlarges them to its own 160 pixels."""
+    """face -> unit embedding [N, 512]. Takes aligned crops of any side and enlarges them to its own 160 pixels."""
 
     def __init__(self, size_px: int = 160) -> None:
         super().__init__()

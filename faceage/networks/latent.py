@@ -2,8 +2,8 @@
 
 Legend: N faces, Z latent width, K age classes, S side in pixels, D embedding width.
 
-Compiled engines have no autograd. With frozen weights the gradient with respect to z is itself a feed-forward network of
-convolutions, so it is traced once (`gradient_network`) and exported like any other.
+Compiled engines have no autograd. With frozen weights the gradient with respect to z is itself a feed-forward network
+of convolutions, so it is traced once (`gradient_network`) and exported like any other.
 
 Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.3 (pixel-wise and identity-preserving optimization).
 """
@@ -25,7 +25,8 @@ aten = torch.ops.aten
 class LatentObjective(nn.Module):
     """How far a generated face is from the wanted one, a face.
 
-        loss = identity_weight * |FR(G(z, y)) - FR(x)|^2 + pixel_weight * mean(w * (G(z, y) - x)^2) + prior_weight * mean(z^2)
+        loss = identity_weight * |FR(G(z, y)) - FR(x)|^2
+             + pixel_weight * mean(w * (G(z, y) - x)^2) + prior_weight * mean(z^2)
 
     The paper's pixel-wise optimization is identity_weight 0, its identity-preserving one pixel_weight 0. w is the blend
     mask, scaled to a mean of 1: what lies behind the face is not reconstructed at its expense. The prior keeps z where
@@ -85,9 +86,7 @@ def gradient_network(objective: LatentObjective, examples: tuple[Tensor, ...]) -
                 setattr(module, name, _OpaqueDouble())
     objective.requires_grad_(False)
 
-    def loss_and_gradient(
-        z: Tensor, y: Tensor, x: Tensor, e: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(z: Tensor, y: Tensor, x: Tensor, e: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         latents = z.detach().requires_grad_()
         losses = objective(latents, y, x, e, weights)
         # Faces do not mix, so the gradient of the sum holds each face's own.
@@ -110,7 +109,7 @@ def gradient_network(objective: LatentObjective, examples: tuple[Tensor, ...]) -
 
 @torch.library.custom_op("faceage::double", mutates_args=())
 def _double(x: Tensor) -> Tensor:
-    """Nearest upsampling as one opaque step: traced with free sizes, torch's own falls apart into gathers and scatters."""
+    """Double by nearest upsampling, in one step: traced with free sizes, torch's own falls apart into gathers."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 

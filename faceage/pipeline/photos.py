@@ -197,4 +197,3 @@ def _batches(photos: Iterable[tuple[int, Still]]) -> Iterator[list[tuple[int, St
         pixels += size
     if batch:
         yield batch
-

@@ -55,7 +55,7 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
 
 
 class WriteBehind(Generic[T]):
-    """Calls `write` for each item in a thread, at most `depth` behind. Leaving the `with` block waits for all of them."""
+    """Calls `write` for each item in a thread, at most `depth` behind. Leaving the `with` block waits for the rest."""
 
     def __init__(self, write: Callable[[T], None], depth: int) -> None:
         self._write = write

@@ -1,9 +1,9 @@
 """Age every face of a video, in two passes.
 
 The first pass scans: it decodes, detects and tracks, and reads each person's age. It keeps only tracks, so memory is
-flat. The second renders: it decodes again, ages each person at key frames, and adds the change back into every frame. So
-every person is known from the first frame of a shot on, smoothing may look both ways, and rendering a stretch
-of frames depends on nothing but the tracks.
+flat. The second renders: it decodes again, ages each person at key frames, and adds the change back into every frame.
+So every person is known from the first frame of a shot on, smoothing may look both ways, and rendering a stretch of
+frames depends on little but the tracks.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ Progress = Callable[[str, int, int | None], None]
 """(pass "scan" or "render", frames done, frames in all if known)."""
 
 KEY_EVERY_FRAMES = 8
-"""Frames between two key frames of a person: the change is computed there and mixed in between. A third of a second at 25 frames
-a second: expressions change the face, but hardly the difference that age makes to it."""
+"""Frames between two key frames of a person: the change is computed there and mixed in between. A third of a second at
+25 frames a second: expressions change the face, but hardly the difference that age makes to it."""
 CHUNK_FRAMES = 2 * KEY_EVERY_FRAMES
 """Frames rendered at a time: all key frames in them, of all people, are one batch."""
 AGE_SAMPLES_PER_WINDOW = 1
 """Faces a track and window whose age is read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
@@ -206,10 +207,7 @@ def _most_prominent(tracks: list[Track]) -> list[Track]:
 
 
 def _person(track: Track, ages: list[float], request: AgeRequest, size_px: int, rate: float) -> Person:
-    if request.source_age is not None:
-        source = request.source_age
-    else:
-        source = float(np.median(ages))
+    source = request.source_age if request.source_age is not None else float(np.median(ages))
     weights = face_weights(
         track.landmarks, track.scores, fade_in=not track.starts_shot, fade_out=not track.ends_shot, frame_rate=rate
     )

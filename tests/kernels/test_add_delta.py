@@ -3,10 +3,10 @@ import sys
 
 import numpy as np
 import pytest
-from faceage.kernels import add_delta, gather_crops
 from numerics import ADD_ATOL_CODES, ADD_MAX_TIES, ROUND_TRIP_ATOL
 
 from faceage.errors import ShapeError
+from faceage.kernels import add_delta, gather_crops
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame
 
 SIZE = 32

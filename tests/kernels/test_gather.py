@@ -3,11 +3,11 @@ import itertools
 
 import numpy as np
 import pytest
-from faceage.kernels import color_of, gather_crops, rgb_to_yuv_delta, yuv_to_rgb
-from faceage.kernels.gather import box_factors, crop_to_plane
 from numerics import GATHER_ATOL
 
 from faceage.errors import ShapeError
+from faceage.kernels import color_of, gather_crops, rgb_to_yuv_delta, yuv_to_rgb
+from faceage.kernels.gather import box_factors, crop_to_plane
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame, PlaneLayout
 
 SITINGS = ("left", "center", "topleft")
@@ -58,9 +58,7 @@ def test_cpu_equals_reference(pixel_format, matrix):
         fast = gather_crops([frame], index, matrix, 16)
         assert fast.shape == (1, 3, 16, 16)
         assert fast.dtype == np.float32
-        np.testing.assert_allclose(
-            fast, gather_crops([frame], index, matrix, 16, impl="ref"), atol=GATHER_ATOL
-        )
+        np.testing.assert_allclose(fast, gather_crops([frame], index, matrix, 16, impl="ref"), atol=GATHER_ATOL)
 
 
 def ramp_frame(pixel_format, color, width, height, slopes):
@@ -150,9 +148,7 @@ def test_one_pixel_frame_and_padded_planes():
         crop = gather_crops([frame], np.zeros(1, np.int64), MATRICES["reduced, rotated"], 8)
         assert np.ptp(crop, axis=(2, 3)).max() < 1e-5
         frame = make_frame(pixel_format, 30, 22)
-        wide = [
-            np.pad(p, [(0, 3), (0, 5)] + [(0, 0)] * (p.ndim - 2), constant_values=7) for p in frame.planes
-        ]
+        wide = [np.pad(p, [(0, 3), (0, 5)] + [(0, 0)] * (p.ndim - 2), constant_values=7) for p in frame.planes]
         views = tuple(w[: p.shape[0], : p.shape[1]] for w, p in zip(wide, frame.planes, strict=True))
         padded = dataclasses.replace(frame, planes=views)
         for matrix in MATRICES.values():
@@ -165,9 +161,7 @@ def test_alpha_is_ignored_and_gray_is_neutral():
     rgb = Frame(planes=(rgba.planes[0][..., :3],), pixel_format="rgb24", color=RGB)
     gray = make_frame("gray16")
     index, matrix = np.zeros(1, np.int64), MATRICES["reduced, rotated"]
-    np.testing.assert_array_equal(
-        gather_crops([rgba], index, matrix, 16), gather_crops([rgb], index, matrix, 16)
-    )
+    np.testing.assert_array_equal(gather_crops([rgba], index, matrix, 16), gather_crops([rgb], index, matrix, 16))
     crop = gather_crops([gray], index, matrix, 16)
     np.testing.assert_allclose(crop[:, :1].repeat(3, 1), crop, atol=1e-6)
 
