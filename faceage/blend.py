@@ -15,7 +15,10 @@ from faceage.types import FloatArray, Frame
 
 
 def blend_faces(
-    frame: Frame, deltas: Sequence[FloatArray], weights: Sequence[float], frame_to_crop: Sequence[FloatArray]
+    frame: Frame,
+    deltas: Sequence[FloatArray] | FloatArray,
+    weights: Sequence[float] | FloatArray,
+    frame_to_crop: Sequence[FloatArray] | FloatArray,
 ) -> None:
     """Add faces' deltas to a frame, in place.
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import cv2
 import numpy as np
 
-from faceage.types import FloatArray, Frame
+from faceage.types import FloatArray, Frame, Plane
 
 SUBSAMPLE = 8
 """Every n-th luma sample each way is looked at: 0.1 ms a 1080p frame."""
@@ -50,7 +51,7 @@ def _look(frame: Frame) -> _Look:
     luma = frame.planes[0][::SUBSAMPLE, ::SUBSAMPLE]
     if luma.ndim == 3:  # stills' packed RGB: green is nearest to luma
         luma = luma[..., 1]
-    luma = np.ascontiguousarray(luma)
+    luma = cast(Plane, np.ascontiguousarray(luma))  # numpy's stubs join the union's dtypes to generic
     if frame.layout.bit_depth > 8:
         luma = (luma >> (frame.layout.shift + frame.layout.bit_depth - 8)).astype(np.uint8)
     histogram = cv2.calcHist([luma], [0], None, [HISTOGRAM_BINS], [0, 256]).ravel()

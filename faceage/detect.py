@@ -140,7 +140,7 @@ class Detector:
         parts = []
         for size in np.unique(sizes, axis=0):
             index = np.flatnonzero((sizes == size).all(1))
-            faces = self._detect_same_size([frames[i] for i in index])
+            faces = self._detect_same_size([frames[i] for i in index.tolist()])
             parts.append(replace(faces, frame_index=index[faces.frame_index]))
         found = Faces.concatenate(parts)
         return found[np.lexsort((-found.scores, found.frame_index))]
@@ -197,7 +197,7 @@ class Detector:
             score = probability[:, 0]
             frame, row, column = np.nonzero(score >= self.config.thresholds[0])
             corner = np.stack([column, row], -1).astype(np.float32) * PNET_STRIDE_PX
-            to_frame = np.float32([frames[0].width / level.width, frames[0].height / level.height])
+            to_frame = np.array([frames[0].width / level.width, frames[0].height / level.height], np.float32)
             edges = np.concatenate([corner * to_frame, (corner + PNET_CELL_PX) * to_frame], -1)
             boxes = _Boxes(frame, edges, score[frame, row, column])
             keep = _nms(boxes, NMS_LEVEL_IOU)

@@ -126,7 +126,7 @@ class Tracker:
         found = _Found(*(np.concatenate(column) for column in zip(*self._found, strict=True)))
         order = np.lexsort((found.frames, found.track_ids))
         ends = np.flatnonzero(np.diff(found.track_ids[order])) + 1
-        tracks = [self._finish(_Found(*(column[rows] for column in found))) for rows in np.split(order, ends)]
+        tracks = [self._finish(_Found._make(column[rows] for column in found)) for rows in np.split(order, ends)]
         return [track for track in tracks if track is not None]
 
     def _hand_out(self, follower: Follower, shown: list[Frame], first: int) -> Window:

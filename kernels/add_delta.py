@@ -28,6 +28,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from faceage.errors import ShapeError
 from faceage.kernels.color import color_of, rgb_to_yuv_delta
@@ -49,7 +50,7 @@ def enlarge_factor(crop_px_per_sample: float) -> int:
     return min(max(1, round(1 / crop_px_per_sample)), MAX_ENLARGE)
 
 
-def _cubic(x: FloatArray) -> FloatArray:
+def _cubic(x: npt.NDArray[np.float64]) -> FloatArray:
     """Return Catmull-Rom's weights at distances `x` in samples."""
     x = np.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1

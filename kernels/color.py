@@ -90,6 +90,6 @@ def rgb_to_yuv_delta(color: ColorSpec, bit_depth: int) -> npt.NDArray[np.float64
     Returns:
         float64 [3, 3], read-only: delta_codes = matrix @ delta_rgb.
     """
-    matrix = np.linalg.inv(yuv_to_rgb(color, bit_depth)[0])
+    matrix = np.asarray(np.linalg.inv(yuv_to_rgb(color, bit_depth)[0]), np.float64)
     matrix.setflags(write=False)
     return matrix

@@ -425,7 +425,7 @@ class TestModelsAndDoctor:
         assert faceage("models", "info", "other").exit_code == 2
         refused = faceage("models", "import", "age-cgan", *checkpoints.values())
         assert refused.exit_code == 4
-        assert "cannot be a model's name" in error_of(refused)
+        assert "cannot name a model" in error_of(refused)
 
     def test_fetch_without_a_network(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))

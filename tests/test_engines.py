@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from faceage.cache import cache_root
 from faceage.engines import ort
 from faceage.engines.base import BATCH, Axis, Program, TensorSpec, fingerprint
-from faceage.engines.store import EngineStore, cache_root
+from faceage.engines.store import EngineStore
 from faceage.errors import EngineError, ShapeError
 
 WIDTH = Axis("width", min=4, typical=8, max=64, multiple=2)

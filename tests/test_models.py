@@ -32,7 +32,7 @@ def test_an_unknown_model_is_refused_with_the_list(cache):
 
 @pytest.mark.parametrize("name", [DEFAULT_MODEL, "../up", "", "a b"])
 def test_a_bad_name_is_refused(cache, checkpoints, name):
-    with pytest.raises(CheckpointError, match="cannot be a model's name"):
+    with pytest.raises(CheckpointError, match="cannot name a model"):
         import_model(name, list(checkpoints.values()))
 
 

@@ -97,7 +97,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
         if run.images_seen // config.tick_images > ticks or run.is_over:
             ticks = run.images_seen // config.tick_images
             metrics = validate(ema.net, val, where)
-            run.record(train_mae=np.mean(errors), **metrics)
+            run.record(train_mae=float(np.mean(errors)), **metrics)
             errors.clear()
             run.save_state(net=net.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
             header = Header(

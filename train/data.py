@@ -95,7 +95,7 @@ def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part.npz")
-        np.savez(part, **_prepare(archive))
+        np.savez(part, **_prepare(archive))  # type: ignore[arg-type]  # the stubs check allow_pickle against the dict
         part.rename(file)
     with np.load(file, allow_pickle=False) as data:
         arrays = {name: data[name] for name in FaceSet.__dataclass_fields__}

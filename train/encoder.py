@@ -137,7 +137,7 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
         if run.images_seen // config.tick_images > ticks or run.is_over:
             ticks = run.images_seen // config.tick_images
             metrics = validate(ema.net, G, FR, mask, val, out / "sheet.png")
-            run.record(latent_error=np.mean(latent_errors), **metrics)
+            run.record(latent_error=float(np.mean(latent_errors)), **metrics)
             latent_errors.clear()
             run.save_state(E=E.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
             header = Header(

@@ -135,7 +135,7 @@ def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> N
         if run.images_seen // config.tick_images > ticks or run.is_over:
             ticks = run.images_seen // config.tick_images
             metrics = validate(ema.net, val.pixels, val_targets)
-            run.record(train_cosine=np.mean(cosines), **metrics)
+            run.record(train_cosine=float(np.mean(cosines)), **metrics)
             cosines.clear()
             run.save_state(net=net.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
             header = Header(

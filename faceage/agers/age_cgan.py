@@ -63,7 +63,7 @@ class AgeCGAN:
             loss, gradient = self._latent(z, classes[rows], pixels[rows], embeddings[rows], weights)
             return loss, gradient
 
-        known = np.zeros(len(pixels), bool) if latents is None else ~np.isnan(latents).any(1)
+        known = np.zeros(len(pixels), bool) if latents is None else ~np.any(np.isnan(latents), axis=1)
         start = encoded if latents is None else np.where(known[:, None], latents, encoded).astype(np.float32)
         budget = np.where(known, config.max_evaluations_known, config.max_evaluations)
         return optimize_latents(objective, start, config, budget)

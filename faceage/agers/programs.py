@@ -10,6 +10,8 @@ from faceage.engines.base import BATCH, Program, TensorSpec, fingerprint, module
 from faceage.geometry import face_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 _EXAMPLES = 5
@@ -114,7 +116,7 @@ def _network(checkpoint: Path) -> nn.Module:
     from faceage.networks.facenet import FaceNet
     from faceage.networks.regressors import AgeEstimator, IdentityNet, TrunkDims
 
-    makers = {
+    makers: dict[str, Callable[[dict], nn.Module]] = {
         "age-cgan-generator": lambda dims: Generator(AgeCGANDims(**dims)),
         "age-cgan-encoder": lambda dims: Encoder(AgeCGANDims(**dims)),
         "age-estimator": lambda dims: AgeEstimator(TrunkDims(**dims)),

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
 
+from faceage.cache import cache_root
 from faceage.engines import eager, ort
 from faceage.engines.base import Engine, Program, fingerprint
 from faceage.engines.build import check_parity, export
@@ -32,13 +33,6 @@ FORMAT_VERSION = 1
 
 KEY_DIGITS = 16
 """Hex digits of the key in a file name."""
-
-
-def cache_root() -> Path:
-    """Return faceage's cache folder: $FACEAGE_CACHE, or `faceage` in the user's cache folder."""
-    if "FACEAGE_CACHE" in os.environ:
-        return Path(os.environ["FACEAGE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faceage"
 
 
 class EngineStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -21,7 +22,7 @@ def read_only_planes(native: VideoFrame, pixel_format: str) -> tuple[Plane, ...]
     if odd or native.planes[0].line_size < 0:
         native.make_writable()
         return tuple(_read_only(plane) for plane in _plane_views(native, pixel_format))
-    return tuple(_read_only(np.from_dlpack(plane)) for plane in native.planes[:count])
+    return tuple(_read_only(cast(Plane, np.from_dlpack(plane))) for plane in native.planes[:count])
 
 
 def _read_only(plane: Plane) -> Plane:
@@ -39,7 +40,8 @@ def _plane_views(native: VideoFrame, pixel_format: str) -> tuple[Plane, ...]:
         if (channels := len(spec.components)) > 1:
             shape += (channels,)
             strides = (plane.line_size, channels * layout.dtype.itemsize, layout.dtype.itemsize)
-        views.append(np.ndarray(shape, layout.dtype, plane, strides=strides))
+        buffer = cast(memoryview, plane)  # a Cython class with the buffer protocol, of which the stubs say nothing
+        views.append(np.ndarray(shape, layout.dtype, buffer, strides=strides))
     return tuple(views)
 
 

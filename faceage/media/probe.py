@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import av.logging
 from av.container import InputContainer
+from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -182,7 +184,7 @@ def _chroma_siting(container: InputContainer, stream: VideoStream) -> str | None
     av.logging.set_level(av.logging.VERBOSE)
     av.logging.set_libav_level(av.logging.VERBOSE)
     try:
-        text = container.dumps_format()
+        text = container.dumps_format()  # type: ignore[attr-defined]  # PyAV's stubs leave it out
     finally:
         av.logging.set_level(level)
         av.logging.set_libav_level(av.logging.INFO)
@@ -237,6 +239,7 @@ def frame_format(pixel_format: str) -> str | None:
 def _describe(
     path: Path, container: InputContainer, stream: VideoStream, frame: VideoFrame, siting: str | None
 ) -> VideoInfo:
+    assert stream.time_base is not None  # FFmpeg gives every stream that it demuxes one, 1/90000 if nothing else
     context = stream.codec_context
     tags = (context.colorspace, context.color_range, context.color_primaries, context.color_trc)
     matrix = _side_data(frame, "DISPLAYMATRIX")
@@ -280,7 +283,8 @@ def counts_frames(container: InputContainer) -> bool:
 
 
 def _side_data(frame: VideoFrame, name: str) -> bytes:
-    return next((bytes(data) for data in frame.side_data if data.type.name == name), b"")
+    every = cast(Iterable[SideData], frame.side_data)  # PyAV's stubs give the container the type of its items
+    return next((bytes(data) for data in every if data.type.name == name), b"")
 
 
 def _mastering_display(data: bytes) -> tuple[float, ...] | None:

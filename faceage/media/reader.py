@@ -7,11 +7,12 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Self
+from typing import Self, cast
 
 import av
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.planes import read_only_planes
@@ -73,7 +74,7 @@ class VideoReader:
 
     def __enter__(self) -> Self:
         self._container = open_input(self.info.path)
-        stream = self._container.streams[self.info.stream_index]
+        stream = cast(VideoStream, self._container.streams[self.info.stream_index])
         stream.thread_type = "AUTO"
         for other in self._container.streams:
             if other.index != stream.index:
@@ -122,7 +123,7 @@ class VideoReader:
     def _decode(self) -> Iterator[VideoFrame]:
         """Yield every frame that decodes; packets that do not are counted."""
         assert self._container is not None
-        stream = self._container.streams.get(self.info.stream_index)[0]
+        stream = cast(VideoStream, self._container.streams[self.info.stream_index])
         packets = self._container.demux(stream)
         while True:
             try:
@@ -131,24 +132,26 @@ class VideoReader:
                 self._failed += 1
                 log.debug("%s: reading stops: %s", self.info.path, error)
                 packet = None
-            at_end = packet is None or (packet.size == 0 and packet.dts is None)
-            if not at_end and packet.size == 0:
-                continue  # AVI marks a dropped frame by an empty packet, which a decoder takes for the end
-            if not at_end and packet.is_corrupt and counts_frames(self._container):
-                # Its end is missing. It would fail while the decoder is drained and take others with it.
-                self._failed += 1
-                continue
-            if not at_end and packet.dts is not None:
-                self._stamps.append(packet.dts)
-            self._packets += not at_end
+            if packet is not None and packet.size == 0 and packet.dts is None:
+                packet = None  # PyAV's mark of the end
+            if packet is not None:
+                if packet.size == 0:
+                    continue  # AVI marks a dropped frame by an empty packet, which a decoder takes for the end
+                if packet.is_corrupt and counts_frames(self._container):
+                    # Its end is missing. It would fail while the decoder is drained and take others with it.
+                    self._failed += 1
+                    continue
+                if packet.dts is not None:
+                    self._stamps.append(packet.dts)
+                self._packets += 1
             try:
-                yield from stream.decode(None if at_end else packet)
+                yield from stream.decode(packet)
             except av.EOFError:
                 pass  # the decoder was flushed already
             except av.FFmpegError as error:
                 self._failed += 1
                 log.debug("%s: packet %d: %s", self.info.path, self._packets, error)
-            if at_end:
+            if packet is None:
                 return
 
     def _seek(self, begin: Fraction) -> None:
@@ -161,11 +164,11 @@ class VideoReader:
         stream = self._container.streams[self.info.stream_index]
         back = Fraction(0)
         while begin - back > 0:
-            target = int((begin - back) / stream.time_base)
+            target = int((begin - back) / self.info.time_base)
             try:
                 self._container.seek(target, stream=stream)
                 packet = next(self._container.demux(stream), None)
-                if packet is None or packet.pts is None or packet.pts * stream.time_base <= begin:
+                if packet is None or packet.pts is None or packet.pts * self.info.time_base <= begin:
                     self._container.seek(target, stream=stream)
                     return
             except av.FFmpegError:

@@ -204,6 +204,7 @@ def muxer_options(path: Path, source: InputContainer, tags: dict[str, str]) -> d
     if suffix in (".mp4", ".m4v", ".mov"):
         scale = 1
         for stream in source.streams:
+            assert stream.time_base is not None  # FFmpeg gives every stream that it demuxes one
             common = math.lcm(scale, stream.time_base.denominator)
             scale = common if common < 2**31 else scale
         options = {"movie_timescale": str(scale)}

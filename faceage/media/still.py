@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import cv2
 import numpy as np
@@ -216,7 +217,7 @@ def _upright(samples: Plane, orientation: int) -> Plane:
     samples = samples.swapaxes(0, 1) if transpose else samples
     samples = samples[::-1] if up_down else samples
     samples = samples[:, ::-1] if left_right else samples
-    return np.ascontiguousarray(samples)
+    return cast(Plane, np.ascontiguousarray(samples))  # numpy's stubs join the union's dtypes to generic
 
 
 def as_stored(samples: Plane, orientation: int) -> Plane:
@@ -225,7 +226,7 @@ def as_stored(samples: Plane, orientation: int) -> Plane:
     samples = samples[:, ::-1] if left_right else samples
     samples = samples[::-1] if up_down else samples
     samples = samples.swapaxes(0, 1) if transpose else samples
-    return np.ascontiguousarray(samples)
+    return cast(Plane, np.ascontiguousarray(samples))  # numpy's stubs join the union's dtypes to generic
 
 
 def _still(image: Image.Image, plane: Plane, orientation: int, data: bytes) -> Still:

@@ -7,13 +7,14 @@ import os
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self, cast
 
 import av
 from av.codec import Codec
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType
+from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import EncodeOptions, choose_encoder, encoder_time_base, frame_rate, open_encoder
@@ -22,6 +23,9 @@ from faceage.media.probe import VideoInfo, open_input
 from faceage.media.reader import VideoReader
 from faceage.media.remux import StreamCopier, can_label, copied_tags, muxer_options
 from faceage.types import Frame
+
+if TYPE_CHECKING:
+    from av.container.core import Chapter  # only the stubs have it
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +107,7 @@ class VideoWriter:
         self._copier = StreamCopier(self.info, source, output)
         for stream in source.streams:
             if stream.index == self.info.stream_index:
-                self._add_video(stream)
+                self._add_video(cast(VideoStream, stream))
             else:
                 self._copier.add(stream)
         output.metadata.update(tags)
@@ -114,7 +118,7 @@ class VideoWriter:
             self._discard()
             raise MediaError(f"{self.path} cannot be written as {output.format.name}: {error}; use .mkv") from error
 
-    def _add_video(self, source: av.VideoStream) -> None:
+    def _add_video(self, source: VideoStream) -> None:
         ticks = encoder_time_base(self.encoder.name, self.info)
         try:
             if not can_label(self._output, Codec(self.encoder.name, "w").canonical_name):
@@ -125,6 +129,7 @@ class VideoWriter:
                 f"{self.path.suffix} cannot hold {self.encoder.name} video; name the output "
                 f"{self.info.path.suffix} like the input, or .mkv, or choose a codec, e.g. --codec libx264"
             ) from error
+        assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
         open_encoder(stream, self.encoder, self.info)
         stream.time_base = self.info.time_base
         stale = ("encoder", "BPS", "DURATION", "NUMBER_OF", "_STATISTICS")
@@ -201,6 +206,8 @@ class VideoWriter:
     def _mux(self, packets: list[Packet]) -> None:
         for packet in packets:
             stamp = packet.dts if packet.dts is not None else packet.pts
+            assert stamp is not None  # encoders stamp what they give out
+            assert packet.time_base is not None
             self._copier.copy_until(stamp * packet.time_base)
             self._output.mux(packet)
 
@@ -222,16 +229,17 @@ class VideoWriter:
         self._partial.unlink(missing_ok=True)
 
 
-def _chapters_of(source: InputContainer, begin: Fraction | None, end: Fraction | None) -> list[av.Chapter]:
+def _chapters_of(source: InputContainer, begin: Fraction | None, end: Fraction | None) -> list[Chapter]:
     """Return the chapters of a range of the source, in the output's times."""
-    chapters = []
+    chapters: list[Chapter] = []
     for chapter in source.chapters():
         base = chapter["time_base"]
+        assert base is not None  # FFmpeg's demuxers state one with each chapter
         first, last = chapter["start"] * base, chapter["end"] * base
         if (begin is not None and last <= begin) or (end is not None and first >= end):
             continue
         origin = begin or Fraction(0)
         first = max(first, origin) - origin
         last = (last if end is None else min(last, end)) - origin
-        chapters.append(chapter | {"start": round(first / base), "end": round(last / base)})
+        chapters.append({**chapter, "start": round(first / base), "end": round(last / base)})
     return chapters

@@ -19,7 +19,6 @@ class FaceNet(nn.Module):
 
         self.size_px = size_px
         self.net = InceptionResnetV1(classify=False)
-        del self.net.logits  # the classifier of VGGFace2's people, which is not stored
 
     def forward(self, x_N3SS: Tensor) -> Tensor:
         """Return embeddings [N, 512] of length 1."""

@@ -72,6 +72,8 @@ class AgeEstimator(nn.Module):
     Reference: Rothe, Timofte, Van Gool: DEX: Deep EXpectation of apparent age, ICCV workshops 2015.
     """
 
+    bins_years: Tensor
+
     def __init__(self, dims: TrunkDims) -> None:
         super().__init__()
         self.trunk = Trunk(dims)
@@ -83,7 +85,7 @@ class AgeEstimator(nn.Module):
 
     def forward(self, x_N3SS: Tensor) -> Tensor:
         """Return ages [N], years."""
-        return self.log_probabilities(x_N3SS).exp() @ self.bins_years  # type: ignore[operator]
+        return self.log_probabilities(x_N3SS).exp() @ self.bins_years
 
 
 class IdentityNet(nn.Module):
