@@ -67,6 +67,14 @@ def networks(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def bundled(tiny_model):
+    """The loaded networks of the bundled model; their engines are built once a session."""
+    from faceage.pipeline.request import load_networks
+
+    return load_networks()
+
+
+@pytest.fixture(scope="session")
 def face_picture():
     """An upright photo of one face: uint8 [256, 256, 3], RGB."""
     skimage_data = pytest.importorskip("skimage.data")

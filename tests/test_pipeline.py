@@ -98,13 +98,13 @@ def test_strength_zero_gives_back_every_sample(networks, clip, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-def test_the_change_is_steady(networks, clip, tmp_path):
+def test_the_change_is_steady(bundled, tmp_path):
     """On a still picture with constant pose every frame gets the same change, on and between key frames."""
     still = write_clip(
         tmp_path / "still.mkv", [moving_face(1)[0]] * (2 * KEY_EVERY_FRAMES + 3), codec="ffv1", tone=False
     )
     target = tmp_path / "aged.mkv"
-    age_video(networks, still, target, AgeRequest(age=70, source_age=30), encode=LOSSLESS)
+    age_video(bundled, still, target, AgeRequest(age=70, source_age=30), encode=LOSSLESS)
     change = [a[0].astype(int) - b[0] for a, b in zip(decoded(target), decoded(still), strict=True)]
     assert np.abs(change[0]).max() > 2
     first_to_others = max(np.abs(c - change[0]).mean() for c in change)

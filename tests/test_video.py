@@ -594,6 +594,7 @@ def test_options_reach_the_encoder(tmp_path):
         ("out.ts", {"codec": "ffv1"}, UnsupportedError, r"ts cannot hold ffv1 video; name the output.*\.mkv"),
         ("out.xyz", {}, UnsupportedError, "suffix that names no container"),
         ("out.mkv", {"codec": "nosuch"}, UnsupportedError, "no encoder 'nosuch'"),
+        ("out.mkv", {"codec": "aac"}, UnsupportedError, "aac encodes audio, not video"),
         ("out.mkv", {"codec": "ffv1", "crf": 20}, UnsupportedError, "ffv1 has no constant quality"),
         ("out.mkv", {"codec": "ffv1", "preset": "fast"}, UnsupportedError, "ffv1 has no presets"),
         ("out.mkv", {"encoder_options": {"nosuch": "1"}}, UnsupportedError, "libx264 has no option nosuch"),

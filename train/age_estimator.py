@@ -78,7 +78,8 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
     bins = torch.linspace(0, 100, dims.outputs, device=where)
 
     ticks, errors = run.images_seen // config.tick_images, []
-    while not run.is_over:
+    is_over = run.is_over
+    while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         x, _, ages = sampler()
         want = torch.from_numpy(ages).clamp(0, 100).to(where)
@@ -94,7 +95,8 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
         run.images_seen += len(x)
         ema.update(net, len(x), run.images_seen)
         errors.append(float(error.detach()))
-        if run.images_seen // config.tick_images > ticks or run.is_over:
+        is_over = run.is_over  # read once a step: the last one must be saved
+        if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
             metrics = validate(ema.net, val, where)
             run.record(train_mae=float(np.mean(errors)), **metrics)

@@ -238,7 +238,7 @@ def balanced_weights(ages: np.ndarray, power: float = 0.5) -> np.ndarray:
 
 
 class Sampler:
-    """Endless random batches, flipped at random, each its own generator state so that a run resumes exactly."""
+    """Endless random batches, flipped at random. A resumed run draws from the start of the sequence again."""
 
     def __init__(self, faces: FaceSet, batch: int, seed: int, power: float = 0.5) -> None:
         self.faces, self.batch = faces, batch

@@ -76,7 +76,8 @@ def validate(
         for name, value in terms.items():
             sums[f"val_{name}"] = sums.get(f"val_{name}", 0.0) + float(value) * len(x) / len(faces)
         if start == 0:
-            sheet([x[:12], made[:12], x[12:24], made[12:24]], path)
+            n = min(12, len(x) // 2)
+            sheet([x[:n], made[:n], x[n : 2 * n], made[n : 2 * n]], path)
     return sums
 
 
@@ -112,7 +113,8 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
             part.load_state_dict(state[name])
 
     ticks, latent_errors = run.images_seen // config.tick_images, []
-    while not run.is_over:
+    is_over = run.is_over
+    while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         x, y, _ = sampler()
         x, y = x.to(where, memory_format=torch.channels_last), y.to(where)
@@ -134,7 +136,8 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
         run.images_seen += len(x)
         ema.update(E, len(x), run.images_seen)
         latent_errors.append(float(latent_error.detach()))
-        if run.images_seen // config.tick_images > ticks or run.is_over:
+        is_over = run.is_over  # read once a step: the last one must be saved
+        if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
             metrics = validate(ema.net, G, FR, mask, val, out / "sheet.png")
             run.record(latent_error=float(np.mean(latent_errors)), **metrics)

@@ -82,7 +82,8 @@ def main(
     G_ema = EMA(G, config.ema_half_life_images)
     G_step = torch.optim.Adam(G.parameters(), config.generator_rate, config.betas)
     D_step = torch.optim.Adam(D.parameters(), config.discriminator_rate, config.betas)
-    grid_z = torch.randn(12, 1, dims.latent).expand(-1, dims.classes, -1).flatten(0, 1).to(where)
+    fixed = torch.Generator().manual_seed(config.seed)
+    grid_z = torch.randn(12, 1, dims.latent, generator=fixed).expand(-1, dims.classes, -1).flatten(0, 1).to(where)
     grid_y = torch.eye(dims.classes).repeat(12, 1).to(where)
 
     state = run.load_state()
@@ -90,9 +91,10 @@ def main(
         for name, part in {"G": G, "D": D, "G_ema": G_ema.net, "G_step": G_step, "D_step": D_step}.items():
             part.load_state_dict(state[name])
 
-    totals = torch.zeros(4)
+    totals, steps = torch.zeros(4), 0
     ticks = run.images_seen // config.tick_images
-    while not run.is_over:
+    is_over = run.is_over
+    while not is_over:
         # Linear decay over the last 30 % of the budget: the sheet sharpens and the average settles.
         decay = min(1.0, max(0.02, (1 - run.progress) / 0.3))
         G_step.param_groups[0]["lr"], D_step.param_groups[0]["lr"] = (
@@ -141,12 +143,13 @@ def main(
         run.images_seen += len(x)
         G_ema.update(G, len(x), run.images_seen)
         totals += torch.stack([loss_D, real.mean(), made.mean(), wrong.mean()]).detach().cpu()
+        steps += 1
 
-        if run.images_seen // config.tick_images > ticks or run.is_over:
-            steps = (run.images_seen - ticks * config.tick_images) / len(x)
+        is_over = run.is_over  # read once a step: the last one must be saved
+        if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
             run.record(**dict(zip(("loss_D", "real", "fake", "wrong_age"), totals / steps, strict=True)))
-            totals.zero_()
+            totals, steps = torch.zeros(4), 0
             with torch.no_grad():
                 faces = G_ema.net(grid_z, grid_y).view(12, dims.classes, 3, dims.size_px, dims.size_px)
             sheet([torch.cat(list(faces[i : i + 3])) for i in range(0, 12, 3)], out / "sheet.png")

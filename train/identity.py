@@ -113,7 +113,8 @@ def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> N
             part.load_state_dict(state[name])
 
     ticks, cosines = run.images_seen // config.tick_images, []
-    while not run.is_over:
+    is_over = run.is_over
+    while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         rows = torch.from_numpy(sampler.indices())
         mirrored = torch.rand(len(rows)) < 0.5
@@ -132,7 +133,8 @@ def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> N
         run.images_seen += len(x)
         ema.update(net, len(x), run.images_seen)
         cosines.append(float(cosine.detach().mean()))
-        if run.images_seen // config.tick_images > ticks or run.is_over:
+        is_over = run.is_over  # read once a step: the last one must be saved
+        if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
             metrics = validate(ema.net, val.pixels, val_targets)
             run.record(train_cosine=float(np.mean(cosines)), **metrics)

@@ -20,7 +20,6 @@ from pathlib import Path
 from time import perf_counter
 
 import click
-import matplotlib
 import numpy as np
 import torch
 
@@ -34,8 +33,6 @@ from train.data import load_faces, to_tensor
 from train.identity import load_identity
 from train.run import sheet
 from train.teacher import TEMPLATE_96X112, embed, load_teacher
-
-matplotlib.use("agg")
 
 _PRODUCT = LatentConfig()
 CHOICES = {
@@ -151,6 +148,9 @@ def main(
 
 
 def _plot(curves: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4))

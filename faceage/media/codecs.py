@@ -122,12 +122,15 @@ def choose_encoder(info: VideoInfo, options: EncodeOptions) -> Encoder:
 
 def _encoder(name: str) -> Codec:
     try:
-        return Codec(name, "w")
+        codec = Codec(name, "w")
     except UnknownCodecError as error:
         raise UnsupportedError(
             f"this build has no encoder {name!r} (it has {', '.join(sorted(DEFAULTS))} and FFmpeg's others); "
             "name one of them with --codec"
         ) from error
+    if codec.type != "video":
+        raise UnsupportedError(f"{name} encodes {codec.type}, not video; name a video encoder, e.g. --codec libx264")
+    return codec
 
 
 def _pixel_format(name: str, info: VideoInfo) -> tuple[str, PixFmtLoss]:

@@ -116,6 +116,10 @@ class VideoWriter:
             output.start_encoding()
         except (av.FFmpegError, ValueError) as error:
             self._discard()
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise MediaError(
+                    f"{self.path} cannot be created ({error.strerror}); name a folder that can be written"
+                ) from error
             raise MediaError(f"{self.path} cannot be written as {output.format.name}: {error}; use .mkv") from error
 
     def _add_video(self, source: VideoStream) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +15,16 @@ from faceage.errors import FaceAgeError
 from faceage.kernels import gather_crops
 from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer
-from faceage.pipeline.threads import WriteBehind, read_ahead
+from faceage.pipeline.threads import WriteBehind, map_ahead, read_ahead
 from faceage.types import Faces, FloatArray, Frame
 
 MIN_PHOTO_SCORE = 0.85
 """Confidence below which a photo's face is taken for a false alarm: it has no other frames to confirm it."""
-BATCH_PHOTOS = 8
-BATCH_MEGAPIXELS = 24
+BATCH_PHOTOS = 4
+BATCH_MEGAPIXELS = 16
 """Photos are decoded, detected and aged in batches of at most this many of each: the bound on memory."""
+MAX_WORKERS = 8
+"""Batches in work at a time at most; engines run on one thread each, so there is one a core up to here."""
 
 
 @dataclass(kw_only=True)
@@ -174,10 +177,14 @@ def age_photos(
             reports[i].error = str(error)
         finished(reports[i])
 
+    def age(batch: list[tuple[int, Still]]) -> tuple[list[tuple[int, Still]], list[Frame], list[AgedPhoto]]:
+        frames = [replace(s.frame, planes=tuple(p.copy() for p in s.frame.planes)) for _, s in batch]
+        return batch, frames, age_frames(networks, frames, request, timer)
+
     with WriteBehind(write, BATCH_PHOTOS) as out:
-        for batch in _batches(read_ahead(read(), BATCH_PHOTOS)):
-            frames = [replace(s.frame, planes=tuple(p.copy() for p in s.frame.planes)) for _, s in batch]
-            results = age_frames(networks, frames, request, timer)
+        batches = _batches(read_ahead(read(), BATCH_PHOTOS))
+        workers = min(os.cpu_count() or 1, MAX_WORKERS)
+        for batch, frames, results in map_ahead(age, batches, workers):
             for (i, still), frame, aged in zip(batch, frames, results, strict=True):
                 reports[i].faces = aged.describe()
                 # What nothing was done to is copied, byte for byte, and carries no label.

@@ -1,0 +1,53 @@
+"""The checkpoints that come with the package."""
+
+import cv2
+import numpy as np
+from skimage.data import astronaut
+
+from faceage.checkpoint import read_header, sha256_of
+from faceage.models import find_model
+from faceage.pipeline.photos import age_frames
+from faceage.pipeline.request import AgeRequest
+from faceage.types import RGB, Frame
+
+
+def test_they_say_what_they_are():
+    files = find_model()
+    headers = {role: read_header(path) for role, path in files.paths().items()}
+    for header in headers.values():
+        assert header.images_seen > 100_000
+        assert header.dataset["licence"] == "non-commercial research only"
+    assert headers["age"].metrics["val_mae"] > 0
+    assert headers["encoder"].parents["gan"] == sha256_of(files.generator)
+    assert headers["encoder"].parents["identity"] == sha256_of(files.identity)
+
+
+def test_together_they_are_small():
+    assert sum(path.stat().st_size for path in find_model().paths().values()) < 40e6
+
+
+def test_the_change_grows_with_the_years_and_is_nothing_for_none(bundled):
+    changes = []
+    for age in (30, 40, 55, 75):
+        frame = Frame(planes=(astronaut().copy(),), pixel_format="rgb24", color=RGB)
+        age_frames(bundled, [frame], AgeRequest(age=age, source_age=30))
+        changes.append(np.abs(frame.planes[0].astype(int) - astronaut()).mean())
+    assert changes[0] == 0
+    assert (np.diff(changes) > 0).all()
+
+
+def test_the_fit_improves_on_the_encoder(bundled):
+    portrait = astronaut()
+    frames = [
+        Frame(planes=(np.ascontiguousarray(p),), pixel_format="rgb24", color=RGB)
+        for p in (portrait, portrait[:, ::-1], cv2.resize(portrait, (300, 300)))
+    ]
+    from faceage.align import align_faces
+    from faceage.kernels import gather_crops
+
+    faces = bundled.detector.detect(frames)
+    size = bundled.ager.size_px
+    pixels = gather_crops(frames, faces.frame_index, align_faces(faces.landmarks, size), size)
+    fit = bundled.ager.fit(pixels, np.full(len(faces), 30, np.float32))
+    assert len(faces) == 3
+    assert (fit.losses < 0.9 * fit.first_losses).all()

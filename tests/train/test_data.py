@@ -1,0 +1,270 @@
+import dataclasses
+import hashlib
+import logging
+import random
+import shutil
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from faceage.ages import age_to_classes
+from faceage.geometry import TEMPLATE_5
+
+FIELDS = ("pixels", "ages", "genders", "races", "landmarks", "names", "validation")
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for field in FIELDS:
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=field)
+
+
+@pytest.fixture
+def no_detection(monkeypatch):
+    """Make any run of O-Net fail."""
+
+    def refuse(pictures):
+        raise AssertionError(f"O-Net was run on {len(pictures)} pictures")
+
+    monkeypatch.setattr("train.data._find_landmarks", refuse)
+
+
+def test_a_tar_in_any_order_gives_the_faces_of_the_folder(archive, faces, tmp_path, caplog):
+    from train.data import load_faces
+
+    files = sorted(archive.rglob("*.jpg"))
+    random.Random(0).shuffle(files)
+    with tarfile.open(tmp_path / "utkface.tar", "w") as tar:
+        for file in files:
+            tar.add(file, file.relative_to(archive))
+    caplog.set_level(logging.INFO)
+    loaded = load_faces(tmp_path / "utkface.tar", 64, tmp_path / "cache")
+    assert_same(loaded, faces)
+    assert "41 faces read, 4 bad names or files skipped, 1 without a clear face dropped" in caplog.messages
+    assert "40 clusters of near-duplicates among 40 faces" in caplog.messages
+
+
+def test_labels_come_from_the_names(faces):
+    assert len(faces) == 40
+    assert faces.pixels.shape == (40, 64, 64, 3)
+    assert faces.pixels.dtype == np.uint8
+    assert faces.ages.dtype == np.float32
+    for name, age, gender, race in zip(faces.names, faces.ages, faces.genders, faces.races, strict=True):
+        assert name.startswith(f"{age:.0f}_{gender}_{race}_")
+    assert set(faces.ages) == {1, 16, 25, 26, 31, 38, 47, 55, 63, 80}
+    assert set(faces.genders) == {0, 1}
+    assert set(faces.races) == {0, 1, 2, 3, 4}
+
+
+def test_landmarks_are_where_the_face_was_drawn(faces, true_landmarks):
+    truth = np.stack([true_landmarks[name] for name in faces.names])
+    distance = np.linalg.norm(faces.landmarks - truth, axis=2)
+    assert np.median(distance) < 2.5  # of 200 px
+    assert distance.max() < 10
+
+
+def test_crops_are_aligned_to_the_template(faces):
+    from train.data import landmarks_in_crop
+
+    template = TEMPLATE_5 * 64 - 0.5
+    points = landmarks_in_crop(faces, 64)
+    assert np.abs(points - template).max() < 3.5  # a similarity cannot fit her wide smile
+    np.testing.assert_allclose(points.mean(1), np.tile(template.mean(0), (40, 1)), atol=1e-3)
+    assert np.abs(points[:, :2] - template[:2]).mean() < 1
+    # The eyes' pixels lie there too: pupils and lashes are the darkest of their row.
+    mean = faces.pixels.astype(np.float32).mean((0, 3))
+    mean = (mean + mean[:, ::-1]) / 2
+    eye_y, eye_x = np.round(template[0, ::-1]).astype(int)
+    assert mean[eye_y, eye_x] < mean[eye_y + 8, eye_x] - 20  # the cheek below
+
+
+def test_rows_and_splits(faces):
+    assert len(faces.train) + len(faces.val) == len(faces)
+    assert len(faces.val) == 8
+    assert set(faces.train.names).isdisjoint(faces.val.names)
+    assert list(faces.rows(np.array([3, 1])).names) == [faces.names[3], faces.names[1]]
+    assert tuple(field.name for field in dataclasses.fields(faces)) == FIELDS
+
+
+def test_the_cache_is_used_again_at_any_size(archive, cache, faces, no_detection):
+    from train.data import load_faces
+
+    assert_same(load_faces(archive, 64, cache), faces)
+    assert load_faces(archive, 128, cache).pixels.shape == (40, 128, 128, 3)
+
+
+def test_another_archive_is_not_read_from_the_cache(archive, cache, faces, no_detection, tmp_path):
+    from train.data import load_faces
+
+    shutil.copytree(archive, tmp_path / "copy")
+    with pytest.raises(AssertionError, match="O-Net was run on 41"):
+        load_faces(tmp_path / "copy", 64, cache)
+
+
+def test_nothing_is_cached_when_preparing_fails(archive, no_detection, tmp_path):
+    from train.data import load_faces
+
+    with pytest.raises(AssertionError, match="O-Net"):
+        load_faces(archive, 64, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def synthetic(count, seed=0):
+    """Return pictures that are alike in nothing, uint8 [N, 32, 32, 3]."""
+    small = np.random.default_rng(seed).integers(20, 200, (count, 8, 8, 3), np.uint8)
+    return np.stack([cv2.resize(p, (32, 32), interpolation=cv2.INTER_CUBIC) for p in small])
+
+
+def test_a_tenth_goes_to_validation_by_name():
+    from train.data import _split
+
+    pixels, names = synthetic(600), np.array([f"{i}.jpg" for i in range(600)])
+    split = _split(pixels, names)
+    assert 0.07 < split.mean() < 0.13
+    np.testing.assert_array_equal(split, _split(pixels, names))
+    order = np.random.default_rng(1).permutation(600)
+    np.testing.assert_array_equal(split[order], _split(pixels[order], names[order]))
+    other = np.array([f"other {i}.jpg" for i in range(600)])
+    assert (split != _split(pixels, other)).any()
+
+
+def test_near_duplicates_stay_on_one_side():
+    from train.data import _split
+
+    def in_validation(name):
+        return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < 0.1
+
+    candidates = [f"a{i}.jpg" for i in range(2000)]
+    chosen = [name for name in candidates if in_validation(name)][:40]
+    left = [name for name in candidates if not in_validation(name)][:40]
+    pixels = synthetic(40)
+    brighter = np.clip(pixels * 0.97 + 6, 0, 255).astype(np.uint8)
+    split = _split(np.concatenate([pixels, brighter]), np.array(chosen + left))
+    np.testing.assert_array_equal(split, True)  # without the pairs, the second half would be in training
+    split = _split(np.concatenate([brighter, pixels]), np.array(left + chosen))
+    np.testing.assert_array_equal(split, False)
+    split = _split(np.concatenate([pixels, synthetic(40, seed=1)]), np.array(chosen + left))
+    np.testing.assert_array_equal(split, [True] * 40 + [False] * 40)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
+def test_balanced_weights_give_a_bin_of_n_its_power_of_the_mass(power):
+    from train.data import balanced_weights
+
+    ages = np.array([21] * 90 + [72] * 9 + [3], np.float32)
+    weights = balanced_weights(ages, power)
+    assert weights.sum() == pytest.approx(1)
+    mass = np.array([weights[ages == age].sum() for age in (21, 72, 3)])
+    np.testing.assert_allclose(mass, mass[2] * np.array([90, 9, 1.0]) ** (1 - power))
+
+
+def test_the_very_old_share_the_last_bin():
+    from train.data import balanced_weights
+
+    weights = balanced_weights(np.array([96, 100, 116], np.float32), 1.0)
+    np.testing.assert_allclose(weights, 1 / 3)
+
+
+@pytest.fixture
+def labelled():
+    """A thousand faces without a face: each pixel tells its row, its column and its face."""
+    from train.data import FaceSet
+
+    ages = np.array([22] * 900 + [71] * 100, np.float32)
+    pixels = np.zeros((1000, 4, 4, 3), np.uint8)
+    pixels[..., 0] = np.arange(4) * 60
+    pixels[..., 1] = np.arange(4)[:, None] * 60
+    pixels[..., 2] = np.where(ages == 71, 255, 0)[:, None, None]
+    none = np.zeros(1000, np.int64)
+    return FaceSet(pixels, ages, none, none, np.zeros((1000, 5, 2)), none.astype(str), none.astype(bool))
+
+
+def test_batches_lift_rare_ages_and_keep_labels_with_faces(labelled):
+    from train.data import Sampler
+
+    before = labelled.pixels.copy()
+    x, y, ages = Sampler(labelled, 2000, seed=0, power=0.5)()
+    assert x.shape == (2000, 3, 4, 4)
+    assert (float(x.min()), float(x.max())) == (-1, 1)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(x[:, 2, 0, 0] > 0, ages == 71)
+    np.testing.assert_array_equal(y, age_to_classes(ages))
+    assert (ages == 71).mean() == pytest.approx(0.25, abs=0.04)  # sqrt(100) of sqrt(100) + sqrt(900), not a tenth
+    mirrored = x[:, 0, 0, 0] > x[:, 0, 0, -1]
+    assert float(mirrored.float().mean()) == pytest.approx(0.5, abs=0.05)
+    np.testing.assert_allclose(x[mirrored, 0].flip(2), x[~mirrored][:1, 0].expand(int(mirrored.sum()), 4, 4))
+    assert (x[:, 1].diff(dim=1) > 0).all()  # never upside down
+    np.testing.assert_array_equal(labelled.pixels, before)
+
+
+def test_a_seed_is_one_sequence_of_batches(labelled):
+    from train.data import Sampler
+
+    a, b, c = Sampler(labelled, 16, 5), Sampler(labelled, 16, 5), Sampler(labelled, 16, 6)
+    first, second = a.indices(), a.indices()
+    np.testing.assert_array_equal(first, b.indices())
+    assert (first != second).any()
+    assert (first != c.indices()).any()
+
+
+@pytest.mark.parametrize("count", [3, 8, 21])
+def test_shift_and_jitter_is_differentiable(count):
+    from train.data import shift_and_jitter
+
+    torch.manual_seed(0)
+    x = torch.rand(count, 3, 16, 16, requires_grad=True)
+    out = shift_and_jitter(x)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad.abs().sum((1, 2, 3)) > 0).all()
+
+
+def test_a_shift_moves_pixels_and_repeats_the_rim():
+    from train.data import shift_and_jitter
+
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 16, 16)
+    out = shift_and_jitter(x, shift_px=2, colour=0)
+    padded = torch.nn.functional.pad(x, [2] * 4, mode="replicate")
+    moves = set()
+    for picture, source in zip(out, padded, strict=True):
+        found = [
+            (dy, dx)
+            for dy in range(5)
+            for dx in range(5)
+            if torch.allclose(picture, source[:, dy : dy + 16, dx : dx + 16], atol=1e-5)
+        ]
+        assert len(found) == 1
+        moves.add(found[0])
+    assert len(moves) > 4
+
+
+def test_jitter_changes_brightness_and_contrast_within_bounds():
+    from train.data import shift_and_jitter
+
+    torch.manual_seed(0)
+    x = torch.rand(256, 3, 16, 16)
+    out = shift_and_jitter(x, shift_px=0, colour=0.2)
+    contrast = out.std((2, 3)) / x.std((2, 3))
+    np.testing.assert_allclose(contrast, contrast[:, :1].expand(-1, 3), rtol=1e-3)  # one gain for all channels
+    assert 0.8 <= float(contrast.min()) < 0.83 < 1.17 < float(contrast.max()) <= 1.2
+    moved = (out - x).mean((2, 3)).abs()
+    assert 0.2 < float(moved.max()) <= 0.3  # colour * 1.5
+    np.testing.assert_allclose(shift_and_jitter(x, shift_px=0, colour=0), x, atol=1e-5)
+
+
+def test_warped_faces_reach_any_template(archive, faces):
+    from train.data import read_archive, warp_faces
+    from train.teacher import TEMPLATE_96X112
+
+    data = dict(read_archive(archive))
+    pictures = [cv2.imdecode(np.frombuffer(data[name], np.uint8), cv2.IMREAD_COLOR) for name in faces.names[:3]]
+    warped = warp_faces(pictures, faces.landmarks[:3], TEMPLATE_96X112, 96, 112)
+    assert warped.shape == (3, 112, 96, 3)
+    x, y = TEMPLATE_96X112[0].round().astype(int)
+    gray = warped.astype(np.float32).mean((0, 3))
+    assert gray[y, x] < gray[y + 12, x] - 20  # eye and cheek
