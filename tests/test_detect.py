@@ -54,9 +54,7 @@ def rgb_frame(picture):
 
 
 def decoded_frame(frame):
-    planes = tuple(
-        np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes
-    )
+    planes = tuple(np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes)
     return Frame(planes=planes, pixel_format=frame.format.name, color=ColorSpec(), native=frame)
 
 
@@ -153,9 +151,7 @@ def test_fast_pnet_is_pnet(engine_store):
 
 
 def yuv_frame(picture, pixel_format):
-    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-        format=pixel_format, dst_colorspace="ITU709"
-    )
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format, dst_colorspace="ITU709")
     wide = "10le" in pixel_format
     planes = []
     for plane in frame.planes:
@@ -167,9 +163,7 @@ def yuv_frame(picture, pixel_format):
     return Frame(planes=tuple(planes), pixel_format=pixel_format, color=ColorSpec(), native=frame)
 
 
-@pytest.mark.parametrize(
-    "pixel_format", ["yuv420p", "nv12", "yuv444p", "yuv420p10le", "gray", "rgba", "rgb48"]
-)
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "nv12", "yuv444p", "yuv420p10le", "gray", "rgba", "rgb48"])
 def test_pixel_formats_agree(detector, pixel_format):
     picture = data.astronaut()
     want = detector.detect([rgb_frame(picture)])
@@ -233,10 +227,7 @@ def test_nothing_in_nothing_out(detector):
 
 
 def test_refinement_stays_where_it_is(detector):
-    frames = [
-        rgb_frame(turned(data.astronaut(), degrees, scale))
-        for degrees, scale in ((0, 1), (15, 0.6), (-10, 0.3))
-    ]
+    frames = [rgb_frame(turned(data.astronaut(), degrees, scale)) for degrees, scale in ((0, 1), (15, 0.6), (-10, 0.3))]
     first = faces = detector.refine(frames, detector.detect(frames))
     assert len(faces) == 3
     for _ in range(30):

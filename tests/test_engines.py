@@ -120,9 +120,7 @@ def test_stored_engine_is_not_rebuilt_and_other_weights_are_another_file(copied)
     np.testing.assert_allclose(y.mean(), inputs()[0].mean() / 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "flipped", "no sidecar", "not json", "other fingerprint", "no engine"]
-)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no sidecar", "not json", "other fingerprint", "no engine"])
 def test_damaged_engine_is_rebuilt_with_a_warning(copied, caplog, damage):
     store, built = copied
     path = store.path(blur_program(), "onnxruntime")

@@ -95,9 +95,7 @@ class StubDetector:
             if frame.pts not in self.blind:
                 seen = [(n, box - corner) for n, box in self._seen(frame.pts)]
                 inside = [
-                    (n, box)
-                    for n, box in seen
-                    if box[:2].min() >= 0 and np.all(box[2:] < frame.planes[0].shape[::-1])
+                    (n, box) for n, box in seen if box[:2].min() >= 0 and np.all(box[2:] < frame.planes[0].shape[::-1])
                 ]
                 rows += [self._face(row, frame.pts, n, box) for n, box in inside]
         return self._rows(rows)
@@ -129,9 +127,7 @@ def picture(frame: int, scene: int = 0) -> np.ndarray:
 
 def make_frame(luma: np.ndarray, index: int) -> Frame:
     if luma.dtype == np.uint16:
-        return Frame(
-            planes=(luma,), pixel_format="gray16", color=ColorSpec(), pts=index, time_base=Fraction(1, 25)
-        )
+        return Frame(planes=(luma,), pixel_format="gray16", color=ColorSpec(), pts=index, time_base=Fraction(1, 25))
     return Frame(planes=(luma,), pixel_format="gray", color=ColorSpec(), pts=index, time_base=Fraction(1, 25))
 
 
@@ -432,9 +428,7 @@ def test_pan_is_no_cut(speed, still):
 @pytest.mark.parametrize("length", [6, 25])
 def test_fades_are_no_cuts(length):
     a, b = photo(4).astype(np.float64), photo(5)
-    black = [
-        (a * max(0.0, 1 - n / length) + 16 * min(1.0, n / length)).astype(np.uint8) for n in range(length + 5)
-    ]
+    black = [(a * max(0.0, 1 - n / length) + 16 * min(1.0, n / length)).astype(np.uint8) for n in range(length + 5)]
     assert cuts_of([photo(4)] * 10 + black) == [0]
     dissolve = [(a + (b - a) * min(1.0, n / length)).astype(np.uint8) for n in range(length + 5)]
     assert cuts_of([photo(4)] * 10 + dissolve) == [0]

@@ -63,9 +63,7 @@ def read_all(path: Path, **range_s: float) -> list[Frame]:
 
 def planes_equal(a: list[Frame], b: list[Frame]) -> bool:
     return len(a) == len(b) and all(
-        np.array_equal(p, q)
-        for x, y in zip(a, b, strict=True)
-        for p, q in zip(x.planes, y.planes, strict=True)
+        np.array_equal(p, q) for x, y in zip(a, b, strict=True) for p, q in zip(x.planes, y.planes, strict=True)
     )
 
 
@@ -207,15 +205,11 @@ def test_times_are_kept_exactly(tmp_path, suffix, start, codec):
     container = {"mpegts_copyts": "1"} if suffix == ".ts" else {}
     # TS has no negative decoding times, so its clips start late enough for B-frames.
     pts = irregular_pts(start=start + (90_000 if suffix == ".ts" else 0))
-    clip = make_clip(
-        tmp_path / f"in{suffix}", codec=codec, pts=pts, options={"bf": "3"}, container_options=container
-    )
+    clip = make_clip(tmp_path / f"in{suffix}", codec=codec, pts=pts, options={"bf": "3"}, container_options=container)
     transcode(clip, tmp_path / f"out{suffix}", FAST)
     assert frame_times(tmp_path / f"out{suffix}") == frame_times(clip)
     source = read_all(clip)
-    assert [f.pts * f.time_base for f in read_all(tmp_path / f"out{suffix}")] == [
-        f.pts * f.time_base for f in source
-    ]
+    assert [f.pts * f.time_base for f in read_all(tmp_path / f"out{suffix}")] == [f.pts * f.time_base for f in source]
     if suffix != ".mkv":  # Matroska counts milliseconds
         assert [f.pts * f.time_base for f in source] == [p * TIME_BASE for p in pts]
     assert indices(source) == list(range(FRAMES))
@@ -250,9 +244,7 @@ def test_avi_times_are_those_of_its_slots(tmp_path, b_frames):
 
 @pytest.mark.parametrize(("start_s", "end_s"), [(0.1, 0.3), (0.24, None), (None, 0.2), (0.0, 0.04)])
 def test_a_range_keeps_its_frames_and_starts_at_zero(tmp_path, start_s, end_s):
-    clip = make_clip(
-        tmp_path / "in.mp4", options={"bf": "3", "g": "5"}, pts=regular_pts(24, start=9_000), audio="aac"
-    )
+    clip = make_clip(tmp_path / "in.mp4", options={"bf": "3", "g": "5"}, pts=regular_pts(24, start=9_000), audio="aac")
     expected = [i for i in range(24) if (start_s or 0) <= i * 0.04 < (end_s or 9)]
     assert indices(read_all(clip, start_s=start_s, end_s=end_s)) == expected
     transcode(clip, tmp_path / "out.mp4", FAST, start_s=start_s, end_s=end_s)
@@ -319,18 +311,14 @@ def test_other_streams_are_copied_packet_for_packet(tmp_path):
         audio="aac",
         subtitles=[(0.0, 0.2, "un"), (0.3, 0.2, "deux")],
         pts=regular_pts(20),
-        configure=lambda output, _: output.add_attachment(
-            "a.ttf", "application/x-truetype-font", b"fontfont"
-        ),
+        configure=lambda output, _: output.add_attachment("a.ttf", "application/x-truetype-font", b"fontfont"),
     )
     transcode(clip, tmp_path / "out.mkv", FAST)
     for kind in ("audio", "subtitle"):
         before, after = packets_of(clip, kind), packets_of(tmp_path / "out.mkv", kind)
         assert before
         assert [bytes(p) for p in after] == [bytes(p) for p in before]
-        assert [(p.pts, p.duration, p.time_base) for p in after] == [
-            (p.pts, p.duration, p.time_base) for p in before
-        ]
+        assert [(p.pts, p.duration, p.time_base) for p in after] == [(p.pts, p.duration, p.time_base) for p in before]
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert [s.type for s in container.streams] == ["video", "audio", "subtitle", "attachment"]
         assert container.streams.subtitles[0].language == "fra"
@@ -396,9 +384,9 @@ def test_chapters_tags_and_rotation_are_kept(tmp_path, suffix):
         assert (ours["title"], ours["artist"], ours["comment"]) == ("Clip", "me", "aged to 70")
         assert ours["digital_source_type"] == "compositeWithTrainedAlgorithmicMedia"
         assert b.streams.video[0].language == a.streams.video[0].language == "ger"
-        assert [
-            (c["start"] * c["time_base"], c["end"] * c["time_base"], c["metadata"]) for c in b.chapters()
-        ] == [(c["start"] * c["time_base"], c["end"] * c["time_base"], c["metadata"]) for c in a.chapters()]
+        assert [(c["start"] * c["time_base"], c["end"] * c["time_base"], c["metadata"]) for c in b.chapters()] == [
+            (c["start"] * c["time_base"], c["end"] * c["time_base"], c["metadata"]) for c in a.chapters()
+        ]
 
 
 def test_cover_art_is_kept(tmp_path):
@@ -492,9 +480,7 @@ def test_hdr_mastering_metadata_is_kept(tmp_path, codec):
     )
     transcode(clip, tmp_path / "out.mp4", FAST)
     before, after = probe_video(clip), probe_video(tmp_path / "out.mp4")
-    assert before.mastering_display == pytest.approx(
-        (0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329, 0.005, 1000)
-    )
+    assert before.mastering_display == pytest.approx((0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329, 0.005, 1000))
     assert after.mastering_display == before.mastering_display
     assert after.content_light == before.content_light == (1000, 400)
 
@@ -698,9 +684,7 @@ def test_folder_audio_and_still_are_no_videos(tmp_path):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
 def test_a_file_cut_short_yields_what_decodes_and_says_so(tmp_path, suffix):
     front = {"movflags": "faststart"} if suffix == ".mp4" else {}
-    whole = make_clip(
-        tmp_path / f"whole{suffix}", pts=regular_pts(30), options={"bf": "0"}, container_options=front
-    )
+    whole = make_clip(tmp_path / f"whole{suffix}", pts=regular_pts(30), options={"bf": "0"}, container_options=front)
     with VideoReader(whole) as reader:
         assert (len(list(reader)), reader.damage) == (30, None)
     clip = tmp_path / f"cut{suffix}"
@@ -737,9 +721,7 @@ def test_corruption_inside_is_reported(tmp_path):
 # Real clips
 
 
-@pytest.mark.parametrize(
-    ("name", "frames"), [("street_crowd_1080p.mp4", 105), ("talking_head_1080.mp4", 250)]
-)
+@pytest.mark.parametrize(("name", "frames"), [("street_crowd_1080p.mp4", 105), ("talking_head_1080.mp4", 250)])
 def test_real_clips(tmp_path, name, frames):
     if not (MEDIA / name).exists():
         pytest.skip(f"{MEDIA / name} is not there")

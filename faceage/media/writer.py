@@ -216,6 +216,11 @@ class VideoWriter:
             self._output.mux(packet)
 
     def _finish(self, *, complete: bool) -> None:
+        if self._copies_source:
+            self._discard()
+            shutil.copyfile(self.info.path, self._partial)
+            self._partial.replace(self.path)
+            return
         if self.frames_written:
             self._mux(self._stream.encode(None))
         if complete:

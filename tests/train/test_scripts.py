@@ -7,6 +7,7 @@ import math
 import shutil
 import types
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -201,16 +202,12 @@ def test_a_resumed_gan_logs_the_mean_of_its_own_steps(runs, archive, cache, teac
 
 @pytest.mark.parametrize(("script", "shape"), [("gan", (4 * 64, 18 * 64, 3)), ("encoder", (4 * 64, 4 * 64, 3))])
 def test_sheets_are_drawn(runs, script, shape):
-    import cv2
-
     picture = cv2.imread(str(runs / script / "sheet.png"))
     assert picture.shape == shape
     assert picture.std() > 5
 
 
 def test_encoder_sheet_shows_faces_above_reconstructions(runs, faces):
-    import cv2
-
     picture = cv2.imread(str(runs / "encoder" / "sheet.png"))[:, :, ::-1]
     for top, rows in ((0, slice(0, 4)), (128, slice(4, 8))):  # there are eight validation faces
         row = np.concatenate(list(faces.val.pixels[rows]), 1)
@@ -255,11 +252,19 @@ def test_gan_trains_without_an_identity_network(archive, cache, tmp_path):
 
 
 def test_teacher_embeddings_follow_faces_and_mirrors(archive, cache, faces, teacher, tmp_path):
+    from train.data import read_archive, warp_faces
     from train.identity import teacher_embeddings
+    from train.teacher import TEMPLATE_96X112, embed, load_teacher
 
     embeddings = teacher_embeddings(archive, teacher, faces, tmp_path)
     assert embeddings.shape == (2, len(faces), 128)
     np.testing.assert_allclose(embeddings.norm(dim=2), 1, atol=0.01)
+    data = dict(read_archive(archive))
+    pictures = [cv2.imdecode(np.frombuffer(data[name], np.uint8), cv2.IMREAD_COLOR) for name in faces.names]
+    aligned = warp_faces(pictures, faces.landmarks, TEMPLATE_96X112, 96, 112)[..., ::-1]
+    for side, pixels in ((0, aligned), (1, aligned[:, :, ::-1])):
+        np.testing.assert_array_equal(embed(load_teacher(teacher), pixels), embeddings[side])
+    assert (embeddings[0] != embeddings[1]).any(1).all()
     few = faces.rows(np.array([7, 2]))  # in another order
     np.testing.assert_allclose(teacher_embeddings(archive, teacher, few, tmp_path), embeddings[:, [7, 2]], atol=0.02)
     assert len(list(tmp_path.iterdir())) == 2
@@ -300,8 +305,6 @@ def test_latent_measures_every_choice(runs, archive, cache, teacher, tmp_path, m
             losses = [loss for _, loss in report["curves"][name]["L-BFGS"]]
             assert losses == sorted(losses, reverse=True)
     assert drawn == [({"pixel-wise", "identity-preserving", "both (product)"}, "curves.png")]
-    import cv2
-
     assert cv2.imread(str(tmp_path / "latent" / "sheet.png")).shape == (5 * 128, 4 * 128, 3)
 
 
