@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
