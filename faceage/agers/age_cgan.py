@@ -7,6 +7,7 @@ arXiv:1702.01983.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from faceage.agers.base import AgedFaces, Composite
 from faceage.agers.latent import Fit, LatentConfig, optimize_latents
@@ -53,8 +54,18 @@ class AgeCGAN:
 
     def fit(self, pixels: FloatArray, source_age: FloatArray, latents: FloatArray | None = None) -> Fit:
         """Find the latents that reconstruct faces at their source age; arguments as `age`."""
-        (encoded,) = self._encoder(pixels)
         (embeddings,) = self._identity(pixels)
+        return self._fit(pixels, embeddings, source_age, latents)
+
+    def _fit(
+        self, pixels: FloatArray, embeddings: FloatArray, source_age: FloatArray, latents: FloatArray | None
+    ) -> Fit:
+        is_new = _is_new(pixels, latents)
+        (encoded,) = self._encoder(pixels[is_new])
+        start = np.empty((len(pixels), encoded.shape[1]), np.float32)
+        start[is_new] = encoded
+        if latents is not None:
+            start[~is_new] = latents[~is_new]
         classes = age_to_classes(source_age)
         config = self.config
         weights = np.array([config.identity_weight, config.pixel_weight, config.prior_weight], np.float32)
@@ -63,25 +74,33 @@ class AgeCGAN:
             loss, gradient = self._latent(z, classes[rows], pixels[rows], embeddings[rows], weights)
             return loss, gradient
 
-        known = np.zeros(len(pixels), bool) if latents is None else ~np.any(np.isnan(latents), axis=1)
-        start = encoded if latents is None else np.where(known[:, None], latents, encoded).astype(np.float32)
-        budget = np.where(known, config.max_evaluations_known, config.max_evaluations)
+        budget = np.where(is_new, config.max_evaluations, config.max_evaluations_known)
         return optimize_latents(objective, start, config, budget)
 
     def age(
         self, pixels: FloatArray, source_age: FloatArray, target_age: FloatArray, latents: FloatArray | None = None
     ) -> AgedFaces:
         """Age a batch of faces; see `base.Ager.age`."""
-        z = self.fit(pixels, source_age, latents).latents
+        (embeddings,) = self._identity(pixels)
+        z = self._fit(pixels, embeddings, source_age, latents).latents
+        is_new = _is_new(pixels, latents)
         if latents is not None:
-            kept = np.where(np.isnan(latents), z, latents)
-            z = self.config.memory * kept + (1 - self.config.memory) * z
+            memory = np.where(is_new, 0, self.config.memory)[:, None].astype(np.float32)
+            z = memory * np.where(is_new[:, None], 0, latents) + (1 - memory) * z
         (aged,) = self._generator(z, age_to_classes(target_age))
         if self._composite == "delta":
             (reference,) = self._generator(z, age_to_classes(source_age))
         else:
             reference = pixels
         deltas = aged - reference
-        (before,) = self._identity(pixels)
-        (after,) = self._identity(np.clip(pixels + deltas, -1, 1))
-        return AgedFaces(deltas=deltas, latents=z, identity=(before * after).sum(1))
+        identity = np.full(len(pixels), np.nan, np.float32)
+        (after,) = self._identity(np.clip(pixels[is_new] + deltas[is_new], -1, 1))
+        identity[is_new] = (embeddings[is_new] * after).sum(1)
+        return AgedFaces(deltas=deltas, latents=z, identity=identity)
+
+
+def _is_new(pixels: FloatArray, latents: FloatArray | None) -> npt.NDArray[np.bool_]:
+    """Return which faces have no latent yet."""
+    if latents is None:
+        return np.ones(len(pixels), bool)
+    return np.asarray(np.isnan(latents).any(1), bool)

@@ -19,7 +19,8 @@ class AgedFaces:
     latents: FloatArray
     """float32 [F, Z]: start the same faces' next call from these. Z may be 0."""
     identity: FloatArray
-    """float32 [F], cosine in [-1, 1] between the crop's embedding and that of the crop plus its delta."""
+    """float32 [F], cosine in [-1, 1] between the crop's embedding and that of the crop plus its delta; NaN for faces
+    that came with a latent, whose identity was measured when they came without."""
 
 
 class Ager(Protocol):

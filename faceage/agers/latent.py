@@ -29,7 +29,7 @@ class LatentConfig:
     """Weight of the mean square of z, which is 1 where the generator was trained."""
     max_evaluations: int = 24
     """Evaluations of loss and gradient a face at most."""
-    max_evaluations_known: int = 5
+    max_evaluations_known: int = 3
     """The same for a face whose latent is known from an earlier frame and has only to follow."""
     memory: float = 0.5
     """Share of a known latent that is kept when a face is fitted again: what the fit makes of noise averages out."""
@@ -59,8 +59,8 @@ class Fit:
 
 _ARMIJO = 1e-4
 """Share of the linear decrease that a step must bring (Nocedal and Wright, section 3.1)."""
-_FIRST_STEP = 2.0
-"""Length of the first step, in units of z, whose entries have a standard deviation of 1."""
+_FIRST_STEP = 1.0
+"""Length of the first step, in units of z, whose length is about 10: short enough for a latent that is nearly right."""
 _MAX_HALVINGS = 6
 """A face whose step fails this often in a row has converged as far as float32 goes."""
 

@@ -30,11 +30,14 @@ from faceage.types import FloatArray, Frame
 Progress = Callable[[str, int, int | None], None]
 """(pass "scan" or "render", frames done, frames in all if known)."""
 
-KEY_EVERY_FRAMES = 8
-"""Frames between two key frames of a person: the change is computed there and mixed in between. A third of a second at
-25 frames a second: expressions change the face, but hardly the difference that age makes to it."""
-CHUNK_FRAMES = 2 * KEY_EVERY_FRAMES
-"""Frames rendered at a time: all key frames in them, of all people, are one batch."""
+KEY_EVERY_FRAMES = 12
+"""Frames between two key frames of a person: the change is computed there and mixed in between. Half a second at 25
+frames a second: expressions change the face, but hardly the difference that age makes to it. Frames are rendered in
+chunks from one key frame to the next."""
+QUEUED_FRAMES = 4
+"""Frames decoded ahead, and frames waiting for the encoder: enough to keep three threads busy."""
+SCAN_AHEAD_FRAMES = 12
+"""Frames decoded ahead while scanning: about a window of the tracker, which takes them a window at a time."""
 AGE_SAMPLES_PER_WINDOW = 1
 """Faces a track and window whose age is read."""
 
@@ -127,13 +130,13 @@ def _render(
     renderer: Renderer, reader: VideoReader, writer: VideoWriter, timer: StageTimer, notify: Callable[[int], None]
 ) -> None:
     """Decode, change and encode every frame: three threads, bounded queues between them."""
-    frames = read_ahead(timed(reader, "decode", timer), CHUNK_FRAMES)
+    frames = read_ahead(timed(reader, "decode", timer), QUEUED_FRAMES)
 
     def encode(frame: Frame) -> None:
         with timer("encode"):
             writer.write(frame)
 
-    with WriteBehind(encode, CHUNK_FRAMES // 2) as out:
+    with WriteBehind(encode, QUEUED_FRAMES) as out:
         for done, frame in enumerate(renderer.render(frames, reader.info.rotation), 1):
             out.put(frame)
             del frame
@@ -161,7 +164,8 @@ def scan(
     samples: dict[int, list[float]] = {}
     # How many frames a part of a video has shows only when they are decoded.
     total = reader.info.frame_count if reader.start_s is None and reader.end_s is None else None
-    frames = (upright(f, reader.info.rotation) for f in read_ahead(timed(reader, "decode", timer), CHUNK_FRAMES))
+    decoded = read_ahead(timed(reader, "decode", timer), SCAN_AHEAD_FRAMES)
+    frames = (upright(frame, reader.info.rotation) for frame in decoded)
     windows = tracker.scan(frames)
     while True:
         with timer("detect and track"):
@@ -227,7 +231,8 @@ class _Keys:
     frames: list[int] = field(default_factory=list)
     deltas: list[FloatArray] = field(default_factory=list)
     latents: FloatArray | None = None
-    identity: list[float] = field(default_factory=list)
+    identity: float | None = None
+    """Cosine of the embeddings before and after, at the first key frame."""
 
     def delta_at(self, frame: int) -> FloatArray:
         """Mix the deltas of the key frames around a frame."""
@@ -260,53 +265,55 @@ class Renderer:
             "last_frame": person.track.last_frame,
             "source_age": round(person.source_age, 1),
             "target_age": round(person.target_age, 1),
-            "identity": round(float(np.mean(keys.identity)), 3) if keys.identity else None,
+            "identity": None if keys.identity is None else round(keys.identity, 3),
         }
 
     def render(self, frames: Iterator[Frame], rotation: int) -> Iterator[Frame]:
         """Yield the frames, those with a face in them changed."""
         first = 0
-        chunk = list(itertools.islice(frames, CHUNK_FRAMES + 1))
+        chunk = list(itertools.islice(frames, KEY_EVERY_FRAMES + 1))
         while chunk:
             # The chunk's last frame belongs to the next one; here it only ends the last interval between key frames.
-            shown = chunk[:CHUNK_FRAMES]
+            shown = chunk[:KEY_EVERY_FRAMES]
             self._age_key_frames([upright(f, rotation) for f in chunk], first)
-            rest = chunk[CHUNK_FRAMES:]
+            rest = chunk[KEY_EVERY_FRAMES:]
             del chunk
             while shown:
                 yield self._blend(shown.pop(0), first, rotation)
                 first += 1
-            chunk = rest + list(itertools.islice(frames, CHUNK_FRAMES + 1 - len(rest)))
+            chunk = rest + list(itertools.islice(frames, KEY_EVERY_FRAMES + 1 - len(rest)))
 
     def _age_key_frames(self, frames: list[Frame], first: int) -> None:
-        """Compute the change of every person at the key frames among `frames`, as one batch."""
+        """Compute the change of every person at the key frames among `frames`, those of one frame as a batch."""
         last = first + len(frames) - 1
-        rows: list[tuple[Person, int]] = []
         self._in_view = [p for p in self._in_view if p.track.last_frame >= first]
         while self._waiting and self._waiting[0].track.first_frame <= last:
             self._in_view.append(self._waiting.pop(0))
+        wanted: dict[int, list[Person]] = {}
         for person in self._in_view:
             keys = self._keys[person.track.track_id]
             keys.frames, keys.deltas = keys.frames[-1:], keys.deltas[-1:]
-            wanted = self._key_frames(person, first, last)
-            rows += [(person, frame) for frame in wanted if frame not in keys.frames]
-        if not rows:
-            return
-        size = self._networks.ager.size_px
+            for frame in self._key_frames(person, first, last):
+                if frame not in keys.frames:
+                    wanted.setdefault(frame, []).append(person)
+        for frame in sorted(wanted):  # in order: each key frame starts from the one before
+            self._age_key_frame(frames[frame - first], frame, wanted[frame])
+
+    def _age_key_frame(self, picture: Frame, frame: int, people: list[Person]) -> None:
         with self._timer("gather"):
-            index = np.array([frame - first for _, frame in rows])
-            matrices = np.stack([p.frame_to_crop[frame - p.track.first_frame] for p, frame in rows])
-            pixels = gather_crops(frames, index, matrices, size)
+            matrices = np.stack([p.frame_to_crop[frame - p.track.first_frame] for p in people])
+            pixels = gather_crops([picture], np.zeros(len(people), np.int64), matrices, self._networks.ager.size_px)
         with self._timer("age"):
-            source = np.array([p.source_age for p, _ in rows], np.float32)
-            target = np.array([p.target_age for p, _ in rows], np.float32)
-            aged = self._networks.ager.age(pixels, source, target, self._known_latents(rows))
-        for i, (person, frame) in enumerate(rows):
+            source = np.array([p.source_age for p in people], np.float32)
+            target = np.array([p.target_age for p in people], np.float32)
+            aged = self._networks.ager.age(pixels, source, target, self._known_latents(people))
+        for i, person in enumerate(people):
             keys = self._keys[person.track.track_id]
             keys.frames.append(frame)
             keys.deltas.append(aged.deltas[i])
-            keys.identity.append(float(aged.identity[i]))
             keys.latents = aged.latents[i]
+            if not np.isnan(aged.identity[i]):
+                keys.identity = float(aged.identity[i])
 
     @staticmethod
     def _key_frames(person: Person, first: int, last: int) -> list[int]:
@@ -328,8 +335,8 @@ class Renderer:
 
         return [frame for frame in wanted if matters(frame)]
 
-    def _known_latents(self, rows: list[tuple[Person, int]]) -> FloatArray | None:
-        known = [self._keys[p.track.track_id].latents for p, _ in rows]
+    def _known_latents(self, people: list[Person]) -> FloatArray | None:
+        known = [self._keys[p.track.track_id].latents for p in people]
         width = next((len(z) for z in known if z is not None), None)
         if width is None:
             return None
