@@ -6,6 +6,7 @@ arXiv:1702.01983.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -90,13 +91,35 @@ class AgeCGAN:
         (aged,) = self._generator(z, age_to_classes(target_age))
         if self._composite == "delta":
             (reference,) = self._generator(z, age_to_classes(source_age))
+            deltas = _calm_chroma(aged - reference)
         else:
-            reference = pixels
-        deltas = aged - reference
+            deltas = aged - pixels
         identity = np.full(len(pixels), np.nan, np.float32)
         (after,) = self._identity(np.clip(pixels[is_new] + deltas[is_new], -1, 1))
         identity[is_new] = (embeddings[is_new] * after).sum(1)
         return AgedFaces(deltas=deltas, latents=z, identity=identity)
+
+
+CHROMA_SHARE = 0.4
+"""Share of the generator's change of colour that is kept. Its luma is what ages a face, its chroma is mostly blotches:
+at this share the age estimator reads faces at most two years younger for a target of 70, and nobody turns purple."""
+CHROMA_BLUR = 0.05
+"""Standard deviation of the blur of that change, in sides of the crop."""
+
+
+def _calm_chroma(deltas: FloatArray) -> FloatArray:
+    """Blur and weaken the chroma of RGB differences [F, 3, S, S]; their luma is kept."""
+    luma = np.tensordot(deltas, _LUMA, (1, 0))[:, None]
+    chroma = deltas - luma
+    sigma = CHROMA_BLUR * deltas.shape[-1]
+    for face in chroma:
+        for channel in face:
+            cv2.GaussianBlur(channel, (0, 0), sigma, dst=channel, borderType=cv2.BORDER_REPLICATE)
+    return luma + np.float32(CHROMA_SHARE) * chroma
+
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Rec. 601 weights: which standard's does not matter to a blur."""
 
 
 def _is_new(pixels: FloatArray, latents: FloatArray | None) -> npt.NDArray[np.bool_]:
