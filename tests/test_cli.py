@@ -249,7 +249,7 @@ class TestBadVideos:
         self.check(video, face_clip, tmp_path / "file" / "out.mp4", f"the folder {tmp_path}/file cannot be made (")
 
     def test_output_where_nothing_can_be_written(self, video, face_clip):
-        self.check(video, face_clip, "/proc/out.mp4", "/proc/out.mp4 cannot be written")
+        self.check(video, face_clip, "/proc/out.mp4", "/proc/out.mp4 cannot be created")
 
     def test_an_unknown_codec(self, video, face_clip, tmp_path):
         message = "this build has no encoder 'h999'"
