@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors
 
 from faceage.errors import CheckpointError
+from faceage.types import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +117,14 @@ def load(path: Path, arch: str) -> tuple[Header, dict[str, Tensor]]:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); restore it by reinstalling faceage") from error
     return header, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def read_array(path: Path, name: str) -> FloatArray:
+    """Return one tensor of a checkpoint as a float32 array, without importing torch; KeyError if it has none such."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        if name not in file.keys():  # noqa: SIM118  it is no dictionary
+            raise KeyError(f"{path} has no tensor {name}")
+        return file.get_tensor(name).astype(np.float32)
 
 
 def sha256_of(path: Path) -> str:

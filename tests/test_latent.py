@@ -33,6 +33,21 @@ def test_finds_the_minimum_of_quadratics():
     assert (fit.losses < 1e-3 * fit.first_losses).all()
 
 
+def test_knowing_the_curvature_saves_evaluations():
+    curvature, minimum = quadratics(7, 20)
+
+    def objective(z, rows):
+        error = z - minimum[rows]
+        return (curvature * error**2).sum(1), 2 * curvature * error
+
+    config = LatentConfig(max_evaluations=6, tolerance=0)
+    plain = optimize_latents(objective, np.zeros_like(minimum), config)
+    shaped = optimize_latents(objective, np.zeros_like(minimum), config, root=np.diag(curvature**-0.5))
+    np.testing.assert_allclose(shaped.first_losses, plain.first_losses, rtol=1e-5)
+    assert (shaped.losses < 0.1 * plain.losses).all()
+    np.testing.assert_allclose(objective(shaped.latents, np.arange(7))[0], shaped.losses, atol=1e-3)
+
+
 def test_a_batch_gives_what_its_faces_give_alone():
     curvature, minimum = quadratics(5, 12)
 

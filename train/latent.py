@@ -40,6 +40,8 @@ CHOICES = {
     "identity-preserving": replace(_PRODUCT, pixel_weight=0.0),
     "both (product)": _PRODUCT,
 }
+BUDGETS = (1, 2, 4, 8, 12, 16, 24)
+"""Evaluations a face at which the loss is looked at."""
 ADAM_RATE = 0.1
 """Step length of the Adam that L-BFGS is compared with, the best of 0.02, 0.05, 0.1 and 0.2 on these faces."""
 
@@ -87,6 +89,7 @@ def main(
     FR = load_identity(identity)
     judge = load_teacher(teacher)
 
+    root = E.latent_root.numpy()
     val = load_faces(data, dims.size_px, cache).val
     faces = val.rows(np.random.default_rng(0).choice(len(val), count, replace=False))
     x, y = to_tensor(faces.pixels).contiguous(), torch.from_numpy(age_to_classes(faces.ages))
@@ -118,19 +121,21 @@ def main(
             return losses.detach().numpy(), gradient.numpy()
 
         begin = perf_counter()
-        fit = optimize_latents(objective, start, config)
+        fit = optimize_latents(objective, start, config, root=root)
         seconds = perf_counter() - begin
         made, figures = describe(fit.latents)
         rows.append(made[:12])
         track: list[tuple[float, float]] = []
-        adam(objective, start, config.max_evaluations, track)
+        adam(objective, start, BUDGETS[-1], track)
         # L-BFGS in steps of growing budgets: its faces stop one by one, so a mean over time needs separate runs.
-        points = []
-        for budget in (1, 2, 4, 8, 12, 16, config.max_evaluations):
-            begin = perf_counter()
-            partial = optimize_latents(objective, start, replace(config, max_evaluations=budget))
-            points.append((perf_counter() - begin, float(partial.losses.mean())))
-        curves[name] = {"L-BFGS": points, "Adam": track}
+        curves[name] = {"Adam": track}
+        for method, shape in (("L-BFGS in u (product)", root), ("L-BFGS in z", None)):
+            points = []
+            for budget in BUDGETS:
+                begin = perf_counter()
+                partial = optimize_latents(objective, start, replace(config, max_evaluations=budget), root=shape)
+                points.append((perf_counter() - begin, float(partial.losses.mean())))
+            curves[name][method] = points
         results[name] = figures | {
             "loss_at_encoder": round(float(fit.first_losses.mean()), 4),
             "loss": round(float(fit.losses.mean()), 4),

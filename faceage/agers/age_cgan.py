@@ -27,6 +27,7 @@ class AgeCGAN:
         generator: Engine,
         latent: Engine,
         identity: Engine,
+        root: FloatArray | None = None,
         size_px: int = 64,
         config: LatentConfig | None = None,
         composite: Composite = "delta",
@@ -38,12 +39,14 @@ class AgeCGAN:
             generator: (z, classes) -> faces.
             latent: (z, classes, faces, embeddings, weights) -> (loss, gradient).
             identity: faces -> embeddings.
+            root: see `optimize_latents`; the encoder's checkpoint has it.
             size_px: side of the faces.
             config: how latents are optimized.
             composite: "delta" adds the difference of two generated faces, so that reconstruction errors cancel;
                 "replace" pastes the generated face, as the paper shows it.
         """
         self._encoder, self._generator, self._latent, self._identity = encoder, generator, latent, identity
+        self._root = root
         self._size_px = size_px
         self.config = config or LatentConfig()
         self._composite = composite
@@ -76,7 +79,7 @@ class AgeCGAN:
             return loss, gradient
 
         budget = np.where(is_new, config.max_evaluations, config.max_evaluations_known)
-        return optimize_latents(objective, start, config, budget)
+        return optimize_latents(objective, start, config, budget=budget, root=self._root)
 
     def age(
         self, pixels: FloatArray, source_age: FloatArray, target_age: FloatArray, latents: FloatArray | None = None

@@ -29,7 +29,7 @@ from faceage.kernels import gather_crops
 from faceage.media.image import read_image
 from faceage.media.probe import open_input, video_stream
 from faceage.media.video import EncodeOptions, transcode
-from faceage.pipeline.naive import naive_fit, naive_photos
+from faceage.pipeline.naive import naive_evaluations, naive_fit, naive_photos
 from faceage.pipeline.photos import age_photos
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer
 from faceage.pipeline.video import age_video
@@ -196,6 +196,8 @@ def loop_clip(clip: Path, target: Path, loops: int) -> Path:
 def bench_photos(load: Load, photos: list[Path], request: AgeRequest, *, repeats: int = 2, notify: Notify) -> dict:
     """Measure `age_photos` against a naive loop with the same networks; see `naive.naive_photos`.
 
+    The naive loop's plain L-BFGS gets as many evaluations as it needs for the loss that ours reaches.
+
     Args:
         load: its engines are built already.
         photos: files.
@@ -207,8 +209,11 @@ def bench_photos(load: Load, photos: list[Path], request: AgeRequest, *, repeats
     faces = faces_of(networks, photos[:PROBE_PHOTOS])
     if not len(faces):
         raise NoFaceError(f"the first {len(photos[:PROBE_PHOTOS])} photos show no face; name photos with faces")
-    fit = _ager(networks).fit(faces, networks.age_reader(faces)[0])
-    evaluations = round(float(fit.evaluations.mean()))
+    (ages,) = networks.age_reader(faces)
+    ager = _ager(networks)
+    fit = ager.fit(faces, ages)
+    notify("evaluations that the naive loop needs for the same loss")
+    evaluations = naive_evaluations(networks.model, faces, ages, ager.config, float(fit.losses.mean()))
     runs: dict[str, list[dict]] = {"faceage": [], "naive": []}
     with tempfile.TemporaryDirectory(prefix="faceage-bench-") as folder:
         for number in range(1, repeats + 1):
@@ -222,7 +227,8 @@ def bench_photos(load: Load, photos: list[Path], request: AgeRequest, *, repeats
     speeds = [result[name]["photos_per_second"] for name in ("faceage", "naive")]
     return result | {
         "factor_over_naive": round(speeds[0] / speeds[1], 2),
-        "evaluations_a_face": evaluations,
+        "evaluations_a_face": round(float(fit.evaluations.mean()), 1),
+        "naive_evaluations_a_face": evaluations,
         "runs": runs,
     }
 
@@ -272,7 +278,7 @@ def bench_latent(networks: Networks, faces: FloatArray, *, notify: Notify) -> di
     notify(f"{len(faces)} faces one at a time")
     single, single_ms = _fit(ager, faces, ages, singles)
     notify(f"{len(faces)} faces one at a time, eager torch")
-    evaluations = round(float(single.evaluations.mean()))
+    evaluations = naive_evaluations(networks.model, faces, ages, wanted, float(single.losses.mean()))
     naive_losses, naive_ms = naive_fit(networks.model, faces, ages, wanted, evaluations)
     curve = []
     for budget in EVALUATION_STEPS:
@@ -292,6 +298,7 @@ def bench_latent(networks: Networks, faces: FloatArray, *, notify: Notify) -> di
         "single_ms_a_face": round(single_ms, 2),
         "batch_share_of_single": round(batched_ms / single_ms, 3),
         "naive_ms_a_face": round(naive_ms, 2),
+        "naive_evaluations_a_face": evaluations,
         "batch_share_of_naive": round(batched_ms / naive_ms, 3),
         "naive_loss": round(float(naive_losses.mean()), 4),
         "curve": curve,

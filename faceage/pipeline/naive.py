@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+NAIVE_STEPS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 64)
+"""Evaluations a face that the baseline may take."""
+
+
 class _Networks:
     """A model's networks in eager torch."""
 
@@ -113,6 +117,15 @@ def naive_fit(
     return np.array(losses, np.float32), 1e3 * (perf_counter() - start) / len(faces)
 
 
+def naive_evaluations(model: str, faces: FloatArray, ages: FloatArray, config: LatentConfig, loss: float) -> int:
+    """Return how many evaluations a face `naive_fit` needs to get the mean loss down to `loss`, of `NAIVE_STEPS`."""
+    for evaluations in NAIVE_STEPS:
+        losses, _ = naive_fit(model, faces, ages, config, evaluations)
+        if losses.mean() <= loss:
+            return evaluations
+    return NAIVE_STEPS[-1]
+
+
 def naive_photos(model: str, photos: list[Path], folder: Path, request: AgeRequest, evaluations: int) -> dict:
     """Age photos one by one, and their faces one by one.
 
@@ -121,7 +134,7 @@ def naive_photos(model: str, photos: list[Path], folder: Path, request: AgeReque
         photos: files.
         folder: of the outputs.
         request: whom to age.
-        evaluations: of loss and gradient a face, as many as ours takes.
+        evaluations: of loss and gradient a face, as many as it needs for our loss.
     """
     from facenet_pytorch import MTCNN
 

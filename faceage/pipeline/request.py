@@ -16,7 +16,7 @@ from faceage.agers.age_cgan import AgeCGAN
 from faceage.agers.base import Ager, Composite
 from faceage.agers.latent import LatentConfig
 from faceage.agers.programs import generator_program, latent_program, reader_program
-from faceage.checkpoint import read_header
+from faceage.checkpoint import read_array, read_header
 from faceage.detect import DetectConfig, Detector, load_detector
 from faceage.engines.base import Engine, Program
 from faceage.engines.store import Backend, EngineStore
@@ -145,6 +145,7 @@ def load_networks(
         generator=engine(generator_program(files.generator)),
         latent=store.load(fit, "torch", device, threads) if is_facenet else engine(fit),
         identity=engine(reader_program(who, size_px)),
+        root=read_array(files.encoder, "latent_root"),
         size_px=size_px,
         config=latent,
         composite=composite,

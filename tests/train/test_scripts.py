@@ -302,7 +302,7 @@ def test_latent_measures_every_choice(runs, archive, cache, teacher, tmp_path, m
             assert figures["loss"] < figures["loss_at_encoder"]
             adam = report["curves"][name]["Adam"]
             assert adam[-1][1] < adam[0][1]
-            losses = [loss for _, loss in report["curves"][name]["L-BFGS"]]
+            losses = [loss for _, loss in report["curves"][name]["L-BFGS in z"]]
             assert losses == sorted(losses, reverse=True)
     assert drawn == [({"pixel-wise", "identity-preserving", "both (product)"}, "curves.png")]
     assert cv2.imread(str(tmp_path / "latent" / "sheet.png")).shape == (5 * 128, 4 * 128, 3)
