@@ -9,7 +9,7 @@ Directions of z differ 200-fold in how much they change a face. The objective's 
 
 with the Jacobians J_e and J_x of embedding and face with respect to z, is averaged over training faces (J by central
 differences). C with C C^T = H^-1 is written into the encoder's checkpoint as `latent_root`; `optimize_latents` then
-works on u with z = C u.
+works on u with z = start + C u.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ CHROMA_BLUR = 0.05
 
 def _calm_chroma(deltas: FloatArray) -> FloatArray:
     """Blur and weaken the chroma of RGB differences [F, 3, S, S]; their luma is kept."""
-    luma = np.tensordot(deltas, _LUMA, (1, 0))[:, None]
+    luma = np.einsum("fchw,c->fhw", deltas, _LUMA)[:, None]
     chroma = deltas - luma
     sigma = CHROMA_BLUR * deltas.shape[-1]
     for face in chroma:

@@ -83,18 +83,17 @@ def optimize_latents(
         config: weights are the objective's affair, the rest is used here.
         budget: int64 [F], evaluations of each face at most; None: `config.max_evaluations` for all.
         root: float32 [Z, Z], C with C C^T about the inverse of the objective's curvature (`train.curvature`). L-BFGS
-            then works on u with z = C u, where all directions are about equally curved, and needs less than half of
-            the evaluations; None: the identity.
+            then works on u with z = start + C u, where all directions are about equally curved, and needs less than
+            half of the evaluations; None: the identity.
     """
     if root is not None:
+        # einsum, not a matrix product: BLAS threads wait for busy cores longer than this takes.
+        def moved(u: FloatArray, rows: IntArray) -> tuple[FloatArray, FloatArray]:
+            loss, gradient = objective(start[rows] + np.einsum("au,zu->az", u, root), rows)
+            return loss, np.einsum("az,zu->au", gradient, root)
 
-        def transformed(u: FloatArray, rows: IntArray) -> tuple[FloatArray, FloatArray]:
-            loss, gradient = objective(u @ root.T, rows)
-            return loss, gradient @ root
-
-        start = np.linalg.solve(root, start.T).T.astype(np.float32)
-        fit = optimize_latents(transformed, start, config, budget=budget)
-        return replace(fit, latents=fit.latents @ root.T)
+        fit = optimize_latents(moved, np.zeros_like(start), config, budget=budget)
+        return replace(fit, latents=start + np.einsum("au,zu->az", fit.latents, root))
     count, width = start.shape
     budget = np.full(count, config.max_evaluations) if budget is None else budget
     z = start.astype(np.float32, copy=True)
