@@ -71,11 +71,6 @@ def apply_affine(matrix: FloatArray, points: FloatArray) -> FloatArray:
     return (points @ np.swapaxes(matrix[..., :2], -1, -2) + matrix[..., None, :, 2]).astype(np.float32)
 
 
-def scale_of(matrix: FloatArray) -> FloatArray:
-    """Return the uniform scale of similarity matrices [..., 2, 3]: crop pixels per frame pixel."""
-    return np.hypot(matrix[..., 0, 0], matrix[..., 1, 0])
-
-
 @cache
 def face_mask(size_px: int) -> FloatArray:
     """Return the blend mask of an aligned crop: 1 over the features, falling smoothly to 0 at the face's outline.

@@ -1,4 +1,4 @@
-"""The values that the stages exchange: frames, faces and crops.
+"""The values that the stages exchange: frames and faces.
 
 Convention: pixel centres are at integers, the origin is the centre of the top-left pixel, x points
 right and y down. Left and right are the viewer's. Ages are in years.
@@ -205,23 +205,3 @@ class Faces:
             landmarks=np.concatenate([p.landmarks for p in parts]),
             scores=np.concatenate([p.scores for p in parts]),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crops:
-    """Aligned faces, as the networks see them."""
-
-    pixels: FloatArray
-    """float32 [F, 3, S, S], RGB in [-1, 1]."""
-    frame_to_crop: FloatArray
-    """float32 [F, 2, 3], maps frame pixels to crop pixels."""
-
-    def __post_init__(self) -> None:
-        shape = self.pixels.shape
-        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or self.pixels.dtype != np.float32:
-            raise ShapeError(f"pixels must be float32 [F, 3, S, S], got {self.pixels.dtype} {shape}")
-        if self.frame_to_crop.shape != (shape[0], 2, 3):
-            raise ShapeError(f"frame_to_crop must be [{shape[0]}, 2, 3], got {self.frame_to_crop.shape}")
-
-    def __len__(self) -> int:
-        return len(self.pixels)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faceage.ages import age_to_classes
-from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template
+from faceage.geometry import TEMPLATE_5, similarity_to_template
 
 log = logging.getLogger(__name__)
 
@@ -276,9 +276,3 @@ def shift_and_jitter(x: Tensor, shift_px: int = 4, colour: float = 0.2) -> Tenso
     offset = torch.rand(count, 3, 1, 1, device=x.device) + torch.rand(count, 1, 1, 1, device=x.device) * 2 - 1.5
     mean = x.mean((2, 3), keepdim=True)
     return (x - mean) * gain + mean + colour * offset
-
-
-def landmarks_in_crop(faces: FaceSet, size_px: int) -> np.ndarray:
-    """Return each face's landmarks in its aligned crop, float32 [N, 5, 2]."""
-    matrices = similarity_to_template(faces.landmarks, (TEMPLATE_5 * size_px - 0.5).astype(np.float32))
-    return apply_affine(matrices, faces.landmarks)
