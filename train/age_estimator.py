@@ -4,6 +4,11 @@
 
 A distribution over the years 0 to 100 (Rothe et al., DEX, 2015), taught with soft labels (Geng, Label Distribution
 Learning, TKDE 2016) because UTKFace's ages are themselves estimates. Writes `age-estimator.safetensors`.
+
+`train.aging` needs two more for its loss, which must not be taught by the pictures that `train.judge` learned from:
+
+    python -m train.age_estimator --data utkface.tar --out runs/reader64 --minutes 10 --half 0
+    python -m train.age_estimator --data utkface.tar --out runs/reader32 --minutes 8 --half 0 --size 32
 """
 
 from __future__ import annotations
@@ -58,15 +63,21 @@ def validate(net: AgeEstimator, faces: FaceSet, where: torch.device) -> dict[str
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 @click.option("--minutes", type=float, default=10.0, help="Time budget, all sessions of the run together.")
-def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
+@click.option("--half", type=click.IntRange(0, 1), help="Learn from one half of the pictures only.")
+@click.option("--size", "size_px", type=click.Choice(["64", "32"]), default="64", help="Side of the faces, px.")
+def main(data: Path, out: Path, cache: Path, minutes: float, half: int | None, size_px: str) -> None:
     """Train the age estimator."""
-    config, dims = Config(), TrunkDims(outputs=101, dropout=0.3)
+    config = Config()
+    dims = TrunkDims(outputs=101, dropout=0.3)
+    if size_px == "32":
+        dims = TrunkDims(size_px=32, widths=(64, 96, 160), blocks=(1, 2, 1), outputs=101, dropout=0.3)
     torch.manual_seed(config.seed)
     faces = load_faces(data, dims.size_px, cache)
     where = device()
     val = faces.val
     run = Run(out, config, minutes)
-    sampler = Sampler(faces.train, config.batch, config.seed, power=0.5)
+    train = faces.train if half is None else faces.train.half(half)
+    sampler = Sampler(train, config.batch, config.seed, power=0.5)
 
     net = AgeEstimator(dims).to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
@@ -83,7 +94,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         x, _, ages = sampler()
         want = torch.from_numpy(ages).clamp(0, 100).to(where)
-        x = shift_and_jitter(degrade(x).to(where), shift_px=3, colour=0.3)
+        x = shift_and_jitter(degrade(x).to(where), shift_px=dims.size_px // 20, colour=0.3)
         with torch.autocast(where.type, torch.bfloat16):
             log_p = net.log_probabilities(x.contiguous(memory_format=torch.channels_last))
         label = torch.softmax(-0.5 * ((bins - want[:, None]) / config.label_sigma_years) ** 2, 1)
@@ -108,7 +119,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
                 stage="age_estimator",
                 images_seen=run.images_seen,
                 dataset=DATASET,
-                train_config=run.config,
+                train_config=run.config | {"half": half},
                 metrics=metrics,
                 git_commit=git_commit(),
             )

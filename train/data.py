@@ -28,15 +28,14 @@ from faceage.geometry import TEMPLATE_5, similarity_to_template
 log = logging.getLogger(__name__)
 
 DATASET = {"name": "UTKFace", "licence": "non-commercial research only"}
-VALIDATION_SHARE = 0.1
+VALIDATION_FILE = Path(__file__).parent / "validation.txt"
+"""The names of the pictures that are never trained on; see `train.split`."""
 _NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg")
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _STORED_PX = 128
 """Faces are cached at this side, of a 200-pixel original, and reduced to the networks' size on loading."""
 _MIN_SCORE = 0.9
 """O-Net's confidence below which an archive's picture is dropped: not a face, or one nobody could align."""
-_DUPLICATE_CORRELATION = 0.96
-"""Faces whose 16x16 thumbnails correlate above this are one shoot and stay on one side of the split."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class FaceSet:
     """float32 [N, 5, 2], in the original 200-pixel picture."""
     names: np.ndarray
     validation: np.ndarray
-    """bool [N], the fixed validation split."""
+    """bool [N], the fixed validation split: never trained on."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -68,6 +67,12 @@ class FaceSet:
     def train(self) -> FaceSet:
         """The training split."""
         return self.rows(~self.validation)
+
+    def half(self, which: int) -> FaceSet:
+        """One of two disjoint halves, 0 or 1, drawn by the names: what a judge learned on, no loss must have seen."""
+        return self.rows(
+            np.array([hashlib.sha256(f"half {name}".encode()).digest()[0] % 2 == which for name in self.names])
+        )
 
     @property
     def val(self) -> FaceSet:
@@ -98,7 +103,8 @@ def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
         np.savez(part, **_prepare(archive))  # type: ignore[arg-type]  # the stubs check allow_pickle against the dict
         part.rename(file)
     with np.load(file, allow_pickle=False) as data:
-        arrays = {name: data[name] for name in FaceSet.__dataclass_fields__}
+        arrays = {name: data[name] for name in FaceSet.__dataclass_fields__ if name != "validation"}
+    arrays["validation"] = np.isin(arrays["names"], VALIDATION_FILE.read_text().split())
     if size_px != _STORED_PX:
         resize = [cv2.resize(p, (size_px, size_px), interpolation=cv2.INTER_AREA) for p in arrays["pixels"]]
         arrays["pixels"] = np.stack(resize)
@@ -136,15 +142,13 @@ def _prepare(archive: Path) -> dict[str, np.ndarray]:
         [pictures[i] for i in kept], landmarks[kept], TEMPLATE_5 * _STORED_PX - 0.5, _STORED_PX, _STORED_PX
     )
     label = np.array(labels)[kept]
-    names_array = np.array(names)[kept]
     return {
         "pixels": pixels,
         "ages": label[:, 0].astype(np.float32),
         "genders": label[:, 1],
         "races": label[:, 2],
         "landmarks": landmarks[kept],
-        "names": names_array,
-        "validation": _split(pixels, names_array),
+        "names": np.array(names)[kept],
     }
 
 
@@ -196,33 +200,6 @@ def _onet(
     centre = (refined[:, :2] + refined[:, 2:]) / 2
     half = np.maximum(refined[:, 2] - refined[:, 0], refined[:, 3] - refined[:, 1])[:, None] / 2
     return np.concatenate([centre - half, centre + half], 1), points, probability[:, 1]
-
-
-def _split(pixels: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Return the validation mask: near-duplicates stay together, and the choice depends on file names only."""
-    small = np.stack([cv2.resize(p, (16, 16), interpolation=cv2.INTER_AREA) for p in pixels])
-    vectors = small.mean(3).reshape(len(small), -1).astype(np.float32)
-    vectors -= vectors.mean(0)  # what every face has in common says nothing
-    vectors -= vectors.mean(1, keepdims=True)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6
-    group = np.arange(len(names))
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            group[i] = group[group[i]]
-            i = group[i]
-        return i
-
-    for start in range(0, len(vectors), 1024):
-        rows, columns = np.nonzero(vectors[start : start + 1024] @ vectors.T > _DUPLICATE_CORRELATION)
-        for i, j in zip(rows + start, columns, strict=True):
-            if i < j:
-                a, b = root(int(i)), root(int(j))
-                group[max(a, b)] = min(a, b)
-    roots = np.array([root(i) for i in range(len(names))])
-    log.info("%d clusters of near-duplicates among %d faces", len(np.unique(roots)), len(names))
-    share = np.array([int(hashlib.sha256(str(names[r]).encode()).hexdigest()[:8], 16) / 2**32 for r in roots])
-    return share < VALIDATION_SHARE
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
