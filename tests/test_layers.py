@@ -33,6 +33,7 @@ TRAIN_MAY_USE = {name for name, layer in LAYERS.items() if layer <= 2} | {
     "media.image",
     "media.still",
     "agers.latent",
+    "agers.age_cgan",
 }
 HEAVY = ("torch", "cv2", "av", "onnxruntime", "numpy", "rich")
 

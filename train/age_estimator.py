@@ -26,7 +26,7 @@ from faceage.checkpoint import Header, save
 from faceage.networks.regressors import AgeEstimator, TrunkDims
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
 from train.identity import degrade
-from train.run import EMA, Run, device, git_commit
+from train.run import EMA, Run, Script, device, git_commit, run_options
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Config:
     """Weight of the absolute error of the mean, in years, beside the cross entropy."""
     ema_half_life_images: int = 20_000
     tick_images: int = 19_200
+    half: int | None = None
+    """Learn from this half of the training pictures only, 0 or 1."""
     seed: int = 4
 
 
@@ -58,34 +60,31 @@ def validate(net: AgeEstimator, faces: FaceSet, where: torch.device) -> dict[str
     }
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
-@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
-@click.option("--minutes", type=float, default=10.0, help="Time budget, all sessions of the run together.")
+@click.command(cls=Script, context_settings={"show_default": True})
+@run_options(minutes=10.0)
 @click.option("--half", type=click.IntRange(0, 1), help="Learn from one half of the pictures only.")
 @click.option("--size", "size_px", type=click.Choice(["64", "32"]), default="64", help="Side of the faces, px.")
-def main(data: Path, out: Path, cache: Path, minutes: float, half: int | None, size_px: str) -> None:
+def main(
+    data: Path, out: Path, cache: Path, minutes: float, images: int | None, half: int | None, size_px: str
+) -> None:
     """Train the age estimator."""
-    config = Config()
+    config = Config(half=half)
     dims = TrunkDims(outputs=101, dropout=0.3)
     if size_px == "32":
         dims = TrunkDims(size_px=32, widths=(64, 96, 160), blocks=(1, 2, 1), outputs=101, dropout=0.3)
     torch.manual_seed(config.seed)
+    run = Run(out, config, minutes, images, dims=dims)
     faces = load_faces(data, dims.size_px, cache)
     where = device()
     val = faces.val
-    run = Run(out, config, minutes)
     train = faces.train if half is None else faces.train.half(half)
     sampler = Sampler(train, config.batch, config.seed, power=0.5)
 
     net = AgeEstimator(dims).to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
-    state = run.load_state()
-    if state is not None:
-        for name, part in {"net": net, "ema": ema.net, "step": step}.items():
-            part.load_state_dict(state[name])
+    parts = {"net": net, "ema": ema.net, "step": step, "sampler": sampler}
+    run.load_state(parts)
     bins = torch.linspace(0, 100, dims.outputs, device=where)
 
     ticks, errors = run.images_seen // config.tick_images, []
@@ -112,18 +111,18 @@ def main(data: Path, out: Path, cache: Path, minutes: float, half: int | None, s
             metrics = validate(ema.net, val, where)
             run.record(train_mae=float(np.mean(errors)), **metrics)
             errors.clear()
-            run.save_state(net=net.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
             header = Header(
                 arch="age-estimator",
                 dims=dataclasses.asdict(dims),
                 stage="age_estimator",
                 images_seen=run.images_seen,
                 dataset=DATASET,
-                train_config=run.config | {"half": half},
+                train_config=run.config,
                 metrics=metrics,
                 git_commit=git_commit(),
             )
             save(out / "age-estimator.safetensors", ema.net.state_dict(), header)
+            run.save_state(parts)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import click
 from faceage.checkpoint import load, save, sha256_of
 
 FILES = {
-    "age-cgan-generator": "gan/generator.safetensors",
-    "age-cgan-encoder": "encoder/encoder.safetensors",
+    "age-cgan-generator": "aging/generator.safetensors",
+    "age-cgan-encoder": "curvature/encoder.safetensors",
     "age-estimator": "age/age-estimator.safetensors",
     "identity": "identity/identity.safetensors",
 }

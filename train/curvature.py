@@ -1,15 +1,15 @@
 r"""The shape of the latent objective, measured once, so that optimizing it takes half the evaluations.
 
-    python -m train.curvature --data utkface.tar --generator runs/gan/generator.safetensors \
-        --encoder runs/encoder/encoder.safetensors --identity runs/identity/identity.safetensors
+    python -m train.curvature --data utkface.tar --generator runs/aging/generator.safetensors \
+        --encoder runs/aging/encoder.safetensors --identity runs/identity/identity.safetensors --out runs/curvature
 
 Directions of z differ 200-fold in how much they change a face. The objective's Gauss-Newton curvature
 
     H = 2 identity_weight J_e^T J_e + 2 pixel_weight J_x^T W J_x + 2 prior_weight I / Z
 
 with the Jacobians J_e and J_x of embedding and face with respect to z, is averaged over training faces (J by central
-differences). C with C C^T = H^-1 is written into the encoder's checkpoint as `latent_root`; `optimize_latents` then
-works on u with z = start + C u.
+differences). C with C C^T = H^-1 is stored in a copy of the encoder's checkpoint as `latent_root`; `optimize_latents`
+then works on u with z = start + C u.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from train.data import load_faces, to_tensor
 from train.identity import load_identity
+from train.run import Script
 
 STEP = 0.05
 """Step of the differences, in units of z."""
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
-@click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.gan.")
-@click.option("--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.encoder.")
+@click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.aging.")
+@click.option("--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.aging.")
 @click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for encoder.safetensors.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 @click.option("--faces", "count", type=click.IntRange(1), default=64, help="Training faces, drawn at random.")
-def main(data: Path, generator: Path, encoder: Path, identity: Path, cache: Path, count: int) -> None:
-    """Write the root of the inverse curvature into the encoder's checkpoint."""
+def main(data: Path, generator: Path, encoder: Path, identity: Path, out: Path, cache: Path, count: int) -> None:
+    """Store the root of the inverse curvature with the encoder."""
     header, weights = load(generator, "age-cgan-generator")
     dims = AgeCGANDims(**header.dims)
     G, E, FR = Generator(dims).eval(), Encoder(dims).eval(), load_identity(identity)
     G.load_state_dict(weights)
     encoder_header, encoder_weights = load(encoder, "age-cgan-encoder")
-    encoder_weights.setdefault("latent_root", torch.eye(dims.latent))
     E.load_state_dict(encoder_weights)
     config = LatentConfig()
     train = load_faces(data, dims.size_px, cache).train
@@ -64,9 +65,10 @@ def main(data: Path, generator: Path, encoder: Path, identity: Path, cache: Path
                 J = (plus - minus) / (2 * STEP)  # [Z, outputs]
                 H += 2 * J @ J.T / len(faces)
     encoder_weights["latent_root"] = torch.linalg.cholesky(torch.linalg.inv(H)).float()
-    save(encoder, encoder_weights, encoder_header)
+    out.mkdir(parents=True, exist_ok=True)
+    save(out / "encoder.safetensors", encoder_weights, encoder_header)
     spread = torch.linalg.eigvalsh(H)
-    click.echo(f"curvature from {float(spread[0]):.4f} to {float(spread[-1]):.4f}, written to {encoder}")
+    click.echo(f"curvature from {float(spread[0]):.4f} to {float(spread[-1]):.4f}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Reference: Zhang, Song, Qi: Age Progression/Regression by Conditional Adversaria
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import tarfile
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faceage.ages import age_to_classes
+from faceage.errors import CheckpointError
 from faceage.geometry import TEMPLATE_5, similarity_to_template
 
 log = logging.getLogger(__name__)
@@ -168,7 +170,8 @@ def _find_landmarks(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     """Run MTCNN's O-Net twice on every picture: the archive's crops are centred, so no search is needed."""
     from facenet_pytorch.models.mtcnn import ONet
 
-    net = ONet().eval()
+    with torch.random.fork_rng([]):  # a run that finds the cache must draw the same numbers as the first
+        net = ONet().eval()
     landmarks = np.zeros((len(pictures), 5, 2), np.float32)
     scores = np.zeros(len(pictures), np.float32)
     for start in range(0, len(pictures), 256):
@@ -215,7 +218,7 @@ def balanced_weights(ages: np.ndarray, power: float = 0.5) -> np.ndarray:
 
 
 class Sampler:
-    """Endless random batches, flipped at random. A resumed run draws from the start of the sequence again."""
+    """Endless random batches, flipped at random. A resumed run goes on in the sequence."""
 
     def __init__(self, faces: FaceSet, batch: int, seed: int, power: float = 0.5) -> None:
         self.faces, self.batch = faces, batch
@@ -234,6 +237,28 @@ class Sampler:
         pixels[flip] = pixels[flip, :, ::-1]
         ages = self.faces.ages[rows]
         return to_tensor(pixels), torch.from_numpy(age_to_classes(ages)), ages
+
+    def state_dict(self) -> dict[str, str]:
+        """Return where the sequence is, and the faces that it is of."""
+        names = hashlib.sha256(" ".join(self.faces.names).encode()).hexdigest()
+        return {
+            "random": json.dumps(self.random.bit_generator.state),
+            "faces": f"{len(self.faces)}, names {names[:12]}",
+        }
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on in the sequence of another sampler.
+
+        Raises:
+            CheckpointError: if that one drew from other faces.
+        """
+        faces = self.state_dict()["faces"]
+        if state["faces"] != faces:
+            raise CheckpointError(
+                f"the run was trained on other faces ({state['faces']}) than it is given now ({faces}); "
+                "give it the same archive and split, or name another --out"
+            )
+        self.random.bit_generator.state = json.loads(state["random"])
 
 
 def shift_and_jitter(x: Tensor, shift_px: int = 4, colour: float = 0.2) -> Tensor:

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from faceage.ages import age_to_classes
-from faceage.checkpoint import Header, load, save, sha256_of
+from faceage.checkpoint import Header, load, save
 from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from faceage.networks.regressors import IdentityNet
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
 from train.identity import load_identity
-from train.run import EMA, Run, device, git_commit, sheet
+from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,13 @@ def validate(
     return sums
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
+@click.command(cls=Script, context_settings={"show_default": True})
+@run_options(minutes=20.0)
 @click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.gan.")
 @click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
-@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
-@click.option("--minutes", type=float, default=20.0, help="Time budget, all sessions of the run together.")
-def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, minutes: float) -> None:
+def main(
+    data: Path, out: Path, cache: Path, minutes: float, images: int | None, generator: Path, identity: Path
+) -> None:
     """Train the encoder."""
     config = Config()
     torch.manual_seed(config.seed)
@@ -98,19 +97,17 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
     G = Generator(dims).eval().requires_grad_(False).to(where, memory_format=torch.channels_last)
     G.load_state_dict(weights)
     FR = load_identity(identity).to(where, memory_format=torch.channels_last)
+    run = Run(out, config, minutes, images, dims=dims, parents={"gan": generator, "identity": identity})
     faces = load_faces(data, dims.size_px, cache)
     val = faces.val
     mask = torch.tensor(face_mask(dims.size_px)).to(where)
-    run = Run(out, config, minutes)
     sampler = Sampler(faces.train, config.batch, config.seed, power=0.5)
 
     E = Encoder(dims).to(where, memory_format=torch.channels_last)
     ema = EMA(E, config.ema_half_life_images)
     step = torch.optim.Adam(E.parameters(), config.rate, config.betas)
-    state = run.load_state()
-    if state is not None:
-        for name, part in {"E": E, "ema": ema.net, "step": step}.items():
-            part.load_state_dict(state[name])
+    parts = {"E": E, "ema": ema.net, "step": step, "sampler": sampler}
+    run.load_state(parts)
 
     ticks, latent_errors = run.images_seen // config.tick_images, []
     is_over = run.is_over
@@ -142,19 +139,19 @@ def main(data: Path, generator: Path, identity: Path, out: Path, cache: Path, mi
             metrics = validate(ema.net, G, FR, mask, val, out / "sheet.png")
             run.record(latent_error=float(np.mean(latent_errors)), **metrics)
             latent_errors.clear()
-            run.save_state(E=E.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
             header = Header(
                 arch="age-cgan-encoder",
                 dims=dataclasses.asdict(dims),
                 stage="encoder",
                 images_seen=run.images_seen,
                 dataset=DATASET,
-                parents={"gan": sha256_of(generator), "identity": sha256_of(identity)},
+                parents=run.parents,
                 train_config=run.config,
                 metrics=metrics,
                 git_commit=git_commit(),
             )
             save(out / "encoder.safetensors", ema.net.state_dict(), header)
+            run.save_state(parts)
 
 
 if __name__ == "__main__":

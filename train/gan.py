@@ -1,10 +1,10 @@
 """Step 1 of Age-cGAN: generator and discriminator, conditioned on age.
 
-    python -m train.gan --data utkface.tar --out runs/gan --minutes 45
+    python -m train.gan --data utkface.tar --out runs/gan --minutes 60 \
+        --identity runs/identity/identity.safetensors
 
 Writes `generator.safetensors` (averaged weights), the input of `train.encoder`, and `sheet.png`: each z at the six age
-classes, three z a row. Run it again with more minutes to go on; give it `--identity` for the last quarter of the time,
-so that one z stays one person at every age.
+classes, three z a row. With `--identity`, one z is taught to stay one person at every age in the last part of the run.
 
 The discriminator also sees real faces with a wrong age (Reed et al. 2016) as fakes: only then must it look at y.
 
@@ -21,11 +21,11 @@ import click
 import torch
 import torch.nn.functional as F
 
-from faceage.checkpoint import Header, save, sha256_of
+from faceage.checkpoint import Header, save
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Generator
 from train.data import DATASET, Sampler, load_faces, shift_and_jitter
 from train.identity import load_identity
-from train.run import EMA, Run, device, git_commit, sheet
+from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,27 @@ class Config:
     """Only ages at least this far apart are called wrong: labels are noisy and neighbours look alike."""
     identity_weight: float = 2.0
     """With an identity network: weight of the squared distance between the embeddings of one z at two ages."""
+    identity_start: float = 0.75
+    """Share of the budget after which that term is on: it costs half as much again as all the rest."""
     ema_half_life_images: int = 20_000
     tick_images: int = 12_800
     seed: int = 1
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
-@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
-@click.option("--minutes", type=float, default=45.0, help="Time budget, all sessions of the run together.")
+@click.command(cls=Script, context_settings={"show_default": True})
+@run_options(minutes=45.0)
 @click.option("--identity", type=click.Path(exists=True, path_type=Path), help="From train.identity: keep who z is.")
 @click.option("--size", "size_px", type=click.Choice(["64", "128"]), default="64", help="Side of the faces, px.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration and stop.")
 def main(
-    data: Path, out: Path, cache: Path, minutes: float, identity: Path | None, size_px: str, dry_run: bool
+    data: Path,
+    out: Path,
+    cache: Path,
+    minutes: float,
+    images: int | None,
+    identity: Path | None,
+    size_px: str,
+    dry_run: bool,
 ) -> None:
     """Train the conditional GAN."""
     config = Config()
@@ -72,13 +78,14 @@ def main(
     if dry_run:
         return
     torch.manual_seed(config.seed)
-    run = Run(out, config, minutes)
     where = device()
+    FR = None if identity is None else load_identity(identity).to(where, memory_format=torch.channels_last)
+    parents = {} if identity is None else {"identity": identity}
+    run = Run(out, config, minutes, images, dims=dims, parents=parents)
     sampler = Sampler(load_faces(data, dims.size_px, cache).train, config.batch, config.seed)
 
     layout = {"memory_format": torch.channels_last, "device": where}
     G, D = Generator(dims).to(**layout), Discriminator(dims).to(**layout)
-    FR = None if identity is None else load_identity(identity).to(**layout)
     G_ema = EMA(G, config.ema_half_life_images)
     G_step = torch.optim.Adam(G.parameters(), config.generator_rate, config.betas)
     D_step = torch.optim.Adam(D.parameters(), config.discriminator_rate, config.betas)
@@ -86,10 +93,8 @@ def main(
     grid_z = torch.randn(12, 1, dims.latent, generator=fixed).expand(-1, dims.classes, -1).flatten(0, 1).to(where)
     grid_y = torch.eye(dims.classes).repeat(12, 1).to(where)
 
-    state = run.load_state()
-    if state is not None:
-        for name, part in {"G": G, "D": D, "G_ema": G_ema.net, "G_step": G_step, "D_step": D_step}.items():
-            part.load_state_dict(state[name])
+    parts = {"G": G, "D": D, "G_ema": G_ema.net, "G_step": G_step, "D_step": D_step, "sampler": sampler}
+    run.load_state(parts)
 
     totals, steps = torch.zeros(4), 0
     ticks = run.images_seen // config.tick_images
@@ -130,7 +135,7 @@ def main(
         with torch.autocast(where.type, torch.bfloat16):
             score = D(shift_and_jitter(fake), y_fake).float()
             loss_G = -score.mean()
-            if FR is not None:
+            if FR is not None and run.progress >= config.identity_start:
                 # One z is one person at any age: half of the batch again, at ages drawn anew.
                 half = len(x) // 2
                 embeddings = FR(fake[:half]) - FR(G(z[:half], y[:half]))
@@ -153,21 +158,18 @@ def main(
             with torch.no_grad():
                 faces = G_ema.net(grid_z, grid_y).view(12, dims.classes, 3, dims.size_px, dims.size_px)
             sheet([torch.cat(list(faces[i : i + 3])) for i in range(0, 12, 3)], out / "sheet.png")
-            run.save_state(
-                G=G.state_dict(), D=D.state_dict(), G_ema=G_ema.net.state_dict(),
-                G_step=G_step.state_dict(), D_step=D_step.state_dict(),
-            )  # fmt: skip
             header = Header(
                 arch="age-cgan-generator",
                 dims=dataclasses.asdict(dims),
                 stage="gan",
                 images_seen=run.images_seen,
                 dataset=DATASET,
-                parents={} if identity is None else {"identity": sha256_of(identity)},
+                parents=run.parents,
                 train_config=run.config,
                 git_commit=git_commit(),
             )
             save(out / "generator.safetensors", G_ema.net.state_dict(), header)
+            run.save_state(parts)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from faceage.checkpoint import Header, load, save, sha256_of
 from faceage.networks.regressors import IdentityNet, TrunkDims
 from train.data import DATASET, FaceSet, Sampler, load_faces, read_archive, shift_and_jitter, to_tensor, warp_faces
-from train.run import EMA, Run, device, git_commit
+from train.run import EMA, Run, Script, device, git_commit, run_options
 from train.teacher import TEMPLATE_96X112, embed, load_teacher
 
 
@@ -53,9 +53,12 @@ def teacher_embeddings(archive: Path, teacher_file: Path, faces: FaceSet, cache:
                 picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
                 pictures[rows[name]] = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
         aligned = warp_faces(pictures, faces.landmarks, TEMPLATE_96X112, 96, 112)
-        teacher = load_teacher(teacher_file)
+        with torch.random.fork_rng([]):  # a run that finds the cache must draw the same numbers as the first
+            teacher = load_teacher(teacher_file)
         both = torch.stack([embed(teacher, aligned), embed(teacher, aligned[:, :, ::-1])])
-        np.save(file, both.numpy())
+        part = file.with_suffix(".part.npy")
+        np.save(part, both.numpy())
+        part.replace(file)
     return torch.from_numpy(np.load(file))
 
 
@@ -83,34 +86,29 @@ def validate(net: IdentityNet, pixels: np.ndarray, target: torch.Tensor) -> dict
     return {"val_cosine": float((mine * target).sum(1).mean()), "val_pair_r": float(torch.corrcoef(pairs)[0, 1])}
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
+@click.command(cls=Script, context_settings={"show_default": True})
+@run_options(minutes=12.0)
 @click.option(
     "--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="MobileFaceNet checkpoint."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
-@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
-@click.option("--minutes", type=float, default=12.0, help="Time budget, all sessions of the run together.")
-def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> None:
+def main(data: Path, out: Path, cache: Path, minutes: float, images: int | None, teacher: Path) -> None:
     """Distil the identity network."""
     config, dims = Config(), TrunkDims(outputs=128)
     torch.manual_seed(config.seed)
+    run = Run(out, config, minutes, images, dims=dims, parents={"teacher": teacher})
     faces = load_faces(data, dims.size_px, cache)
     where = device()
     targets = teacher_embeddings(data, teacher, faces, cache).to(where)
     train, val = faces.train, faces.val
     in_val = torch.from_numpy(faces.validation)
     train_targets, val_targets = targets[:, ~in_val], targets[0, in_val]
-    run = Run(out, config, minutes)
     sampler = Sampler(train, config.batch, config.seed, power=0.25)
 
     net = IdentityNet(dims).to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
-    state = run.load_state()
-    if state is not None:
-        for name, part in {"net": net, "ema": ema.net, "step": step}.items():
-            part.load_state_dict(state[name])
+    parts = {"net": net, "ema": ema.net, "step": step, "sampler": sampler}
+    run.load_state(parts)
 
     ticks, cosines = run.images_seen // config.tick_images, []
     is_over = run.is_over
@@ -139,19 +137,19 @@ def main(data: Path, teacher: Path, out: Path, cache: Path, minutes: float) -> N
             metrics = validate(ema.net, val.pixels, val_targets)
             run.record(train_cosine=float(np.mean(cosines)), **metrics)
             cosines.clear()
-            run.save_state(net=net.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
             header = Header(
                 arch="identity",
                 dims=dataclasses.asdict(dims),
                 stage="identity",
                 images_seen=run.images_seen,
                 dataset=DATASET | {"teacher": "MobileFaceNet, trained on CASIA-WebFace (non-commercial research only)"},
-                parents={"teacher": sha256_of(teacher)},
+                parents=run.parents,
                 train_config=run.config,
                 metrics=metrics,
                 git_commit=git_commit(),
             )
             save(out / "identity.safetensors", ema.net.state_dict(), header)
+            run.save_state(parts)
 
 
 if __name__ == "__main__":

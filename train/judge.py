@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from faceage.checkpoint import Header, load, save
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
-from train.run import EMA, Run, device, git_commit
+from train.run import EMA, Run, Script, device, git_commit, run_options
 
 JUDGE_PX = 128
 HALF = 1
@@ -144,28 +144,23 @@ def validate(judge: Judge, faces: FaceSet) -> dict[str, float]:
     }
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
-@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
-@click.option("--minutes", type=float, default=20.0, help="Time budget, all sessions of the run together.")
-def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
+@click.command(cls=Script, context_settings={"show_default": True})
+@run_options(minutes=20.0)
+def main(data: Path, out: Path, cache: Path, minutes: float, images: int | None) -> None:
     """Train the judge."""
     config = Config()
     torch.manual_seed(config.seed)
+    run = Run(out, config, minutes, images)
     faces = load_faces(data, JUDGE_PX, cache)
     where = device()
     train, val = faces.train.half(HALF), faces.val
-    run = Run(out, config, minutes)
     sampler = Sampler(train, config.batch, config.seed, power=0.5)
 
     net = Judge().to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
-    state = run.load_state()
-    if state is not None:
-        for name, part in {"net": net, "ema": ema.net, "step": step}.items():
-            part.load_state_dict(state[name])
+    parts = {"net": net, "ema": ema.net, "step": step, "sampler": sampler}
+    run.load_state(parts)
     years = torch.arange(_YEARS, device=where) + 0.5
 
     ticks, losses = run.images_seen // config.tick_images, []
@@ -195,7 +190,6 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
             metrics = validate(ema.net, val)
             run.record(loss=float(np.mean(losses)), **metrics)
             losses.clear()
-            run.save_state(net=net.state_dict(), ema=ema.net.state_dict(), step=step.state_dict())
             header = Header(
                 arch="judge",
                 dims={"size_px": JUDGE_PX},
@@ -207,6 +201,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float) -> None:
                 git_commit=git_commit(),
             )
             save(out / "judge.safetensors", ema.net.state_dict(), header)
+            run.save_state(parts)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Trunk(nn.Module):
 
     def __init__(self, dims: TrunkDims) -> None:
         super().__init__()
+        self.dims = dims
         layers: list[nn.Module] = []
         previous = 3
         for width, blocks in zip(dims.widths, dims.blocks, strict=True):

@@ -1,14 +1,13 @@
 """A tiny UTKFace: one public face under many lights, in the archive's layout and with its kinds of mistakes."""
 
-import hashlib
 import sys
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `train` is not installed
+sys.path.insert(0, str(Path(__file__).parent))  # `tiny`
 
 FACES = 40
 AGES = (1, 16, 25, 26, 31, 38, 47, 55, 63, 80)
@@ -21,15 +20,9 @@ CORRUPT = "33_0_1_20170109142408075.jpg.chip.jpg"
 NO_FACE = "34_0_1_20170109142408075.jpg.chip.jpg"
 
 
-def share(name):
-    """Where the split puts a face that is like no other, by its name alone: validation below 0.1."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
-
-
-def face_name(index, *, validation):
+def face_name(index):
     age, gender, race = AGES[index % len(AGES)], index % 2, index % 5
-    names = (f"{age}_{gender}_{race}_2017{index:04d}{n:09d}.jpg.chip.jpg" for n in count())
-    return next(name for name in names if (share(name) < 0.1) == validation)
+    return f"{age}_{gender}_{race}_2017{index:04d}000000000.jpg.chip.jpg"
 
 
 def draw_faces():
@@ -64,12 +57,12 @@ def draw_faces():
 def true_landmarks():
     """The landmarks that `archive` was drawn with, by file name."""
     _, landmarks = draw_faces()
-    return {face_name(i, validation=i % 5 == 0): points for i, points in enumerate(landmarks)}
+    return {face_name(i): points for i, points in enumerate(landmarks)}
 
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory):
-    """A folder of `FACES` faces, every fifth in the validation split, and of files to be skipped."""
+    """A folder of `FACES` faces and of files to be skipped."""
     import cv2
 
     folder = tmp_path_factory.mktemp("data") / "utkface" / "UTKFace"
@@ -80,12 +73,35 @@ def archive(tmp_path_factory):
 
     pictures, _ = draw_faces()
     for i, picture in enumerate(pictures):
-        write(face_name(i, validation=i % 5 == 0), picture)
+        write(face_name(i), picture)
     for name in BAD_NAMES:
         write(name, pictures[0])
     (folder / CORRUPT).write_bytes(b"\xff\xd8\xff\xe0 not a JPEG")
     write(NO_FACE, np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
     return folder.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def validation_file(tmp_path_factory):
+    """Put every fifth face of `archive`, of 26 or 63 years, into the validation split."""
+    file = tmp_path_factory.mktemp("split") / "validation.txt"
+    file.write_text("".join(f"{face_name(i)}\n" for i in range(3, FACES, 5)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.data.VALIDATION_FILE", file)
+        yield file
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A teacher that knows nothing."""
+    import torch
+
+    from train.teacher import MobileFaceNet
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.ckpt"
+    torch.save({"net_state_dict": MobileFaceNet().state_dict()}, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from faceage.ages import age_to_classes
 from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template, template_5
@@ -44,7 +45,6 @@ def test_a_tar_in_any_order_gives_the_faces_of_the_folder(archive, faces, tmp_pa
     loaded = load_faces(tmp_path / "utkface.tar", 64, tmp_path / "cache")
     assert_same(loaded, faces)
     assert "41 faces read, 4 bad names or files skipped, 1 without a clear face dropped" in caplog.messages
-    assert "40 clusters of near-duplicates among 40 faces" in caplog.messages
 
 
 def test_labels_come_from_the_names(faces):
@@ -110,42 +110,45 @@ def test_nothing_is_cached_when_preparing_fails(archive, no_detection, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def synthetic(count, seed=0):
-    """Return pictures that are alike in nothing, uint8 [N, 32, 32, 3]."""
-    small = np.random.default_rng(seed).integers(20, 200, (count, 8, 8, 3), np.uint8)
-    return np.stack([cv2.resize(p, (32, 32), interpolation=cv2.INTER_CUBIC) for p in small])
+@pytest.fixture
+def split(archive, cache, faces, teacher, tmp_path, monkeypatch):
+    """Run train.split on the tiny archive; with the teacher's embeddings given, returns the validation names."""
+    from train import split
+
+    monkeypatch.setattr(split, "VALIDATION_FILE", tmp_path / "validation.txt")
+
+    def run(embeddings):
+        monkeypatch.setattr(split, "teacher_embeddings", lambda *_: torch.from_numpy(embeddings).expand(2, -1, -1))
+        args = ["--data", archive, "--teacher", teacher, "--cache", cache]
+        CliRunner().invoke(split.main, [str(arg) for arg in args], catch_exceptions=False)
+        return set((tmp_path / "validation.txt").read_text().split())
+
+    return run
 
 
-def test_a_tenth_goes_to_validation_by_name():
-    from train.data import _split
-
-    pixels, names = synthetic(600), np.array([f"{i}.jpg" for i in range(600)])
-    split = _split(pixels, names)
-    assert 0.07 < split.mean() < 0.13
-    np.testing.assert_array_equal(split, _split(pixels, names))
-    order = np.random.default_rng(1).permutation(600)
-    np.testing.assert_array_equal(split[order], _split(pixels[order], names[order]))
-    other = np.array([f"other {i}.jpg" for i in range(600)])
-    assert (split != _split(pixels, other)).any()
+def by_name(name):
+    """Where a shoot of one picture is drawn: validation below 0.1."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def test_near_duplicates_stay_on_one_side():
-    from train.data import _split
+def test_the_split_draws_shoots_by_name_and_leaves_straddling_people_to_training(faces, split, monkeypatch):
+    monkeypatch.setattr("train.split.SAME_SHOOT_CORRELATION", 2.0)  # every picture is a shoot of its own
+    drawn = {name for name in faces.names if by_name(name) < 0.1}
+    assert 0 < len(drawn) < 12
+    strangers = np.eye(len(faces), dtype=np.float32)
+    assert split(strangers) == drawn
+    people = strangers.copy()
+    twice = sorted(drawn)[0]
+    people[list(faces.names).index(sorted(set(faces.names) - drawn)[0])] = people[list(faces.names).index(twice)]
+    assert split(people) == drawn - {twice}
 
-    def in_validation(name):
-        return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < 0.1
 
-    candidates = [f"a{i}.jpg" for i in range(2000)]
-    chosen = [name for name in candidates if in_validation(name)][:40]
-    left = [name for name in candidates if not in_validation(name)][:40]
-    pixels = synthetic(40)
-    brighter = np.clip(pixels * 0.97 + 6, 0, 255).astype(np.uint8)
-    split = _split(np.concatenate([pixels, brighter]), np.array(chosen + left))
-    np.testing.assert_array_equal(split, True)  # without the pairs, the second half would be in training
-    split = _split(np.concatenate([brighter, pixels]), np.array(left + chosen))
-    np.testing.assert_array_equal(split, False)
-    split = _split(np.concatenate([pixels, synthetic(40, seed=1)]), np.array(chosen + left))
-    np.testing.assert_array_equal(split, [True] * 40 + [False] * 40)
+def test_clusters_link_what_is_close_by_a_chain():
+    from train.split import clusters
+
+    angles = np.deg2rad([0, 90, 20, 200, 40, 95])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
+    assert list(clusters(vectors, np.cos(np.deg2rad(25)))) == [0, 1, 0, 3, 0, 1]  # 0 and 40 degrees by way of 20
 
 
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from faceage.checkpoint import sha256_of
+from faceage.errors import CheckpointError
 from train.run import EMA, Run, sheet
 
 
@@ -96,24 +98,125 @@ def test_log_takes_any_kind_of_number(tmp_path, clock, capsys):
 
 def test_the_budget_counts_all_sessions(tmp_path, clock):
     run = Run(tmp_path, Config(), minutes=1)
-    assert run.load_state() is None
+    clock.s += 500  # to prepare the faces
+    run.load_state({})
+    assert run.images_seen == 0
     clock.s += 45
     assert run.progress == pytest.approx(0.75)
     assert not run.is_over
     run.images_seen = 128
-    run.save_state(net=filled(3).state_dict())
+    run.save_state({"net": filled(3)})
 
     clock.s += 10_000  # between the sessions
-    again = Run(tmp_path, Config(), minutes=2)
-    state = again.load_state()
+    again, net = Run(tmp_path, Config(), minutes=2), filled(0)
+    clock.s += 500
+    again.load_state({"net": net})
     assert again.images_seen == 128
     assert again.elapsed_s == pytest.approx(45)
     assert again.progress == pytest.approx(0.375)
-    assert (state["net"]["0.weight"] == 3).all()
+    assert (net[0].weight == 3).all()
     clock.s += 75
     assert again.is_over
     assert again.progress == 1
     assert [file.name for file in tmp_path.glob("resume*")] == ["resume.pt"]
+
+
+def test_a_budget_in_images_does_not_look_at_the_clock(tmp_path, clock):
+    run = Run(tmp_path, Config(), minutes=1, images=1000)
+    clock.s += 10_000
+    run.images_seen = 250
+    assert run.progress == 0.25
+    run.images_seen = 999
+    assert not run.is_over
+    run.images_seen = 1008
+    assert run.is_over
+    assert run.progress == 1
+
+
+def test_what_is_random_goes_on(tmp_path):
+    run = Run(tmp_path, Config(), 1)
+    torch.manual_seed(7)
+    run.save_state({})
+    expected = torch.rand(3)
+    torch.manual_seed(8)
+    Run(tmp_path, Config(), 1).load_state({})
+    np.testing.assert_array_equal(torch.rand(3), expected)
+
+
+def test_lines_after_the_last_checkpoint_are_forgotten(tmp_path):
+    run = Run(tmp_path, Config(), 1)
+    for run.images_seen in (100, 200):
+        run.record(loss=1.0)
+        run.save_state({})
+    saved = (tmp_path / "log.jsonl").read_text()
+    run.images_seen = 300
+    run.record(loss=1.0)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"images": 40')  # killed while it wrote
+    Run(tmp_path, Config(), 1).load_state({})
+    assert (tmp_path / "log.jsonl").read_text() == saved
+
+    (tmp_path / "resume.pt").unlink()  # killed before the first checkpoint
+    Run(tmp_path, Config(), 1).load_state({})
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    widths: tuple[int, ...] = (8, 16)
+
+
+@pytest.fixture
+def parents(tmp_path):
+    for name in ("gan", "identity", "other"):
+        (tmp_path / name).write_text(name)
+    return {name: tmp_path / name for name in ("gan", "identity", "other")}
+
+
+@pytest.mark.parametrize(
+    ("config", "dims", "gan", "message"),
+    [
+        (Config(rate=0.25), Dims(), "gan", "rate was 0.5, is 0.25"),
+        (Config(), Dims((8, 12)), "gan", r"dims.widths was \[8, 16\], is \[8, 12\]"),
+        (Config(), None, "gan", r"dims.widths was \[8, 16\], is None"),
+        (Config(), Dims(), "other", "its parent gan was [0-9a-f]{12}, is [0-9a-f]{12}. Start it as before, or name"),
+        (Config(), Dims(), None, "its parent gan was [0-9a-f]{12}, is not given. Start it as before, or name"),
+    ],
+)
+def test_a_run_keeps_its_settings_and_parents(tmp_path, parents, config, dims, gan, message):
+    folder = tmp_path / "run"
+    Run(folder, Config(), 1, dims=Dims(), parents={"gan": parents["gan"]}).save_state({})
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(CheckpointError, match=message):
+        Run(folder, config, 1, dims=dims, parents={} if gan is None else {"gan": parents[gan]})
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_run_keeps_its_parents(tmp_path, parents):
+    one, both = {"gan": parents["gan"]}, {name: parents[name] for name in ("gan", "identity")}
+    Run(tmp_path / "run", Config(), 1, parents=one).save_state({})
+    assert Run(tmp_path / "run", Config(), 2, 100, parents=one).parents == {"gan": sha256_of(parents["gan"])}
+    with pytest.raises(CheckpointError, match="its parent identity was not given, is"):
+        Run(tmp_path / "run", Config(), 1, parents=both)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
+    torch.save({"images_seen": 5, "seconds": 1.0}, tmp_path / "resume.pt")
+    with pytest.raises(CheckpointError, match="older version"):
+        Run(tmp_path, Config(), 1)
+
+
+def test_every_value_has_a_curve(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("train.run.Figure.savefig", lambda figure, path, **_: drawn.append((figure, path)))
+    run = Run(tmp_path, Config(), 1)
+    for images in (1000, 2000, 3000):
+        run.images_seen = images
+        run.record(loss=images / 1e4, **({"late": 5.0} if images > 1000 else {}))
+    figure, path = drawn[-1]
+    assert path == tmp_path / "curves.png"
+    points = {axis.get_title(): axis.lines[0].get_xydata().tolist() for axis in figure.axes}
+    assert points == {"loss": [[1, 0.1], [2, 0.2], [3, 0.3]], "late": [[2, 5], [3, 5]]}
 
 
 def test_sheet_is_rgb_rows_scaled(tmp_path):

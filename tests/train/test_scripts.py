@@ -6,25 +6,21 @@ import logging
 import math
 import shutil
 import types
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny import FILES, shrink_networks
 
 from faceage.checkpoint import load, read_header, sha256_of
 from faceage.errors import CheckpointError
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from faceage.networks.regressors import AgeEstimator, IdentityNet, TrunkDims
 
-SMALL_GAN = {
-    "generator_channels": (16, 12, 8, 8, 8),
-    "discriminator_channels": (8, 8, 12, 16),
-    "encoder_channels": (8, 8, 12, 16),
-    "encoder_hidden": 32,
-}
-SMALL_TRUNK = {"widths": (8, 8, 12, 16), "blocks": (1, 1, 1, 1)}
 SCRIPTS = {
     "identity": ("identity", IdentityNet, TrunkDims, ("step",), 64),
     "gan": ("age-cgan-generator", Generator, AgeCGANDims, ("G_step", "D_step"), 32),
@@ -32,12 +28,6 @@ SCRIPTS = {
     "encoder": ("age-cgan-encoder", Encoder, AgeCGANDims, ("step",), 32),
 }
 """Script -> architecture, network, dimensions, optimizers, batch; in the order in which they can run."""
-FILES = {
-    "identity": "identity.safetensors",
-    "gan": "generator.safetensors",
-    "age_estimator": "age-estimator.safetensors",
-    "encoder": "encoder.safetensors",
-}
 FOLDERS = {"identity": "identity", "gan": "gan", "age_estimator": "age", "encoder": "encoder"}
 """Where train.bundle looks for each."""
 
@@ -49,37 +39,29 @@ def invoke(script, *args):
     return result
 
 
+def refused(script, *args):
+    """Run a script that must end with one line and exit code 1."""
+    module = importlib.import_module(f"train.{script}")
+    result = CliRunner().invoke(module.main, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+    return result
+
+
 @pytest.fixture(scope="module", autouse=True)
 def fast():
     """Make the networks small, and the clock go 0.05 s each time that it is read."""
-    from train import age_estimator, gan, identity
-
     now = [0.0]
 
     def monotonic():
         now[0] += 0.05
         return now[0]
 
-    def small_trunk(**dims):
-        return TrunkDims(**(SMALL_TRUNK | dims))
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.run.time", types.SimpleNamespace(monotonic=monotonic))
-        patch.setattr(gan, "AgeCGANDims", lambda **dims: AgeCGANDims(**(SMALL_GAN | dims)))
-        patch.setattr(identity, "TrunkDims", small_trunk)
-        patch.setattr(age_estimator, "TrunkDims", small_trunk)
+        shrink_networks(patch)
         yield
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A teacher that knows nothing."""
-    from train.teacher import MobileFaceNet
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.ckpt"
-    torch.save({"net_state_dict": MobileFaceNet().state_dict()}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +163,7 @@ def test_the_last_step_is_saved_wherever_the_time_runs_out(archive, cache, tmp_p
 def test_every_tick_is_logged_and_saved(archive, cache, tmp_path, monkeypatch):
     from train import age_estimator
 
-    monkeypatch.setattr(age_estimator, "Config", lambda config=age_estimator.Config: config(tick_images=192))
+    monkeypatch.setattr(age_estimator, "Config", partial(age_estimator.Config, tick_images=192))
     saved = []
     monkeypatch.setattr(age_estimator, "save", lambda path, weights, header: saved.append(header.images_seen))
     invoke("age_estimator", "--data", archive, "--cache", cache, "--out", tmp_path, "--minutes", 0.04)
@@ -230,10 +212,10 @@ def test_parents_are_named_by_hash(runs, teacher):
     ],
 )
 def test_encoder_refuses_the_wrong_checkpoint(runs, archive, cache, tmp_path, generator, identity, message):
-    files = {name: runs / FOLDERS[name] / FILES[name] for name in FILES}
+    files = {name: runs / FOLDERS[name] / FILES[name] for name in FOLDERS}
     inputs = ("--data", archive, "--cache", cache, "--generator", files[generator], "--identity", files[identity])
-    with pytest.raises(CheckpointError, match=message):
-        invoke("encoder", *inputs, "--out", tmp_path / "out")
+    result = refused("encoder", *inputs, "--out", tmp_path / "out")
+    assert message in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -244,6 +226,23 @@ def test_dry_run_shows_the_configuration_and_writes_nothing(archive, tmp_path, m
     assert "generator_rate=0.0002" in result.stderr
     assert f"size_px={size}" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_one_command_runs_every_step_and_repeats_none(archive, teacher, cache, tmp_path):
+    from train.__main__ import SHARES, commands
+
+    steps = commands(archive, teacher, tmp_path, 1.0, cache)
+    assert [step for step, _ in steps] == [*SHARES, "curvature", "bundle"]
+    assert sum(SHARES.values()) == pytest.approx(1)
+    made = {tmp_path / step for step, _ in steps} | {archive, teacher, cache, tmp_path}
+    for _, (module, *args) in steps:  # each is a call that its script takes, of files that an earlier step makes
+        main = importlib.import_module(module).main
+        context = main.make_context(
+            module, [arg for arg in args if not arg.startswith("--dry")], resilient_parsing=True
+        )
+        for value in context.params.values():
+            for path in value if isinstance(value, tuple) else (value,):
+                assert not isinstance(path, Path) or path in made or path.parent in made
 
 
 def test_gan_trains_without_an_identity_network(archive, cache, tmp_path):
@@ -317,31 +316,55 @@ def test_curves_are_plotted(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bundle_halves_weights_and_renames_parents(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.bundle.TARGET", tmp_path)
-    result = invoke("bundle", "--runs", runs)
+@pytest.fixture
+def finished(runs, archive, cache, tmp_path):
+    """Run folders as bundle wants them: the aged generator, and the encoder with the curvature."""
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    readers = ("--reader", runs / "age" / FILES["age_estimator"])
+    gan = ("--gan", runs / "gan", "--encoder", runs / "encoder" / FILES["encoder"])
+    identity = ("--identity", runs / "identity" / FILES["identity"])
+    common = ("--data", archive, "--cache", cache)
+    invoke("aging", *common, "--out", folder / "aging", "--minutes", 0.02, *gan, *identity, *readers)
+    aged = (f"--{name}={folder / 'aging' / f'{name}.safetensors'}" for name in ("generator", "encoder"))
+    invoke("curvature", *common, "--out", folder / "curvature", *aged, *identity, "--faces", 2)
+    return folder
+
+
+def test_curvature_is_stored_in_a_copy_of_the_encoder(finished):
+    _, before = load(finished / "aging" / "encoder.safetensors", "age-cgan-encoder")
+    _, after = load(finished / "curvature" / "encoder.safetensors", "age-cgan-encoder")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"latent_root"}
+
+
+def test_bundle_halves_weights_and_renames_parents(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.bundle.TARGET", tmp_path / "models")
+    result = invoke("bundle", "--runs", finished)
     assert len(result.stdout.splitlines()) == 4
-    assert {file.name for file in tmp_path.iterdir()} == {f"{arch}.safetensors" for arch, *_ in SCRIPTS.values()}
+    models = tmp_path / "models"
+    assert {file.name for file in models.iterdir()} == {f"{arch}.safetensors" for arch, *_ in SCRIPTS.values()}
+    folders = FOLDERS | {"gan": "aging", "encoder": "curvature"}
     for script, (arch, *_) in SCRIPTS.items():
-        original, bundled = runs / FOLDERS[script] / FILES[script], tmp_path / f"{arch}.safetensors"
+        original, bundled = finished / folders[script] / FILES[script], models / f"{arch}.safetensors"
         assert bundled.stat().st_size < original.stat().st_size
         _, weights = load(original, arch)
         _, halved = load(bundled, arch)
         for name, value in weights.items():
             expected = value.half().float() if value.is_floating_point() else value
             np.testing.assert_array_equal(halved[name], expected, err_msg=name)
-    hashes = {arch: sha256_of(tmp_path / f"{arch}.safetensors") for arch, *_ in SCRIPTS.values()}
-    assert read_header(tmp_path / "age-cgan-encoder.safetensors").parents == {
+    hashes = {arch: sha256_of(models / f"{arch}.safetensors") for arch, *_ in SCRIPTS.values()}
+    assert read_header(models / "age-cgan-encoder.safetensors").parents == {
         "gan": hashes["age-cgan-generator"],
         "identity": hashes["identity"],
     }
-    assert read_header(tmp_path / "age-cgan-generator.safetensors").parents == {"identity": hashes["identity"]}
+    parents = read_header(models / "age-cgan-generator.safetensors").parents
+    assert parents.keys() == {"gan", "encoder", "identity", "reader0"}
+    assert parents["identity"] == hashes["identity"]
 
 
-def test_bundle_refuses_a_checkpoint_in_the_wrong_place(runs, tmp_path, monkeypatch):
+def test_bundle_refuses_a_checkpoint_in_the_wrong_place(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("train.bundle.TARGET", tmp_path / "models")
-    shutil.copytree(runs, tmp_path / "runs")
-    shutil.copy(runs / "gan" / FILES["gan"], tmp_path / "runs" / "identity" / FILES["identity"])
+    shutil.copy(finished / "gan" / FILES["gan"], finished / "identity" / FILES["identity"])
     with pytest.raises(CheckpointError, match="holds age-cgan-generator, expected identity"):
-        invoke("bundle", "--runs", tmp_path / "runs")
+        invoke("bundle", "--runs", finished)
     assert not (tmp_path / "models").exists()

@@ -1,0 +1,70 @@
+"""Makes the training scripts small. As a script it trains one: `python tiny.py VALIDATION_FILE gan --data ...`."""
+
+import importlib
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+SMALL_GAN = {
+    "generator_channels": (16, 12, 8, 8, 8),
+    "discriminator_channels": (8, 8, 12, 16),
+    "encoder_channels": (8, 8, 12, 16),
+    "encoder_hidden": 32,
+}
+SMALL_TRUNK = {"widths": (8, 8, 12, 16), "blocks": (1, 1, 1, 1)}
+FILES = {
+    "identity": "identity.safetensors",
+    "gan": "generator.safetensors",
+    "age_estimator": "age-estimator.safetensors",
+    "encoder": "encoder.safetensors",
+    "judge": "judge.safetensors",
+    "aging": "generator.safetensors",
+}
+"""Script that trains -> what it exports."""
+BATCH, TICK_IMAGES = 8, 24
+
+
+def small_gan(**dims):
+    from faceage.networks.age_cgan import AgeCGANDims
+
+    return AgeCGANDims(**(SMALL_GAN | dims))
+
+
+def small_trunk(**dims):
+    from faceage.networks.regressors import TrunkDims
+
+    return TrunkDims(**(dims | SMALL_TRUNK))
+
+
+def shrink_networks(patch):
+    """Give every script networks that take milliseconds a step."""
+    patch.setattr("train.gan.AgeCGANDims", small_gan)
+    patch.setattr("train.identity.TrunkDims", small_trunk)
+    patch.setattr("train.age_estimator.TrunkDims", small_trunk)
+    patch.setattr("train.judge._WIDTHS", (4, 8, 8, 8))
+
+
+def shrink_steps(patch):
+    """Give every script a small batch, and a tick every third step."""
+    for script in FILES:
+        config = importlib.import_module(f"train.{script}").Config
+        patch.setattr(f"train.{script}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))
+
+
+def main(validation_file, script, *args):
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.data.VALIDATION_FILE", Path(validation_file))
+        shrink_networks(patch)
+        shrink_steps(patch)
+        importlib.import_module(f"train.{script}").main(args)
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only a CPU repeats itself to the bit
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+    main(*sys.argv[1:])
