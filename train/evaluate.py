@@ -1,75 +1,387 @@
-"""What the bundled model does to validation faces: the age that is read off them, and who they still are.
+"""A scorecard that cannot flatter: what the product does to validation faces and clips, read by judges in no loss.
 
-    python -m train.evaluate --data utkface.tar --teacher mobilefacenet_casia.ckpt
+    python -m train.evaluate --data utkface.tar --teacher mobilefacenet_casia.ckpt \
+        --judge runs/judge/judge.safetensors --media clips --out out/quality \
+        --reader runs/reader64/age-estimator.safetensors --reader runs/reader32/age-estimator.safetensors
 
-Faces of 20 to 35 years from the validation split are aged with the product's own ager and mask. The age is read by the
-bundled age estimator, which is in no loss of the generator but was trained on the same faces, so it flatters; identity
-is the cosine of the teacher's embeddings, which is in no loss but taught the identity network. Beside them: the
-untouched faces, real faces of the target age, and a baseline that adds the difference of the mean face of the target
-age and the mean face of 20 to 35.
+Faces are drawn evenly over the age groups from pictures that nothing was trained on, and aged at full resolution by the
+product's own path, which estimates their present age itself. Beside the product stand rows whose answer is known:
+nothing done, a stranger's face, a blur, the difference of two mean faces, real photos of the target age. If one of
+them does not score as it must, the card says that it is wrong, and the command exits with 1. Writes `scorecard.json`
+(exact), `scorecard.md` and `sheet.png`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
 
-from faceage.geometry import face_mask
-from faceage.pipeline.request import load_networks
-from train.data import load_faces, to_tensor
-from train.latent import teacher_view
-from train.teacher import embed, load_teacher
+from faceage.agers.age_cgan import AgeCGAN
+from faceage.agers.latent import LatentConfig
+from faceage.align import align_faces, face_weights
+from faceage.checkpoint import sha256_of
+from faceage.kernels import gather_crops
+from faceage.media.rotation import upright
+from faceage.media.video import EncodeOptions, VideoReader
+from faceage.models import DEFAULT_MODEL, find_model
+from faceage.pipeline.photos import AgedPhoto, age_frames
+from faceage.pipeline.request import AgeRequest, Networks, load_networks
+from faceage.pipeline.video import age_video
+from faceage.track import Tracker
+from faceage.types import RGB, FloatArray, Frame, IntArray
+from train.data import FaceSet, load_faces
+from train.evaluate_faces import (
+    AGE_GROUPS,
+    GENDERS,
+    OLDEST_JUDGED_YEARS,
+    RACES,
+    Panel,
+    draw_faces,
+    make_requests,
+    mask_in_picture,
+    read_pictures,
+    unlike_faces,
+)
+from train.evaluate_sections import (
+    SEED,
+    Evaluation,
+    add_baselines,
+    age_section,
+    fooled_section,
+    identity_section,
+    kid_section,
+    mean,
+    outside_section,
+    sharpness_section,
+    slices_section,
+)
+from train.evaluate_video import Followed, measure_tracks
+from train.judge import JUDGE_PX
+from train.latent import CHOICES, teacher_view
+from train.metrics import age_figures, largest_change, match_thresholds, touchable
+from train.run import Script, git_commit
+from train.scorecard import MODEL, headline, plain, render, write_sheet, wrong
 
-YOUNG = (20, 35)
-TARGETS_YEARS = (40, 50, 60, 70)
-REAL_WITHIN_YEARS = 5
+log = logging.getLogger(__name__)
+
+FALSE_MATCH_RATES = {"0.1": 0.001, "1": 0.01}
+"""By their names in per cent."""
+CYCLE_FACES = 60
+CYCLE_GAP_YEARS = 30
+BATCH_PICTURES = 8
+SAME_FACE = 0.5
+"""The product's face is the one that was asked for if their landmarks are nearer than this, in eye distances."""
+LATENT_BATCH = 32
+VIDEO_BY_YEARS = 30.0
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+SHEET_FACES = 10
+SHEET_AGES = tuple(range(20, 81, 10))
 
 
-@click.command(context_settings={"show_default": True})
+@dataclass(frozen=True)
+class Composites:
+    """What the product made of R pictures."""
+
+    pictures: list[np.ndarray]
+    shares: FloatArray
+    """[R], the share of the change that the face got: 0 where it was left alone, NaN where it was not found."""
+    source_ages: FloatArray
+    """[R], years, as the product estimated it; NaN where the face was not found."""
+    outside: IntArray
+    """[R], the largest change outside the masks of all faces that were found, in codes."""
+
+
+class _Made(NamedTuple):
+    """A row of `Composites`."""
+
+    picture: np.ndarray
+    share: float
+    source_age: float
+    outside: int
+
+
+def age_pictures(
+    networks: Networks, pictures: list[np.ndarray], landmarks: FloatArray, targets: FloatArray
+) -> Composites:
+    """Age pictures as `faceage images` does, each to its own target; landmarks [R, 5, 2] say which face is meant."""
+    jobs = []
+    for target in np.unique(targets):
+        rows = np.flatnonzero(targets == target)
+        jobs += [rows[i : i + BATCH_PICTURES] for i in range(0, len(rows), BATCH_PICTURES)]
+
+    def work(rows: IntArray) -> list[_Made]:
+        frames = [Frame(planes=(pictures[i].copy(),), pixel_format="rgb24", color=RGB) for i in rows]
+        photos = age_frames(networks, frames, AgeRequest(age=float(targets[rows[0]])))
+        return [
+            _inspect(frame.planes[0], pictures[i], photo, landmarks[i], networks.ager.size_px)
+            for i, frame, photo in zip(rows, frames, photos, strict=True)
+        ]
+
+    made: dict[int, _Made] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for rows, done in zip(jobs, pool.map(work, jobs), strict=True):
+            made |= dict(zip(rows.tolist(), done, strict=True))
+    columns = zip(*(made[i] for i in range(len(pictures))), strict=True)
+    after, shares, source_ages, outside = columns
+    return Composites(list(after), np.array(shares), np.array(source_ages), np.array(outside))
+
+
+def _inspect(after: np.ndarray, before: np.ndarray, photo: AgedPhoto, landmarks: FloatArray, size_px: int) -> _Made:
+    """Measure what was done to one picture; `landmarks` [5, 2] say which face was meant."""
+    share, source_age = math.nan, math.nan
+    eyes = np.linalg.norm(landmarks[1] - landmarks[0])
+    off = np.linalg.norm(photo.faces.landmarks - landmarks, axis=-1).mean(-1) / eyes
+    if len(off) and off.min() < SAME_FACE:
+        share, source_age = float(photo.weights[off.argmin()]), float(photo.source_ages[off.argmin()])
+    inside = np.zeros(after.shape[:2], bool)
+    for matrix, weight in zip(photo.frame_to_crop, photo.weights, strict=True):
+        if weight > 0:
+            inside |= touchable(matrix, size_px, after.shape[:2])
+    return _Made(after, share, source_age, largest_change(after, before, ~inside))
+
+
+def cycle_section(e: Evaluation, networks: Networks) -> dict:
+    """Age composites of a gap of 30 years back to the label, and compare them with the untouched pictures."""
+    rows = np.flatnonzero(np.abs(e.requests.gaps) == CYCLE_GAP_YEARS)
+    rows = np.sort(np.random.default_rng(SEED).permutation(rows)[:CYCLE_FACES])
+    faces = e.requests.faces[rows]
+    landmarks = e.drawn.landmarks[faces]
+    back = age_pictures(networks, [e.pictures[MODEL][i] for i in rows], landmarks, e.drawn.ages[faces])
+    errors = []
+    for picture, face, points in zip(back.pictures, faces, landmarks, strict=True):
+        before = e.originals[face]
+        inside = mask_in_picture(before, points) > 0.5
+        errors.append(np.abs(picture.astype(np.float32) - before)[inside].mean())
+    figures = e.identity(e.panel.look(back.pictures, landmarks).embeddings, faces)
+    return figures | {"mae_codes": mean(np.array(errors)), "not_found_again": int(np.isnan(back.shares).sum())}
+
+
+def latent_section(e: Evaluation, networks: Networks) -> dict | None:
+    """Return latent -> how far generated faces at the label's age are the same person; None for a model without.
+
+    Reference: Antipov et al. 2017, arXiv:1702.01983, table 1.
+    """
+    if not isinstance(networks.ager, AgeCGAN):
+        return None
+    size, ages = networks.ager.size_px, e.drawn.ages
+    frames = [Frame(planes=(picture,), pixel_format="rgb24", color=RGB) for picture in e.originals]
+    everyone = np.arange(len(frames))
+    crops = gather_crops(frames, everyone, align_faces(e.drawn.landmarks, size), size)
+
+    def figures(faces: FloatArray) -> dict[str, float]:
+        return e.identity(e.panel.embed(teacher_view(torch.from_numpy(faces))), everyone)
+
+    section = {}
+    for name, config in {"z0": replace(LatentConfig(), max_evaluations=1), **CHOICES}.items():
+        ager = load_networks(model=networks.model, latent=config, composite="replace").ager
+        parts = [slice(i, i + LATENT_BATCH) for i in range(0, len(crops), LATENT_BATCH)]
+        # What "replace" adds to a crop to get the generated face, at the age that the face has already.
+        deltas = [ager.age(crops[part], ages[part], ages[part]).deltas for part in parts]
+        section[name] = figures(crops + np.concatenate(deltas))
+    return section | {f"(the {size}-px crop itself)": figures(crops)}
+
+
+def video_section(networks: Networks, panel: Panel, clips: list[Path]) -> dict:
+    """Age clips as `faceage video` does, but losslessly, and measure every track."""
+    rows, left_out = [], 0
+    for clip in clips:
+        tracks = follow(networks, clip)
+        with tempfile.TemporaryDirectory(prefix="faceage-evaluate-") as folder:
+            target = Path(folder) / "aged.mkv"
+            age_video(networks, clip, target, AgeRequest(by=VIDEO_BY_YEARS), encode=EncodeOptions(codec="ffv1"))
+            figures = measure_tracks(_pairs(clip, target), tracks, panel.ages)
+        rows += [{"clip": clip.name} | row for row in figures]
+        left_out += len(tracks) - len(figures)
+        log.info("%s: %d tracks measured", clip.name, len(figures))
+    deviations = {name: mean(np.array([row[name] for row in rows])) for name in ("source_deviation", "aged_deviation")}
+    return {"by": VIDEO_BY_YEARS, "tracks": rows, "left_out": left_out} | deviations
+
+
+def follow(networks: Networks, clip: Path) -> list[Followed]:
+    """Return the tracks that the product sees in a clip, with the landmarks as they were measured."""
+    with VideoReader(clip) as reader:
+        tracker = Tracker(networks.detector)
+        measured: dict[tuple[int, int], FloatArray] = {}
+        for window in tracker.scan(upright(frame, reader.info.rotation) for frame in reader):
+            faces = window.faces
+            for track_id, frame, points in zip(window.track_ids, faces.frame_index, faces.landmarks, strict=True):
+                measured[int(track_id), window.first_frame + int(frame)] = points
+        rate = float(reader.info.average_rate or 25)
+    nowhere = np.full((5, 2), np.nan, np.float32)
+    return [
+        Followed(
+            track_id=track.track_id,
+            first_frame=track.first_frame,
+            smoothed=track.landmarks,
+            measured=np.stack(
+                [measured.get((track.track_id, track.first_frame + i), nowhere) for i in range(len(track))]
+            ),
+            weights=face_weights(
+                track.landmarks, track.scores, fade_in=not track.starts_shot, fade_out=not track.ends_shot,
+                frame_rate=rate,
+            ),
+        )
+        for track in tracker.tracks()
+    ]  # fmt: skip
+
+
+def _pairs(source: Path, aged: Path) -> Iterator[tuple[Frame, Frame]]:
+    """Yield the frames of two versions of a clip side by side, upright."""
+    with VideoReader(source) as before, VideoReader(aged) as after:
+        for a, b in zip(before, after, strict=True):
+            yield upright(a, before.info.rotation), upright(b, after.info.rotation)
+
+
+def draw_sheet(networks: Networks, val: FaceSet, pictures: list[np.ndarray], path: Path) -> None:
+    """Write ten unlike validation faces in rows: the original, then each of `SHEET_AGES`, at full resolution."""
+    rows, labels = [], []
+    for face in unlike_faces(val, SHEET_FACES, SEED):
+        cells = [pictures[face]] * len(SHEET_AGES)
+        points = np.repeat(val.landmarks[face][None], len(cells), 0)
+        rows.append([pictures[face], *age_pictures(networks, cells, points, np.array(SHEET_AGES, np.float32)).pictures])
+        labels.append(f"{GENDERS[val.genders[face]]}, {RACES[val.races[face]]}, {val.ages[face]:.0f}")
+    write_sheet(path, rows, ("original", *map(str, SHEET_AGES)), labels)
+
+
+def gather(archive: Path, cache: Path, panel: Panel, networks: Networks, count: int) -> tuple[Evaluation, dict]:
+    """Draw the faces, have the product age them and everything read.
+
+    Returns:
+        The evaluation, and the results of the sections that need all that was made.
+    """
+    faces = load_faces(archive, JUDGE_PX, cache)
+    val = faces.rows(faces.validation & (faces.ages >= AGE_GROUPS[0][0]))
+    pictures = read_pictures(archive, val.names)
+    val_looks = panel.look(pictures, val.landmarks)
+    limits, pairs = match_thresholds(val_looks.embeddings, list(FALSE_MATCH_RATES.values()))
+    thresholds = dict(zip(FALSE_MATCH_RATES, limits, strict=True))
+    judged = val.ages <= OLDEST_JUDGED_YEARS
+    log.info("%d validation pictures read", len(val))
+
+    own = draw_faces(val, count, SEED)
+    drawn, originals = val.rows(own), [pictures[i] for i in own]
+    asked = make_requests(drawn.ages)
+    before = [originals[i] for i in asked.faces]
+    made = age_pictures(networks, before, drawn.landmarks[asked.faces], asked.targets)
+    rows = np.flatnonzero(made.shares > 0)  # NaN is not
+    requests = asked.rows(rows)
+    log.info("%d composites made, %d of them changed", len(asked), len(requests))
+
+    e = Evaluation(panel, val, val_looks, own, drawn, originals, requests, thresholds, {}, {})
+    e.pictures[MODEL] = [made.pictures[i] for i in rows]
+    add_baselines(e, faces, pictures)
+    scores, sets = kid_section(e, faces)
+    counts = {
+        "faces": len(own),
+        "requests": len(asked),
+        "not_found": int(np.isnan(made.shares).sum()),
+        "left_alone": int((made.shares == 0).sum()),
+        "measured": len(requests),
+        "in_part": int((made.shares[rows] < 1).sum()),
+        "source_mae": _source_mae(made.source_ages, asked.faces, drawn.ages),
+    }
+    return e, {
+        "counts": counts,
+        "judge": age_figures(val.ages[judged], val_looks.ages[judged]),
+        "thresholds": {"n": len(val), "pairs": pairs, **thresholds},
+        "kid": scores,
+        "kid_sets": sets,
+        "outside": outside_section(e, made.outside, networks.ager.size_px),
+    }
+
+
+def _source_mae(estimates: FloatArray, faces: IntArray, labels: FloatArray) -> float:
+    """Return the mean absolute error of the product's own reading of the drawn faces' present ages, years."""
+    found = ~np.isnan(estimates)
+    return mean(np.abs(estimates - labels[faces])[found])
+
+
+def evaluate(
+    data: Path, cache: Path, panel: Panel, networks: Networks, count: int, clips: list[Path], out: Path
+) -> dict:
+    """Measure everything; returns the results and writes the contact sheet."""
+    start = perf_counter()
+    e, results = gather(data, cache, panel, networks, count)
+    results |= {
+        "age": age_section(e),
+        "fooled": fooled_section(e) if panel.has_readers else None,
+        "identity": identity_section(e),
+        "sharpness": sharpness_section(e),
+        "slices": slices_section(e),
+        "cycle": cycle_section(e, networks),
+    }
+    log.info("there and back: measured")
+    results["latent"] = latent_section(e, networks)
+    log.info("reconstructions: measured")
+    draw_sheet(networks, e.drawn, e.originals, out / "sheet.png")
+    results["video"] = video_section(networks, panel, clips) if clips else None
+    files = {role: sha256_of(path)[:12] for role, path in find_model(networks.model).paths().items()}
+    seconds = perf_counter() - start
+    results["settings"] = {
+        "model": networks.model,
+        "files": files,
+        "judges": panel.files,
+        "commit": git_commit(),
+        "seed": SEED,
+        "seconds": seconds,
+    }
+    results["headline"] = headline(results)
+    results["wrong"] = wrong(results)
+    return results
+
+
+@click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="Judges identity.")
+@click.option("--judge", type=click.Path(exists=True, path_type=Path), required=True, help="Judges age; train.judge.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the scorecard.")
+@click.option("--model", default=DEFAULT_MODEL, help="As `faceage models list` shows.")
+@click.option("--faces", "count", type=click.IntRange(len(AGE_GROUPS)), default=300, help="Validation faces to age.")
+@click.option(
+    "--media", type=click.Path(exists=True, path_type=Path), multiple=True, help="A clip, or a folder of clips."
+)
+@click.option(
+    "--reader", "readers", type=click.Path(exists=True, path_type=Path), multiple=True,
+    help="An age estimator that was in a loss: how far is it fooled?",
+)  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
-@click.option("--faces", "count", type=click.IntRange(1), default=96, help="Validation faces, drawn at random.")
-def main(data: Path, teacher: Path, cache: Path, count: int) -> None:
-    """Measure the bundled model."""
-    networks = load_networks()
-    judge = load_teacher(teacher)
-    size = networks.ager.size_px
-    faces = load_faces(data, size, cache)
-    val, train = faces.val, faces.train
-    young = np.flatnonzero((val.ages >= YOUNG[0]) & (val.ages <= YOUNG[1]))
-    x = _pixels(val.pixels[np.random.default_rng(0).choice(young, count, replace=False)])
-    (present,) = networks.age_reader(x)
-    before = embed(judge, teacher_view(torch.from_numpy(x)))
-    mask = face_mask(size)
-    mean_young = _pixels(train.pixels[(train.ages >= YOUNG[0]) & (train.ages <= YOUNG[1])]).mean(0)
-
-    def describe(delta: np.ndarray) -> dict[str, float]:
-        made = np.clip(x + mask * delta, -1, 1).astype(np.float32)
-        (read,) = networks.age_reader(made)
-        cosine = (before * embed(judge, teacher_view(torch.from_numpy(made)))).sum(1)
-        return {"age_read": round(float(read.mean()), 1), "teacher_cosine": round(float(cosine.mean()), 3)}
-
-    click.echo(json.dumps({"untouched": {"age_read": round(float(present.mean()), 1)}}))
-    for target in TARGETS_YEARS:
-        near = (np.abs(val.ages - target) <= REAL_WITHIN_YEARS, np.abs(train.ages - target) <= REAL_WITHIN_YEARS)
-        (real,) = networks.age_reader(_pixels(val.pixels[near[0]]))
-        aged = networks.ager.age(x, present, np.full(count, target, np.float32))
-        row = {
-            "target": target,
-            "faceage": describe(aged.deltas),
-            "mean_difference": describe(_pixels(train.pixels[near[1]]).mean(0) - mean_young),
-            "real_faces_age_read": round(float(real.mean()), 1),
-        }
-        click.echo(json.dumps(row))
+def main(
+    data: Path, teacher: Path, judge: Path, out: Path, model: str, count: int, media: tuple[Path, ...],
+    readers: tuple[Path, ...], cache: Path,
+) -> None:  # fmt: skip
+    """Write the quality scorecard of a model."""
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
+    out.mkdir(parents=True, exist_ok=True)
+    panel = Panel(judge, teacher, readers)
+    results = evaluate(data, cache, panel, load_networks(model=model), count, find_clips(media), out)
+    (out / "scorecard.json").write_text(json.dumps(plain(results), indent=1))
+    card = render(results)
+    (out / "scorecard.md").write_text(card)
+    click.echo(card)
+    if results["wrong"]:
+        raise click.ClickException("the scorecard is wrong: " + "; ".join(results["wrong"]))
 
 
-def _pixels(pixels: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(to_tensor(pixels).numpy())
+def find_clips(media: tuple[Path, ...]) -> list[Path]:
+    """Return the clips among files and, not recursively, folders."""
+    found = []
+    for path in media:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        found += [file for file in inside if path.is_file() or file.suffix.lower() in VIDEO_SUFFIXES]
+    return found
 
 
 if __name__ == "__main__":
