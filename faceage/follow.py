@@ -223,11 +223,15 @@ class Follower:
         return [sight if keep else None for sight, keep in zip(found, good, strict=True)]
 
     def _begin(self, sights: list[Sight], frame: Frame, index: int) -> list[Path]:
-        """Return a path for each detection, refined as the sights after it: or it would begin with a jerk."""
+        """Return a path for each detection, refined as the sights after it: or it would begin with a jerk.
+
+        Twice, because only then does the detector's box stay where it is.
+        """
         paths = [Path([sight]) for sight in sights]
-        for path, sight in zip(paths, self._refine(paths, frame, index), strict=True):
-            if sight:
-                path.sights = [sight._replace(detected=True)]
+        for _ in range(2):
+            for path, sight in zip(paths, self._refine(paths, frame, index), strict=True):
+                if sight:
+                    path.sights = [sight._replace(detected=True)]
         return paths
 
     def _follow_back(self, new: list[Path], span: list[Frame], first: int) -> None:

@@ -1,8 +1,11 @@
 """The detector against facenet-pytorch's MTCNN, and what a tracker and a pipeline rely on.
 
-MTCNN's boxes move with the proposal that happens to win: facenet-pytorch's own agree with those of the same
-picture shifted by (3, 2) pixels to an IoU of 0.94 on average, 0.82 at worst, and landmarks to 4 % of the eye
-distance, 15 % at worst (43 faces of the photos and clips). The tolerances here come from that.
+Which proposal wins in MTCNN hangs on single grey levels, so only the same arithmetic on the same pixels gives the
+same boxes; with it, they agree to an IoU of 1.000 (49 faces of the photos and clips, at full size). Facenet-pytorch's
+own boxes in two RGB conversions of the same video frames, FFmpeg's fast one and its accurate one, overlap by more
+than 0.9 for only 81 % of 81 faces (mean 0.94, worst 0.81), and for 77 % when a picture is shifted by (3, 2) pixels.
+Ours from the native planes, which no 8-bit RGB equals, agree with those of the accurate conversion for 96 % of 84
+(mean 0.97, worst 0.80). The landmarks are ours (`LOOKS` in detect.py), so they differ a little everywhere.
 """
 
 import os
@@ -17,7 +20,7 @@ import numpy as np
 import pytest
 from skimage import data
 
-from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
+from faceage.detect import DetectConfig, Detector, _Sums, detector_programs, load_detector
 from faceage.engines.store import EngineStore
 from faceage.types import RGB, ColorSpec, Faces, Frame
 
@@ -37,11 +40,12 @@ def detector(engine_store):
 
 @pytest.fixture(scope="session")
 def reference():
-    """facenet-pytorch's MTCNN: picture to (boxes, scores, landmarks)."""
-    mtcnn = pytest.importorskip("facenet_pytorch").MTCNN(min_face_size=20, keep_all=True, device="cpu")
+    """facenet-pytorch's MTCNN: picture and smallest face to (boxes, scores, landmarks)."""
+    networks = pytest.importorskip("facenet_pytorch").MTCNN(keep_all=True, device="cpu")
 
-    def detect(picture):
-        boxes, scores, landmarks = mtcnn.detect(picture, landmarks=True)
+    def detect(picture, min_face_px=20):
+        networks.min_face_size = min_face_px
+        boxes, scores, landmarks = networks.detect(picture, landmarks=True)
         if boxes is None:
             return np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2))
         return boxes.astype(float), scores.astype(float), landmarks.astype(float)
@@ -53,9 +57,9 @@ def rgb_frame(picture):
     return Frame(planes=(np.ascontiguousarray(picture),), pixel_format="rgb24", color=RGB)
 
 
-def decoded_frame(frame):
+def decoded_frame(frame, matrix="bt709"):
     planes = tuple(np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes)
-    return Frame(planes=planes, pixel_format=frame.format.name, color=ColorSpec(), native=frame)
+    return Frame(planes=planes, pixel_format=frame.format.name, color=ColorSpec(matrix=matrix), native=frame)
 
 
 def turned(picture, degrees, scale=1.0):
@@ -78,31 +82,38 @@ def face_scale(landmarks):
     return np.maximum(np.linalg.norm(down, axis=-1), np.linalg.norm(across, axis=-1))
 
 
+SURE = 0.98
+"""Face probability above which a face must be found by both."""
+
+
 def compare(faces, expected):
-    """Assert that both found the same faces; return the IoU and the relative landmark error of each."""
+    """Return the IoU of each sure face of either side with the nearest of the other, and the landmarks' errors."""
     boxes, scores, landmarks = expected
-    # facenet-pytorch's faces lie about one pixel to the right and below: its crop of a box starts a pixel
-    # before the box that the result is mapped by (`pad`, which also truncates).
-    boxes, landmarks = boxes - 0.9, landmarks - 0.9
-    overlap = iou(boxes, faces.boxes)
-    sure = scores > 0.95
-    assert (overlap.max(1, initial=0)[sure] > 0.6).all(), f"missed: {boxes[sure]} among {faces.boxes}"
-    extra = overlap.max(0, initial=0)[faces.scores > 0.95] < 0.6
-    assert not extra.any(), f"{extra.sum()} faces that the reference has not"
-    if not sure.any():
-        return np.zeros(0), np.zeros(0)
-    match = overlap.argmax(1)[sure]
-    error = np.linalg.norm(faces.landmarks[match] - landmarks[sure], axis=-1).mean(1)
-    return overlap.max(1)[sure], error / face_scale(landmarks[sure])
+    # facenet-pytorch's boxes are edges, for it cuts pictures by them; its landmarks are about a pixel to the right and
+    # below, for its crop of a box starts up to a pixel before the box that the result is mapped by (`pad`).
+    overlap = iou(boxes - 0.5, faces.boxes)
+    sure = scores > SURE
+    theirs, ours = overlap.max(1, initial=0)[sure], overlap.max(0, initial=0)[faces.scores > SURE]
+    found = sure & (overlap.max(1, initial=0) > 0.5)
+    error = np.linalg.norm(faces.landmarks[overlap[found].argmax(1)] - landmarks[found] + 0.9, axis=-1).mean(1)
+    return np.concatenate([theirs, ours]), error / face_scale(landmarks[found])
 
 
-@pytest.mark.parametrize(("degrees", "scale"), [(0, 1), (0, 0.5), (15, 1), (-20, 0.8), (0, 0.2)])
+@pytest.mark.parametrize(("degrees", "scale"), [(0, 1), (0, 0.5), (15, 1), (-20, 0.8), (0, 0.2), (30, 1.2)])
 def test_same_faces_as_facenet_pytorch_on_the_astronaut(detector, reference, degrees, scale):
     picture = turned(data.astronaut(), degrees, scale)
     overlap, error = compare(detector.detect([rgb_frame(picture)]), reference(picture))
-    assert len(overlap) == 1
-    assert overlap.min() > 0.75
+    assert len(overlap) >= 2
+    assert overlap.min() > 0.9
     assert error.max() < 0.12
+
+
+@pytest.mark.parametrize("corner", [(75, 0), (0, 195), (80, 190), (91, 101)])
+def test_same_faces_as_facenet_pytorch_at_the_edge(detector, reference, corner):
+    picture = data.astronaut()[corner[0] :, corner[1] :]
+    overlap, _ = compare(detector.detect([rgb_frame(picture)]), reference(picture))
+    assert len(overlap) >= 2
+    assert overlap.min() > 0.9
 
 
 def test_same_faces_as_facenet_pytorch_on_a_crowd(detector, reference):
@@ -111,27 +122,117 @@ def test_same_faces_as_facenet_pytorch_on_a_crowd(detector, reference):
         tile = cv2.resize(data.astronaut(), (size, size), interpolation=cv2.INTER_AREA)
         picture[row : row + size, column : column + size] = tile
     overlap, error = compare(detector.detect([rgb_frame(picture)]), reference(picture))
-    assert len(overlap) == 3
-    assert overlap.mean() > 0.8
+    assert len(overlap) == 6
+    assert overlap.min() > 0.9
     assert error.mean() < 0.08
 
 
+def clip_frames(name, every):
+    with av.open(MEDIA / name) as container:
+        yield from islice(container.decode(video=0), 0, None, every)
+
+
+CLIPS = [("street_crowd_1080p.mp4", "bt709", 15), ("talking_head_1080.mp4", "bt601", 50)]
+"""Name, colour matrix, and which frames are sampled."""
+
+
 @pytest.mark.skipif(not MEDIA.is_dir(), reason=f"{MEDIA} is not there")
-@pytest.mark.parametrize("name", ["photos", "street_crowd_1080p.mp4", "talking_head_1080.mp4"])
-def test_same_faces_as_facenet_pytorch_on_real_media(detector, reference, name):
+@pytest.mark.parametrize("name", ["photos", *(name for name, _, _ in CLIPS)])
+def test_same_faces_as_facenet_pytorch_on_real_media(engine_store, reference, name):
     if name == "photos":
-        paths = [MEDIA / f"{stem}.jpg" for stem in ("group_photo", "obama-480p", "two_people")]
-        pictures = [cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB) for path in paths]
-        pairs = [(rgb_frame(picture), picture) for picture in pictures]
+        pictures = [cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB) for path in sorted(MEDIA.glob("*.jpg"))]
     else:
-        with av.open(MEDIA / name) as container:
-            decoded = list(islice(container.decode(video=0), 0, 61, 30))
-        pairs = [(decoded_frame(frame), frame.to_ndarray(format="rgb24")) for frame in decoded]
-    results = [compare(detector.detect([frame]), reference(picture)) for frame, picture in pairs]
-    overlap, error = (np.concatenate(parts) for parts in zip(*results, strict=True))
-    assert overlap.mean() > 0.85
+        every = next(every for clip, _, every in CLIPS if clip == name)
+        pictures = [frame.to_ndarray(format="rgb24") for frame in clip_frames(name, every)]
+    detector = load_detector(engine_store)
+    overlaps, errors = [], []
+    for picture in pictures:
+        smallest = detector.config.smallest_face_px(*picture.shape[1::-1])
+        overlap, error = compare(detector.detect([rgb_frame(picture)]), reference(picture, smallest))
+        overlaps.append(overlap)
+        errors.append(error)
+    overlap, error = np.concatenate(overlaps), np.concatenate(errors)
+    assert len(overlap) >= 2 * len(pictures)
+    assert overlap.min() > 0.9
+    assert overlap.mean() > 0.98
     assert error.mean() < 0.06
     assert error.max() < 0.2
+
+
+def accurate_rgb(frame, matrix):
+    """Return FFmpeg's RGB of a frame without its short cuts, which are up to three grey levels off."""
+    graph = av.filter.Graph()
+    flags = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+    nodes = [
+        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base),
+        graph.add("scale", f"in_color_matrix={matrix}:in_range=tv:out_range=pc:flags={flags}"),
+        graph.add("format", "rgb24"),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(*nodes).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()
+
+
+@pytest.mark.skipif(not MEDIA.is_dir(), reason=f"{MEDIA} is not there")
+def test_native_planes_agree_better_than_two_rgb_conversions(engine_store, reference):
+    detector = load_detector(engine_store)
+    ours, theirs = [], []
+    for name, matrix, every in CLIPS:
+        for frame in clip_frames(name, every):
+            smallest = detector.config.smallest_face_px(frame.width, frame.height)
+            accurate = reference(accurate_rgb(frame, matrix), smallest)
+            ours.append(compare(detector.detect([decoded_frame(frame, matrix)]), accurate)[0])
+            fast_boxes, fast_scores, _ = reference(frame.to_ndarray(format="rgb24"), smallest)
+            theirs.append(iou(fast_boxes, accurate[0]).max(1, initial=0)[fast_scores > SURE])
+    ours, theirs = np.concatenate(ours), np.concatenate(theirs)
+    assert ours.min() > 0.75
+    assert ours.mean() > max(0.95, theirs.mean())
+    assert (ours > 0.9).mean() > 0.85
+
+
+@pytest.mark.parametrize("pixel_format", ["rgb24", "rgb48", "gray"])
+def test_means_are_torchs_area_interpolation(pixel_format):
+    from torch import from_numpy
+    from torch.nn.functional import interpolate
+
+    picture = np.random.default_rng(0).integers(0, 255, (75, 91, 3), np.uint8)
+    frame = rgb_frame(picture)
+    if pixel_format == "rgb48":
+        frame = Frame(planes=(picture.astype(np.uint16) * 257,), pixel_format="rgb48", color=RGB)
+    elif pixel_format == "gray":
+        picture = np.repeat(picture[..., :1], 3, 2)
+        frame = Frame(planes=(np.ascontiguousarray(picture[..., 0]),), pixel_format="gray", color=RGB)
+    pixels = from_numpy((picture.transpose(2, 0, 1)[None] - np.float32(127.5)) / 128)
+    sums = _Sums(frame)
+    level = sums.picture(40, 33)
+    assert level.shape == (3, 34, 40)
+    np.testing.assert_allclose(level[:, :33], interpolate(pixels, size=(33, 40), mode="area")[0], atol=1e-5)
+    np.testing.assert_allclose(level[:, 33], level[:, 32], atol=1e-6)
+    low, high = np.array([[0, 0], [70, 20], [17, 3]]), np.array([[91, 75], [81, 29], [65, 52]])
+    for (x0, y0), (x1, y1), crop in zip(low, high, sums.rectangles(low, high, 24), strict=True):
+        want = interpolate(pixels[..., y0:y1, x0:x1], size=(24, 24), mode="area")[0]
+        np.testing.assert_allclose(crop, want, atol=1e-5)
+
+
+def test_large_frames(detector, monkeypatch):
+    want = detector.detect([rgb_frame(data.astronaut())])
+    white = np.full((3000, 3000, 3), 255, np.uint8)
+    white[-512:, -512:] = data.astronaut()  # where the sums have passed 2^31
+    faces = detector.detect([rgb_frame(white)])
+    assert iou(faces.boxes - 2488, want.boxes)[:, 0].max() > 0.8
+    monkeypatch.setattr("faceage.detect.MAX_SUMMED_PIXELS", 100_000)
+    shrunk = detector.detect([rgb_frame(data.astronaut())])
+    assert len(shrunk) == 1
+    assert iou(shrunk.boxes, want.boxes)[0, 0] > 0.8
+    assert np.abs(shrunk.landmarks - want.landmarks).max() < 2.0
+
+
+@pytest.mark.parametrize("side", [24, 25, 27, 37, 49, 98, 103])
+def test_frames_as_small_as_the_smallest_face(engine_store, side):
+    frame = rgb_frame(cv2.resize(data.astronaut(), (side, side)))
+    smallest = load_detector(engine_store, DetectConfig(min_face_px=side))
+    assert isinstance(smallest.detect([frame]), Faces)
 
 
 def test_fast_pnet_is_pnet(engine_store):
@@ -228,7 +329,8 @@ def test_nothing_in_nothing_out(detector):
 
 def test_refinement_stays_where_it_is(detector):
     frames = [rgb_frame(turned(data.astronaut(), degrees, scale)) for degrees, scale in ((0, 1), (15, 0.6), (-10, 0.3))]
-    first = faces = detector.refine(frames, detector.detect(frames))
+    # From the cascade's box, which hangs on its proposal, it settles first.
+    first = faces = detector.refine(frames, detector.refine(frames, detector.detect(frames)))
     assert len(faces) == 3
     for _ in range(30):
         faces = detector.refine(frames, faces)
@@ -275,7 +377,7 @@ def test_limits_on_the_smallest_face(detector):
     assert DetectConfig(min_face_px=20).smallest_face_px(1920, 1080) == 20
     assert DetectConfig(min_face_px=20).smallest_face_px(6000, 4000) == pytest.approx(56.25)
     frame = rgb_frame(cv2.resize(data.astronaut(), (256, 256)))
-    picky = Detector(detector._pnet, detector._rnet, detector._onet, DetectConfig(min_face_px=100))
+    picky = Detector(detector._pnet, detector._rnet, detector._onet, DetectConfig(min_face_px=150))
     assert len(detector.detect([frame])) == 1
     assert len(picky.detect([frame])) == 0
 

@@ -25,8 +25,11 @@ ONET_SIZE_PX = 48
 PNET_MIN_PX = 14
 """P-Net's least side. Sides are even, so that its pooling, which rounds up, has no partial window."""
 
-_HEIGHT = Axis("height", min=PNET_MIN_PX, typical=360, max=16384, multiple=2)
-_WIDTH = Axis("width", min=PNET_MIN_PX, typical=640, max=16384, multiple=2)
+PNET_MAX_PX = 16386
+"""A pyramid's level has a pixel more than the frame at its scale, and one more to be even."""
+
+_HEIGHT = Axis("height", min=PNET_MIN_PX, typical=360, max=PNET_MAX_PX, multiple=2)
+_WIDTH = Axis("width", min=PNET_MIN_PX, typical=640, max=PNET_MAX_PX, multiple=2)
 _ROWS, _COLUMNS = Axis("rows"), Axis("columns")
 
 
