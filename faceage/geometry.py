@@ -6,6 +6,7 @@ A 2x3 matrix A maps a point p to A[:, :2] @ p + A[:, 2].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -81,14 +82,36 @@ def face_mask(size_px: int) -> FloatArray:
     Returns:
         float32 [size_px, size_px], in [0, 1].
     """
-    centre = (np.arange(size_px, dtype=np.float64) + 0.5) / size_px
-    x, y = (centre - _MASK_CENTRE[0]) / _MASK_RADII[0], (centre - _MASK_CENTRE[1]) / _MASK_RADII[1]
-    radius = np.hypot(x[None, :], y[:, None])
-    ramp = np.clip((1 - radius) / (1 - _MASK_CORE), 0, 1)
-    mask = (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+    mask = _soft_ellipse(size_px, _MASK_CENTRE, _MASK_RADII, _MASK_CORE)
     mask[:2], mask[-2:], mask[:, :2], mask[:, -2:] = 0, 0, 0, 0
     mask.flags.writeable = False  # it is made once a size and shared
     return mask
+
+
+@cache
+def skin_mask(size_px: int) -> FloatArray:
+    """Return 1 over the skin of an aligned crop, falling smoothly to 0 over the eyeballs and between the lips.
+
+    Returns:
+        float32 [size_px, size_px], in [0, 1].
+    """
+    left, right, _, mouth_left, mouth_right = TEMPLATE_5
+    mouth = (mouth_left + mouth_right) / 2 + _TEETH_BELOW_CORNERS
+    mask = np.ones((size_px, size_px), np.float32)
+    for centre, radii in ((left, _EYE_RADII), (right, _EYE_RADII), (mouth, _MOUTH_RADII)):
+        mask *= 1 - _soft_ellipse(size_px, centre, radii, _FEATURE_CORE)
+    mask.flags.writeable = False
+    return mask
+
+
+def _soft_ellipse(
+    size_px: int, centre: Sequence[float] | FloatArray, radii: Sequence[float], core: float
+) -> FloatArray:
+    """Return 1 inside `core` of the radii, falling smoothly to 0 at them; fractions of the crop."""
+    pixels = (np.arange(size_px, dtype=np.float64) + 0.5) / size_px
+    x, y = (pixels - centre[0]) / radii[0], (pixels - centre[1]) / radii[1]
+    ramp = np.clip((1 - np.hypot(x[None, :], y[:, None])) / (1 - core), 0, 1)
+    return (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
 
 
 _MASK_CENTRE = (0.5, 0.515)
@@ -96,3 +119,8 @@ _MASK_RADII = (0.45, 0.45)
 """Half axes of the ellipse, as fractions of the crop: UTKFace's faces fill it from ear to ear."""
 _MASK_CORE = 0.62
 """Share of the radius inside which the mask is 1."""
+_EYE_RADII = (0.10, 0.055)
+_MOUTH_RADII = (0.165, 0.07)
+"""Half axes of an eye between its lids and of an open mouth between its lips, each with its soft rim."""
+_FEATURE_CORE = 0.4
+_TEETH_BELOW_CORNERS = np.array([0, 0.012], np.float32)

@@ -5,8 +5,10 @@ from faceage.errors import ShapeError
 from faceage.geometry import (
     TEMPLATE_5,
     apply_affine,
+    face_mask,
     invert_affine,
     similarity_to_template,
+    skin_mask,
     template_5,
 )
 
@@ -84,3 +86,19 @@ def test_template_is_symmetric():
 def test_template_scales_about_the_corner_of_the_first_pixel():
     small, large = template_5(64), template_5(128)
     np.testing.assert_allclose((small + 0.5) * 2 - 0.5, large, atol=1e-4)
+
+
+def test_skin_is_where_neither_eyes_nor_mouth_are():
+    mask = skin_mask(128)
+    left, right, nose, *corners = np.rint(template_5(128)).astype(int)
+    mouth = np.mean(corners, 0).astype(int)
+    assert mask[left[1], left[0]] == mask[right[1], right[0]] == mask[mouth[1], mouth[0]] == 0
+    assert mask[nose[1], nose[0]] == mask[left[1] + 12, left[0]] == mask[40, 64] == 1  # nose, eye bag, root of the nose
+    np.testing.assert_allclose(mask, mask[:, ::-1], atol=1e-6)
+    assert not mask.flags.writeable
+
+
+def test_masks_are_the_same_at_every_size():
+    for mask in (face_mask, skin_mask):
+        small = mask(128).reshape(64, 2, 64, 2).mean((1, 3))
+        assert np.abs(small - mask(64))[2:-2, 2:-2].max() < 0.1

@@ -16,13 +16,13 @@ import click
 
 SHARES = {
     "identity": 0.15,
-    "age": 0.05,
+    "age": 0.07,
     "reader64": 0.04,
     "reader32": 0.03,
     "judge": 0.08,
     "gan": 0.20,
     "encoder": 0.05,
-    "aging": 0.40,
+    "aging": 0.38,
 }
 """Run folder of each step that trains, and its part of the hours."""
 

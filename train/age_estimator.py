@@ -24,7 +24,7 @@ import torch
 
 from faceage.checkpoint import Header, save
 from faceage.networks.regressors import AgeEstimator, TrunkDims
-from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
+from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
 from train.identity import degrade
 from train.run import EMA, Run, Script, device, git_commit, run_options
 
@@ -91,8 +91,12 @@ def main(
     is_over = run.is_over
     while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
-        x, _, ages = sampler()
-        want = torch.from_numpy(ages).clamp(0, 100).to(where)
+        rows = sampler.indices()
+        pixels = train.pixels[rows]
+        flip = sampler.random.random(len(rows)) < 0.5
+        pixels[flip] = pixels[flip, :, ::-1]
+        x = to_tensor(zoom(pixels, sampler.random))
+        want = torch.from_numpy(train.ages[rows]).clamp(0, 100).to(where)
         x = shift_and_jitter(degrade(x).to(where), shift_px=dims.size_px // 20, colour=0.3)
         with torch.autocast(where.type, torch.bfloat16):
             log_p = net.log_probabilities(x.contiguous(memory_format=torch.channels_last))

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faceage.agers.age_cgan import CHROMA_BLUR, CHROMA_SHARE
+from faceage.agers.age_cgan import CHROMA_BLUR, CHROMA_SHARE, feature_shares
 from faceage.ages import age_to_classes
 from faceage.checkpoint import Header, load, save
 from faceage.geometry import face_mask
@@ -59,12 +59,12 @@ class Config:
     pixel_weight: float = 4.0
     """Weight of the mean squared error of the reconstruction inside the mask."""
     reconstruction_identity_weight: float = 0.5
-    identity_weight: float = 0.5
+    identity_weight: float = 0.25
     """Weight of 1 - cosine between the face and the aged face."""
-    delta_weight: float = 0.2
+    delta_weight: float = 0.1
     """Weight of the mean absolute change."""
     prior_weight: float = 0.02
-    age_weight: float = 0.3
+    age_weight: float = 0.8
     """Weight of the estimators' error, in decades, once it is fully on."""
     age_start: float = 0.25
     """Share of the budget after which the age loss begins; it is fully on a quarter of the budget later."""
@@ -81,8 +81,8 @@ def load_reader(path: Path) -> AgeEstimator:
     return net.eval().requires_grad_(False)
 
 
-def calm_chroma(delta: Tensor) -> Tensor:
-    """Blur and weaken the chroma of differences [N, 3, S, S] as the product does."""
+def calm(delta: Tensor) -> Tensor:
+    """Weaken differences [N, 3, S, S] as the product does: their chroma, and all of them on eyeballs and teeth."""
     luma = (delta * delta.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     side = delta.shape[-1]
     # The blur of a row as a matrix [S, S], border pixels repeated: far cheaper than a convolution a channel.
@@ -91,7 +91,8 @@ def calm_chroma(delta: Tensor) -> Tensor:
     weights = torch.exp(-0.5 * (offsets / (CHROMA_BLUR * side)) ** 2)
     source = (place[:, None] + offsets).clamp(0, side - 1)
     blur = delta.new_zeros(side, side).scatter_add(1, source, (weights / weights.sum()).expand(side, -1))
-    return luma + CHROMA_SHARE * (blur @ (delta - luma) @ blur.T)
+    shares = torch.from_numpy(feature_shares(side)).to(delta.device)
+    return (luma + CHROMA_SHARE * (blur @ (delta - luma) @ blur.T)) * shares
 
 
 def read_ages(readers: list[AgeEstimator], x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def age_faces(
     z = E(x).float()
     made = G((z + noise * torch.randn_like(z)).repeat(2, 1), torch.cat([source, target])).float()
     reconstruction, aged = made.chunk(2)
-    delta = calm_chroma(aged - reconstruction) * mask
+    delta = calm(aged - reconstruction) * mask
     return x + delta, reconstruction, delta, z
 
 

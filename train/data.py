@@ -278,3 +278,14 @@ def shift_and_jitter(x: Tensor, shift_px: int = 4, colour: float = 0.2) -> Tenso
     offset = torch.rand(count, 3, 1, 1, device=x.device) + torch.rand(count, 1, 1, 1, device=x.device) * 2 - 1.5
     mean = x.mean((2, 3), keepdim=True)
     return (x - mean) * gain + mean + colour * offset
+
+
+def zoom(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Turn (up to 10 degrees) and scale (up to 10 %) each face [N, S, S, 3] by an amount of its own."""
+    side = pixels.shape[1]
+    made = []
+    for face in pixels:
+        angle, scale = random.uniform(-10, 10), random.uniform(0.9, 1.1)
+        matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
+        made.append(cv2.warpAffine(face, matrix, (side, side), borderMode=cv2.BORDER_REFLECT_101))
+    return np.stack(made)

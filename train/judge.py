@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceage.checkpoint import Header, load, save
-from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
+from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
 from train.run import EMA, Run, Script, device, git_commit, run_options
 
 JUDGE_PX = 128
@@ -105,17 +104,6 @@ def soften(x: Tensor) -> Tensor:
     part = len(x) // 4
     more = F.interpolate(F.avg_pool2d(x[:part], 3, 3), x.shape[2:], mode="bicubic", align_corners=False)
     return torch.cat([more, blurred[part : 2 * part], x[2 * part :]])
-
-
-def zoom(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Turn (up to 10 degrees) and scale (up to 10 %) each face [N, S, S, 3] by its own amount."""
-    side = pixels.shape[1]
-    made = []
-    for face in pixels:
-        angle, scale = random.uniform(-10, 10), random.uniform(0.9, 1.1)
-        matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
-        made.append(cv2.warpAffine(face, matrix, (side, side), borderMode=cv2.BORDER_REFLECT_101))
-    return np.stack(made)
 
 
 @torch.inference_mode()

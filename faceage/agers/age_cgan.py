@@ -14,6 +14,7 @@ from faceage.agers.base import AgedFaces, Composite
 from faceage.agers.latent import Fit, LatentConfig, optimize_latents
 from faceage.ages import age_to_classes
 from faceage.engines.base import Engine
+from faceage.geometry import face_mask, skin_mask
 from faceage.types import FloatArray, IntArray
 
 
@@ -94,7 +95,7 @@ class AgeCGAN:
         (aged,) = self._generator(z, age_to_classes(target_age))
         if self._composite == "delta":
             (reference,) = self._generator(z, age_to_classes(source_age))
-            deltas = _calm_chroma(aged - reference)
+            deltas = _calm(aged - reference) * _contrast(pixels, reference)
         else:
             deltas = aged - pixels
         identity = np.full(len(pixels), np.nan, np.float32)
@@ -103,22 +104,42 @@ class AgeCGAN:
         return AgedFaces(deltas=deltas, latents=z, identity=identity)
 
 
-CHROMA_SHARE = 0.4
+CHROMA_SHARE = 0.1
 """Share of the generator's change of colour that is kept. Its luma is what ages a face, its chroma is mostly blotches:
-at this share the age estimator reads faces at most two years younger for a target of 70, and nobody turns purple."""
+with more, skin turns red or pale, and eyes and teeth take the colour of the skin."""
 CHROMA_BLUR = 0.05
 """Standard deviation of the blur of that change, in sides of the crop."""
+FEATURE_SHARE = 0.35
+"""Share of the change that is kept on eyeballs and teeth: 64 pixels draw them badly."""
 
 
-def _calm_chroma(deltas: FloatArray) -> FloatArray:
-    """Blur and weaken the chroma of RGB differences [F, 3, S, S]; their luma is kept."""
+def _calm(deltas: FloatArray) -> FloatArray:
+    """Blur and weaken the chroma of RGB differences [F, 3, S, S], and weaken all of it on eyeballs and teeth."""
+    size = deltas.shape[-1]
     luma = np.einsum("fchw,c->fhw", deltas, _LUMA)[:, None]
     chroma = deltas - luma
-    sigma = CHROMA_BLUR * deltas.shape[-1]
     for face in chroma:
         for channel in face:
-            cv2.GaussianBlur(channel, (0, 0), sigma, dst=channel, borderType=cv2.BORDER_REPLICATE)
-    return luma + np.float32(CHROMA_SHARE) * chroma
+            cv2.GaussianBlur(channel, (0, 0), CHROMA_BLUR * size, dst=channel, borderType=cv2.BORDER_REPLICATE)
+    return (luma + np.float32(CHROMA_SHARE) * chroma) * feature_shares(size)
+
+
+def _contrast(pixels: FloatArray, reference: FloatArray) -> FloatArray:
+    """Return how much weaker the contrast of faces [F, 3, S, S] is than that of their reconstructions, at most 1.
+
+    The generator has hardly seen faces in the dark or in fog: it makes them brighter, and their change too strong.
+
+    Returns:
+        float32 [F, 1, 1, 1].
+    """
+    inside = face_mask(pixels.shape[-1]) > 0.5
+    ours, theirs = (np.einsum("fchw,c->fhw", faces, _LUMA)[:, inside].std(1) for faces in (pixels, reference))
+    return np.minimum(1, ours / np.maximum(theirs, 1e-6)).astype(np.float32)[:, None, None, None]
+
+
+def feature_shares(size_px: int) -> FloatArray:
+    """Return the share of the change that is kept in each pixel of a crop: float32 [size_px, size_px]."""
+    return np.float32(FEATURE_SHARE) + np.float32(1 - FEATURE_SHARE) * skin_mask(size_px)
 
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
