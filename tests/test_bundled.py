@@ -51,3 +51,13 @@ def test_the_fit_improves_on_the_encoder(bundled):
     fit = bundled.ager.fit(pixels, np.full(len(faces), 30, np.float32))
     assert len(faces) == 3
     assert (fit.losses < 0.9 * fit.first_losses).all()
+
+
+def test_a_face_with_less_contrast_than_the_generator_gives_it_changes_less():
+    from faceage.agers.age_cgan import _contrast
+
+    rng = np.random.default_rng(0)
+    made = rng.normal(size=(2, 3, 64, 64)).astype(np.float32)
+    faint = made * np.array([0.25, 3], np.float32)[:, None, None, None]
+    np.testing.assert_allclose(_contrast(faint, made).ravel(), [0.25, 1], rtol=1e-5)
+    assert _contrast(made[:0], made[:0]).shape == (0, 1, 1, 1)

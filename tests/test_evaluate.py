@@ -390,7 +390,7 @@ def judges(tmp_path_factory):
     dims = TrunkDims(size_px=32, widths=(8, 8, 8), blocks=(1, 1, 1), outputs=101)
     headers = {"judge": {"size_px": 128}, "age-estimator": dataclasses.asdict(dims)}
     for (arch, its_dims), network in zip(headers.items(), (Judge(), AgeEstimator(dims)), strict=True):
-        header = Header(arch=arch, dims=its_dims, stage="test", images_seen=0)
+        header = Header(arch=arch, dims=its_dims, stage="test", images_seen=0, train_config={"half": 0})
         save(folder / f"{arch}.safetensors", network.state_dict(), header)
     torch.save({"net_state_dict": MobileFaceNet().state_dict()}, folder / "teacher.ckpt")
     return folder

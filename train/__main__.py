@@ -38,6 +38,14 @@ SHARES = {
 @click.option("--bundle/--no-bundle", default=True, help="Copy the result into the package.")
 def main(data: Path, teacher: Path, runs: Path, hours: float, cache: Path | None, bundle: bool) -> None:
     """Train everything."""
+    runs.mkdir(parents=True, exist_ok=True)
+    started = runs / "hours.txt"
+    if started.exists() and float(started.read_text()) != hours:
+        # A step that trained on would change the parents of the steps after it.
+        raise click.ClickException(
+            f"{runs} was started with --hours {started.read_text()}, now it is {hours:g}; give that, or other --runs"
+        )
+    started.write_text(f"{hours:g}")
     for step, args in commands(data, teacher, runs, hours, cache or runs / "cache"):
         if step == "bundle" and not bundle:
             continue

@@ -22,11 +22,15 @@ import click
 import numpy as np
 import torch
 
-from faceage.checkpoint import Header, save
+from faceage.checkpoint import Header, load, save
+from faceage.errors import CheckpointError
 from faceage.networks.regressors import AgeEstimator, TrunkDims
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
 from train.identity import degrade
 from train.run import EMA, Run, Script, device, git_commit, run_options
+
+LOSS_HALF = 0
+"""The half of the training pictures for estimators that are in a loss; `train.judge` learns from the other."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,23 @@ class Config:
     half: int | None = None
     """Learn from this half of the training pictures only, 0 or 1."""
     seed: int = 4
+
+
+def load_reader(path: Path) -> AgeEstimator:
+    """Load an age estimator for a loss, frozen, in evaluation mode.
+
+    Raises:
+        CheckpointError: if it may have learned from the pictures that the judge learned from.
+    """
+    header, weights = load(path, "age-estimator")
+    if header.train_config.get("half") != LOSS_HALF:
+        raise CheckpointError(
+            f"{path} did not learn from half {LOSS_HALF} alone, the judge's pictures may be among its own; "
+            f"train it with --half {LOSS_HALF}"
+        )
+    net = AgeEstimator(TrunkDims(**header.dims))
+    net.load_state_dict(weights)
+    return net.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -91,12 +112,9 @@ def main(
     is_over = run.is_over
     while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
-        rows = sampler.indices()
-        pixels = train.pixels[rows]
-        flip = sampler.random.random(len(rows)) < 0.5
-        pixels[flip] = pixels[flip, :, ::-1]
+        pixels, ages = sampler.draw()
         x = to_tensor(zoom(pixels, sampler.random))
-        want = torch.from_numpy(train.ages[rows]).clamp(0, 100).to(where)
+        want = torch.from_numpy(ages).clamp(0, 100).to(where)
         x = shift_and_jitter(degrade(x).to(where), shift_px=dims.size_px // 20, colour=0.3)
         with torch.autocast(where.type, torch.bfloat16):
             log_p = net.log_probabilities(x.contiguous(memory_format=torch.channels_last))

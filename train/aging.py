@@ -5,7 +5,8 @@
         --reader runs/reader32/age-estimator.safetensors --out runs/aging --minutes 60
 
 The first two steps give a generator that ages faces of its own and an encoder that finds a real face among them; how
-old a *real* face looks after `x + mask * (G(z, target) - G(z, source))` was in no loss. Here it is:
+old a *real* face looks after `x + mask * (G(z, target) - G(z, source))` was in no loss. Here it is, as the product
+makes it but for the optimization of z and for the smaller change where contrast is low:
 
 - an adversary, started from the GAN's, sees these faces beside real ones of the target age, inside the mask only (hair
   does not change, and would give every aged face away). It also sees faces with a wrong age as fakes, the unchanged
@@ -30,12 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faceage.agers.age_cgan import CHROMA_BLUR, CHROMA_SHARE, feature_shares
-from faceage.ages import age_to_classes
+from faceage.agers.age_cgan import CHROMA_BLUR, CHROMA_SHARE, LUMA, feature_shares
+from faceage.ages import OLDEST_YEARS, age_to_classes
 from faceage.checkpoint import Header, load, save
+from faceage.errors import CheckpointError
 from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Encoder, Generator
-from faceage.networks.regressors import AgeEstimator, TrunkDims
+from faceage.networks.regressors import AgeEstimator
+from train.age_estimator import load_reader
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
 from train.identity import degrade, load_identity
 from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
@@ -73,17 +76,9 @@ class Config:
     seed: int = 6
 
 
-def load_reader(path: Path) -> AgeEstimator:
-    """Load an age estimator, frozen, in evaluation mode."""
-    header, weights = load(path, "age-estimator")
-    net = AgeEstimator(TrunkDims(**header.dims))
-    net.load_state_dict(weights)
-    return net.eval().requires_grad_(False)
-
-
 def calm(delta: Tensor) -> Tensor:
     """Weaken differences [N, 3, S, S] as the product does: their chroma, and all of them on eyeballs and teeth."""
-    luma = (delta * delta.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    luma = (delta * torch.from_numpy(LUMA).to(delta.device)[:, None, None]).sum(1, keepdim=True)
     side = delta.shape[-1]
     # The blur of a row as a matrix [S, S], border pixels repeated: far cheaper than a convolution a channel.
     place = torch.arange(side, device=delta.device)
@@ -95,7 +90,7 @@ def calm(delta: Tensor) -> Tensor:
     return (luma + CHROMA_SHARE * (blur @ (delta - luma) @ blur.T)) * shares
 
 
-def read_ages(readers: list[AgeEstimator], x: Tensor) -> Tensor:
+def read_by_all(readers: list[AgeEstimator], x: Tensor) -> Tensor:
     """Return the ages [readers, N] that estimators of any input size read off faces."""
     return torch.stack([reader(F.interpolate(x, reader.trunk.dims.size_px, mode="area")) for reader in readers])
 
@@ -130,7 +125,7 @@ def validate(
         rows.append(age_faces(E, G, mask, rows[0], source, target)[0])
     sheet(rows, path, scale=2)
     return {
-        "val_read_at_60": float(read_ages(readers, aged).mean()),
+        "val_read_at_60": float(read_by_all(readers, aged).mean()),
         "val_pixel": float(((reconstruction - x).square() * mask / mask.mean()).mean()),
         "val_delta": float(delta.abs().mean()),
     }
@@ -170,7 +165,12 @@ def main(
     G, E, D = Generator(dims), Encoder(dims), Discriminator(dims)
     G.load_state_dict(weights)
     E.load_state_dict(load(encoder, "age-cgan-encoder")[1])
-    D.load_state_dict(torch.load(gan / "resume.pt", weights_only=True, map_location="cpu")["D"])
+    discriminator = gan / "resume.pt"
+    if not discriminator.exists():
+        raise CheckpointError(
+            f"{gan} has no resume.pt, which holds the discriminator; name the run folder of train.gan"
+        )
+    D.load_state_dict(torch.load(discriminator, weights_only=True, map_location="cpu")["D"])
     # In evaluation mode batch norm is what the product runs: no batch's statistics come between the two ages.
     G, E, D = G.to(**layout).eval(), E.to(**layout).eval(), D.to(**layout)
     FR = load_identity(identity).to(**layout)
@@ -178,7 +178,8 @@ def main(
     faces = load_faces(data, dims.size_px, cache)
     val = faces.val
     mask = torch.tensor(face_mask(dims.size_px)).to(where)
-    parents = {"gan": gan / "generator.safetensors", "encoder": encoder, "identity": identity}
+    parents = {"gan": gan / "generator.safetensors", "discriminator": discriminator}
+    parents |= {"encoder": encoder, "identity": identity}
     parents |= {f"reader{i}": file for i, file in enumerate(reader_files)}
     run = Run(out, config, minutes, images, dims=dims, parents=parents)
     sampler = Sampler(faces.train, 2 * config.batch, config.seed, power=0.6)
@@ -202,7 +203,7 @@ def main(
         pixels, classes, ages = sampler()
         x, real = pixels.to(**layout).chunk(2)
         y, y_target = classes.to(where).chunk(2)
-        age, target = torch.from_numpy(ages).to(where).chunk(2)
+        age, target = torch.from_numpy(ages).clamp(max=OLDEST_YEARS).to(where).chunk(2)  # as the classes
 
         with torch.autocast(where.type, torch.bfloat16):
             aged, reconstruction, delta, z = age_faces(E, G, mask, x, y, y_target, config.latent_noise)
@@ -232,7 +233,7 @@ def main(
             )
             if age_share > 0:
                 view = shift_and_jitter(degrade(aged), shift_px=3, colour=0.3)
-                error = (read_ages(readers, view) - target).abs() / 10
+                error = (read_by_all(readers, view) - target).abs() / 10
                 terms["age"] = config.age_weight * age_share * error.mean()
         terms["rec_pixel"] = config.pixel_weight * ((reconstruction - x).square() * mask / mask.mean()).mean()
         terms["delta"] = config.delta_weight * delta.abs().mean()

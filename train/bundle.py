@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from faceage.checkpoint import load, save, sha256_of
+from train.run import Script
 
 FILES = {
     "age-cgan-generator": "aging/generator.safetensors",
@@ -21,7 +22,7 @@ FILES = {
 TARGET = Path(__file__).parent.parent / "faceage" / "models"
 
 
-@click.command()
+@click.command(cls=Script)
 @click.option("--runs", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the run folders.")
 def main(runs: Path) -> None:
     """Bundle the checkpoints of all roles."""

@@ -14,7 +14,7 @@ import logging
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 DATASET = {"name": "UTKFace", "licence": "non-commercial research only"}
 VALIDATION_FILE = Path(__file__).parent / "validation.txt"
 """The names of the pictures that are never trained on; see `train.split`."""
-_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg")
+_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg\.chip\.jpg")
 _CACHE_VERSION = 4
 _STORED_PX = 128
 """Faces are cached at this side, of a 200-pixel original, and reduced to the networks' size on loading."""
@@ -71,10 +71,9 @@ class FaceSet:
         return self.rows(~self.validation)
 
     def half(self, which: int) -> FaceSet:
-        """One of two disjoint halves, 0 or 1, drawn by the names: what a judge learned on, no loss must have seen."""
-        return self.rows(
-            np.array([hashlib.sha256(f"half {name}".encode()).digest()[0] % 2 == which for name in self.names])
-        )
+        """One of two disjoint halves, 0 or 1, drawn by the names: pictures of one person can be in both."""
+        drawn = [hashlib.sha256(f"half {name}".encode()).digest()[0] % 2 for name in self.names]
+        return self.rows(np.array(drawn) == which)
 
     @property
     def val(self) -> FaceSet:
@@ -97,7 +96,23 @@ def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
-    """Return UTKFace's aligned faces at `size_px`, from the cache if it was made from the same archive."""
+    """Return UTKFace's aligned faces at `size_px`, split by `VALIDATION_FILE`.
+
+    Raises:
+        CheckpointError: if the archive has none of that file's pictures.
+    """
+    faces = align_archive(archive, size_px, cache)
+    validation = np.isin(faces.names, VALIDATION_FILE.read_text().split())
+    if not validation.any():
+        raise CheckpointError(
+            f"{archive} has none of the pictures that {VALIDATION_FILE.name} keeps for validation; "
+            "give the official archive, or split this one with train.split"
+        )
+    return replace(faces, validation=validation)
+
+
+def align_archive(archive: Path, size_px: int, cache: Path) -> FaceSet:
+    """Return the archive's aligned faces, not split, from the cache if it was made from the same archive."""
     file = cache / f"utkface-v{_CACHE_VERSION}-{_archive_key(archive)}.npz"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -106,7 +121,7 @@ def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
         part.rename(file)
     with np.load(file, allow_pickle=False) as data:
         arrays = {name: data[name] for name in FaceSet.__dataclass_fields__ if name != "validation"}
-    arrays["validation"] = np.isin(arrays["names"], VALIDATION_FILE.read_text().split())
+    arrays["validation"] = np.zeros(len(arrays["names"]), bool)
     if size_px != _STORED_PX:
         resize = [cv2.resize(p, (size_px, size_px), interpolation=cv2.INTER_AREA) for p in arrays["pixels"]]
         arrays["pixels"] = np.stack(resize)
@@ -121,7 +136,7 @@ def _archive_key(archive: Path) -> str:
 def _prepare(archive: Path) -> dict[str, np.ndarray]:
     pictures, labels, names, bad_names = [], [], [], 0
     for name, data in read_archive(archive):
-        match = _NAME.match(name)
+        match = _NAME.fullmatch(name)
         if match is None:
             bad_names += 1
             continue
@@ -229,13 +244,17 @@ class Sampler:
         """Return the rows of the next batch."""
         return self.random.choice(len(self.faces), self.batch, p=self.weights)
 
-    def __call__(self) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Return (faces [N, 3, S, S], age classes [N, 6], ages [N])."""
+    def draw(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next batch, half of it mirrored: uint8 [N, S, S, 3], ages [N]."""
         rows = self.indices()
         pixels = self.faces.pixels[rows]
         flip = self.random.random(len(rows)) < 0.5
         pixels[flip] = pixels[flip, :, ::-1]
-        ages = self.faces.ages[rows]
+        return pixels, self.faces.ages[rows]
+
+    def __call__(self) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Return (faces [N, 3, S, S], age classes [N, 6], ages [N])."""
+        pixels, ages = self.draw()
         return to_tensor(pixels), torch.from_numpy(age_to_classes(ages)), ages
 
     def state_dict(self) -> dict[str, str]:
@@ -282,10 +301,10 @@ def shift_and_jitter(x: Tensor, shift_px: int = 4, colour: float = 0.2) -> Tenso
 
 def zoom(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Turn (up to 10 degrees) and scale (up to 10 %) each face [N, S, S, 3] by an amount of its own."""
-    side = pixels.shape[1]
+    centre = (pixels.shape[1] - 1) / 2
     made = []
     for face in pixels:
         angle, scale = random.uniform(-10, 10), random.uniform(0.9, 1.1)
-        matrix = cv2.getRotationMatrix2D((side / 2, side / 2), angle, scale)
-        made.append(cv2.warpAffine(face, matrix, (side, side), borderMode=cv2.BORDER_REFLECT_101))
+        matrix = cv2.getRotationMatrix2D((centre, centre), angle, scale)
+        made.append(cv2.warpAffine(face, matrix, face.shape[1::-1], borderMode=cv2.BORDER_REFLECT_101))
     return np.stack(made)

@@ -4,11 +4,12 @@
         --judge runs/judge/judge.safetensors --media clips --out out/quality \
         --reader runs/reader64/age-estimator.safetensors --reader runs/reader32/age-estimator.safetensors
 
-Faces are drawn evenly over the age groups from pictures that nothing was trained on, and aged at full resolution by the
-product's own path, which estimates their present age itself. Beside the product stand rows whose answer is known:
-nothing done, a stranger's face, a blur, the difference of two mean faces, real photos of the target age. If one of
-them does not score as it must, the card says that it is wrong, and the command exits with 1. Writes `scorecard.json`
-(exact), `scorecard.md` and `sheet.png`.
+The judge of age shares neither pictures nor architecture with an estimator in a loss. The judge of identity is in no
+loss either, but taught the identity network that is. Faces are drawn evenly over the age groups from pictures that
+nothing was trained on, and aged at full resolution by the product's own path, which estimates their present age itself.
+Beside the product stand rows whose answer is known: nothing done, a stranger's face, a blur, the difference of two mean
+faces, real photos of the target age. If one of them does not score as it must, the card says that it is wrong, and the
+command exits with 1. Writes `scorecard.json` (exact), `scorecard.md` and `sheet.png`.
 """
 
 from __future__ import annotations

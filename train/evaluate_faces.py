@@ -20,7 +20,7 @@ from faceage.checkpoint import sha256_of
 from faceage.geometry import TEMPLATE_5, face_mask
 from faceage.kernels import add_delta
 from faceage.types import RGB, FloatArray, Frame, IntArray
-from train.aging import load_reader
+from train.age_estimator import load_reader
 from train.data import FaceSet, read_archive, to_tensor, warp_faces
 from train.judge import JUDGE_PX, load_judge, read_ages
 from train.metrics import picture_mask
@@ -136,7 +136,10 @@ class Looks:
 
 
 class Panel:
-    """The networks that judge: one reads ages, one tells people apart, and neither was in a loss."""
+    """The networks that judge: one reads ages, one tells people apart.
+
+    Neither is in a loss, but the second taught the identity network that is.
+    """
 
     def __init__(self, judge: Path, teacher: Path, readers: Sequence[Path] = ()) -> None:
         self._judge, self._teacher = load_judge(judge), load_teacher(teacher)

@@ -10,6 +10,7 @@ on faces that the student never saw. Writes `identity.safetensors`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class Config:
 
 def teacher_embeddings(archive: Path, teacher_file: Path, faces: FaceSet, cache: Path) -> torch.Tensor:
     """Return the teacher's embeddings of every face and of its mirror image, float32 [2, N, 128], cached."""
-    file = cache / f"teacher-{sha256_of(teacher_file)[:12]}-{len(faces)}.npy"
+    which = hashlib.sha256(" ".join(faces.names).encode() + faces.landmarks.tobytes()).hexdigest()
+    file = cache / f"teacher-{sha256_of(teacher_file)[:12]}-{which[:12]}.npy"
     if not file.exists():
         import cv2
 

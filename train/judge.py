@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceage.checkpoint import Header, load, save
+from train.age_estimator import LOSS_HALF
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
 from train.run import EMA, Run, Script, device, git_commit, run_options
 
 JUDGE_PX = 128
-HALF = 1
-"""The half of the training pictures that the judge learns from; estimators in a loss learn from the other."""
+HALF = 1 - LOSS_HALF
+"""The half of the training pictures that the judge learns from."""
 _YEARS = 100
 _WIDTHS = (24, 48, 96, 160)
 _BLOCKS = (0, 1, 2, 2)
@@ -155,13 +156,10 @@ def main(data: Path, out: Path, cache: Path, minutes: float, images: int | None)
     is_over = run.is_over
     while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
-        rows = sampler.indices()
-        pixels = train.pixels[rows]
-        flip = sampler.random.random(len(rows)) < 0.5
-        pixels[flip] = pixels[flip, :, ::-1]
+        pixels, ages = sampler.draw()
         x = to_tensor(zoom(pixels, sampler.random)).to(where)
         x = shift_and_jitter(soften(x), shift_px=6, colour=0.3)
-        want = torch.from_numpy(train.ages[rows]).to(where)
+        want = torch.from_numpy(ages).to(where)
         label = torch.sigmoid((want[:, None] - years) / config.label_blur_years)
         with torch.autocast(where.type, torch.bfloat16):
             logits = net.logits(x.contiguous(memory_format=torch.channels_last))

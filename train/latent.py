@@ -7,7 +7,7 @@
 Nothing is trained: the product optimizes each face's latent when it runs, with `faceage.agers.latent`. This script
 shows what the choices are worth: the paper's pixel-wise and identity-preserving objectives and the product's mix of
 both, by L-BFGS and by Adam, loss against time (`curves.png`, `latent.json`, `sheet.png`). Identity is judged by the
-teacher, which is in no loss here.
+teacher, which is in no loss here, but taught the identity network that is.
 
 Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.3.
 """
@@ -31,7 +31,7 @@ from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from faceage.networks.latent import LatentObjective
 from train.data import load_faces, to_tensor
 from train.identity import load_identity
-from train.run import sheet
+from train.run import Script, sheet
 from train.teacher import TEMPLATE_96X112, embed, load_teacher
 
 _PRODUCT = LatentConfig()
@@ -68,7 +68,7 @@ def teacher_view(faces: torch.Tensor) -> np.ndarray:
     return np.stack([cv2.warpAffine(np.ascontiguousarray(p), matrix, (96, 112), borderMode=1) for p in pixels])
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
 @click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.gan.")
 @click.option("--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.encoder.")

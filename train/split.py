@@ -4,7 +4,7 @@
 
 Writes `train/validation.txt`, the names of the validation pictures, which is part of the repository: every script
 splits by it. UTKFace has no identity labels and several pictures of many people, so pictures are clustered twice.
-Pictures of one shoot, whose thumbnails correlate, stand or fall together: the hash of the first one's name draws a
+Pictures of one shoot, whose thumbnails correlate, are drawn together: the hash of the first one's name draws a
 tenth of the shoots for validation. Then pictures of one person, whose teacher's embeddings are close, are clustered by
 single linkage, and a cluster that has a picture on either side goes to training as a whole.
 """
@@ -17,8 +17,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from train.data import VALIDATION_FILE, load_faces
+from train.data import VALIDATION_FILE, align_archive
 from train.identity import teacher_embeddings
+from train.run import Script
 
 VALIDATION_SHARE = 0.1
 SAME_SHOOT_CORRELATION = 0.96
@@ -28,13 +29,13 @@ SAME_PERSON_COSINE = 0.65
 the teacher and form one large cluster."""
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="Tells people apart.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 def main(data: Path, teacher: Path, cache: Path) -> None:
     """Write the names of the validation pictures."""
-    faces = load_faces(data, 16, cache)
+    faces = align_archive(data, 16, cache)
     thumbnails = faces.pixels.mean(3).reshape(len(faces), -1).astype(np.float32)
     thumbnails -= thumbnails.mean(0)  # what every face has in common says nothing
     thumbnails -= thumbnails.mean(1, keepdims=True)

@@ -5,12 +5,15 @@ Reference: Chen, Liu, Gao, Han: MobileFaceNets, 2018, arXiv:1804.07573, table 1.
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from faceage.errors import CheckpointError
 
 TEMPLATE_96X112 = np.array(
     [[30.2946, 51.6963], [65.5318, 51.5014], [48.0252, 71.7366], [33.5493, 92.3655], [62.7299, 92.2041]], np.float32
@@ -72,7 +75,10 @@ class MobileFaceNet(nn.Module):
 def load_teacher(path: Path) -> MobileFaceNet:
     """Load the teacher, frozen, in evaluation mode."""
     net = MobileFaceNet()
-    net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["net_state_dict"])
+    try:
+        net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["net_state_dict"])
+    except (pickle.UnpicklingError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no MobileFaceNet checkpoint; name the teacher's file") from error
     return net.eval().requires_grad_(False)
 
 

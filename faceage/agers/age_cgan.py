@@ -116,7 +116,7 @@ FEATURE_SHARE = 0.35
 def _calm(deltas: FloatArray) -> FloatArray:
     """Blur and weaken the chroma of RGB differences [F, 3, S, S], and weaken all of it on eyeballs and teeth."""
     size = deltas.shape[-1]
-    luma = np.einsum("fchw,c->fhw", deltas, _LUMA)[:, None]
+    luma = np.einsum("fchw,c->fhw", deltas, LUMA)[:, None]
     chroma = deltas - luma
     for face in chroma:
         for channel in face:
@@ -133,7 +133,7 @@ def _contrast(pixels: FloatArray, reference: FloatArray) -> FloatArray:
         float32 [F, 1, 1, 1].
     """
     inside = face_mask(pixels.shape[-1]) > 0.5
-    ours, theirs = (np.einsum("fchw,c->fhw", faces, _LUMA)[:, inside].std(1) for faces in (pixels, reference))
+    ours, theirs = (np.einsum("fchw,c->fhw", faces, LUMA)[:, inside].std(1) for faces in (pixels, reference))
     return np.minimum(1, ours / np.maximum(theirs, 1e-6)).astype(np.float32)[:, None, None, None]
 
 
@@ -142,7 +142,7 @@ def feature_shares(size_px: int) -> FloatArray:
     return np.float32(FEATURE_SHARE) + np.float32(1 - FEATURE_SHARE) * skin_mask(size_px)
 
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Rec. 601 weights: which standard's does not matter to a blur."""
 
 

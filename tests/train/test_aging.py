@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from faceage.agers import age_cgan
-from train.aging import calm, read_ages
+from train.aging import calm, read_by_all
 
 
 def test_training_weakens_the_change_as_the_product_does():
@@ -41,5 +41,5 @@ def test_readers_of_any_size_read_the_same_faces():
             return x.mean((1, 2, 3))
 
     x = torch.rand(4, 3, 64, 64)
-    ages = read_ages([Reader(64), Reader(32)], x)
+    ages = read_by_all([Reader(64), Reader(32)], x)
     np.testing.assert_allclose(ages[0], ages[1], atol=1e-6)

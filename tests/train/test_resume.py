@@ -62,7 +62,8 @@ def parents(tmp_path_factory, teacher):
     files = {"teacher": teacher}
     for name, (arch, net, dims) in networks.items():
         files[name] = folder / f"{name}.safetensors"
-        header = Header(arch=arch, dims=dataclasses.asdict(dims), stage="test", images_seen=0)
+        config = {"half": 0} if name == "reader" else {}
+        header = Header(arch=arch, dims=dataclasses.asdict(dims), stage="test", images_seen=0, train_config=config)
         save(files[name], net.state_dict(), header)
     torch.save({"D": Discriminator(small_gan()).state_dict()}, folder / "resume.pt")
     return files | {"gan": folder}

@@ -7,7 +7,6 @@ import math
 import shutil
 import types
 from functools import partial
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +16,6 @@ from click.testing import CliRunner
 from tiny import FILES, shrink_networks
 
 from faceage.checkpoint import load, read_header, sha256_of
-from faceage.errors import CheckpointError
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from faceage.networks.regressors import AgeEstimator, IdentityNet, TrunkDims
 
@@ -228,21 +226,44 @@ def test_dry_run_shows_the_configuration_and_writes_nothing(archive, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_one_command_runs_every_step_and_repeats_none(archive, teacher, cache, tmp_path):
-    from train.__main__ import SHARES, commands
+def test_one_command_runs_every_step_in_order(archive, teacher, cache, tmp_path, monkeypatch):
+    from train.__main__ import SHARES, main
 
-    steps = commands(archive, teacher, tmp_path, 1.0, cache)
-    assert [step for step, _ in steps] == [*SHARES, "curvature", "bundle"]
+    made, ran = [], []
+    exports = {"identity": "identity", "judge": "judge", "gan": "generator", "encoder": "encoder", "aging": "generator"}
+
+    def run(command, check):
+        _, _, module, *args = command
+        context = importlib.import_module(module).main.make_context(module, list(args))  # a call that the script takes
+        ran.append(module)
+        out = context.params.get("out")
+        if out is not None:  # leave what the step would, so that the next one finds its inputs
+            out.mkdir(parents=True, exist_ok=True)
+            stem = exports.get(module.split(".")[1], "age-estimator" if "age" in module else "encoder")
+            made.extend([out / f"{stem}.safetensors", out / "encoder.safetensors"])
+            for file in made[-2:]:
+                file.touch()
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("train.__main__.subprocess.run", run)
+    arguments = [
+        "--data",
+        str(archive),
+        "--teacher",
+        str(teacher),
+        "--cache",
+        str(cache),
+        "--runs",
+        str(tmp_path / "r"),
+    ]
+    assert CliRunner().invoke(main, [*arguments, "--hours", "2"]).exit_code == 0
+    assert len(ran) == len(SHARES) + 2
+    assert ran[-3:] == ["train.aging", "train.curvature", "train.bundle"]
     assert sum(SHARES.values()) == pytest.approx(1)
-    made = {tmp_path / step for step, _ in steps} | {archive, teacher, cache, tmp_path}
-    for _, (module, *args) in steps:  # each is a call that its script takes, of files that an earlier step makes
-        main = importlib.import_module(module).main
-        context = main.make_context(
-            module, [arg for arg in args if not arg.startswith("--dry")], resilient_parsing=True
-        )
-        for value in context.params.values():
-            for path in value if isinstance(value, tuple) else (value,):
-                assert not isinstance(path, Path) or path in made or path.parent in made
+    result = CliRunner().invoke(main, [*arguments, "--hours", "3"])
+    assert result.exit_code == 1
+    assert "was started with --hours 2, now it is 3" in result.output
+    assert len(ran) == len(SHARES) + 2
 
 
 def test_gan_trains_without_an_identity_network(archive, cache, tmp_path):
@@ -321,7 +342,9 @@ def finished(runs, archive, cache, tmp_path):
     """Run folders as bundle wants them: the aged generator, and the encoder with the curvature."""
     folder = tmp_path / "runs"
     shutil.copytree(runs, folder)
-    readers = ("--reader", runs / "age" / FILES["age_estimator"])
+    reader = folder / "reader"
+    invoke("age_estimator", "--data", archive, "--cache", cache, "--out", reader, "--minutes", 0.01, "--half", 0)
+    readers = ("--reader", reader / FILES["age_estimator"])
     gan = ("--gan", runs / "gan", "--encoder", runs / "encoder" / FILES["encoder"])
     identity = ("--identity", runs / "identity" / FILES["identity"])
     common = ("--data", archive, "--cache", cache)
@@ -358,13 +381,21 @@ def test_bundle_halves_weights_and_renames_parents(finished, tmp_path, monkeypat
         "identity": hashes["identity"],
     }
     parents = read_header(models / "age-cgan-generator.safetensors").parents
-    assert parents.keys() == {"gan", "encoder", "identity", "reader0"}
+    assert parents.keys() == {"gan", "discriminator", "encoder", "identity", "reader0"}
     assert parents["identity"] == hashes["identity"]
 
 
 def test_bundle_refuses_a_checkpoint_in_the_wrong_place(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("train.bundle.TARGET", tmp_path / "models")
     shutil.copy(finished / "gan" / FILES["gan"], finished / "identity" / FILES["identity"])
-    with pytest.raises(CheckpointError, match="holds age-cgan-generator, expected identity"):
-        invoke("bundle", "--runs", finished)
+    result = refused("bundle", "--runs", finished)
+    assert "holds age-cgan-generator, expected identity" in result.stderr
     assert not (tmp_path / "models").exists()
+
+
+def test_aging_refuses_an_estimator_that_may_know_the_judges_pictures(runs, archive, cache, tmp_path):
+    gan = ("--gan", runs / "gan", "--encoder", runs / "encoder" / FILES["encoder"])
+    identity = ("--identity", runs / "identity" / FILES["identity"])
+    common = ("--data", archive, "--cache", cache, "--out", tmp_path / "aging")
+    result = refused("aging", *common, *gan, *identity, "--reader", runs / "age" / FILES["age_estimator"])
+    assert "did not learn from half 0 alone" in result.stderr
