@@ -6,7 +6,7 @@
 
 The first two steps give a generator that ages faces of its own and an encoder that finds a real face among them; how
 old a *real* face looks after `x + mask * (G(z, target) - G(z, source))` was in no loss. Here it is, as the product
-makes it but for the optimization of z and for the smaller change where contrast is low:
+makes it but for the optimization of z, its gain, and the smaller change where contrast is low:
 
 - an adversary, started from the GAN's, sees these faces beside real ones of the target age, inside the mask only (hair
   does not change, and would give every aged face away). It also sees faces with a wrong age as fakes, the unchanged
@@ -77,7 +77,7 @@ class Config:
 
 
 def calm(delta: Tensor) -> Tensor:
-    """Weaken differences [N, 3, S, S] as the product does: their chroma, and all of them on eyeballs and teeth."""
+    """Keep of differences [N, 3, S, S] what the product keeps: `faceage.agers.age_cgan._calm`, differentiable."""
     luma = (delta * torch.from_numpy(LUMA).to(delta.device)[:, None, None]).sum(1, keepdim=True)
     side = delta.shape[-1]
     # The blur of a row as a matrix [S, S], border pixels repeated: far cheaper than a convolution a channel.
@@ -86,8 +86,11 @@ def calm(delta: Tensor) -> Tensor:
     weights = torch.exp(-0.5 * (offsets / (CHROMA_BLUR * side)) ** 2)
     source = (place[:, None] + offsets).clamp(0, side - 1)
     blur = delta.new_zeros(side, side).scatter_add(1, source, (weights / weights.sum()).expand(side, -1))
+    mask = torch.tensor(face_mask(side)).to(delta.device)
+    chroma = blur @ (delta - luma) @ blur.T
+    luma = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum()
     shares = torch.from_numpy(feature_shares(side)).to(delta.device)
-    return (luma + CHROMA_SHARE * (blur @ (delta - luma) @ blur.T)) * shares
+    return (luma + CHROMA_SHARE * chroma) * shares
 
 
 def read_by_all(readers: list[AgeEstimator], x: Tensor) -> Tensor:

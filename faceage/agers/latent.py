@@ -27,7 +27,7 @@ class LatentConfig:
     """Weight of the mean squared error inside the mask: the paper's pixel-wise term."""
     prior_weight: float = 0.02
     """Weight of the mean square of z, which is 1 where the generator was trained."""
-    max_evaluations: int = 12
+    max_evaluations: int = 8
     """Evaluations of loss and gradient a face at most."""
     max_evaluations_known: int = 3
     """The same for a face whose latent is known from an earlier frame and has only to follow."""
