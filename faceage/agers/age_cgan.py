@@ -106,8 +106,8 @@ class AgeCGAN:
 
 CHANGE_GAIN = np.float32(1.2)
 """What the change is multiplied by: estimators that err toward the middle ages leave it too small. Chosen on training
-faces that the judge of `train.evaluate` had not seen: judged ages are off by 10.0 years in the mean at 1, 8.4 at 1.2 and
-7.8 at 1.3. Even more would score better still, but at 1.7 the oldest faces look bruised."""
+faces that the judge of `train.evaluate` had not seen: judged ages are off by 10.0 years in the mean at 1, by 8.4 at
+1.2, by 7.8 at 1.3. Even more would score better still, but at 1.7 the oldest faces look bruised."""
 CHROMA_SHARE = 0.1
 """Share of the generator's change of colour that is kept. Its luma is what ages a face, its chroma is mostly blotches:
 with more, skin turns red or pale, and eyes and teeth take the colour of the skin."""
