@@ -1,6 +1,6 @@
 """Show what the bundled model gets wrong, on a public-domain portrait: the picture in the model card.
 
-python examples/failures.py failures.png
+python examples/failures.py failures.jpg
 """
 
 import sys
@@ -21,7 +21,7 @@ portrait = np.ascontiguousarray(astronaut()[:SIZE, 96 : 96 + SIZE])
 # 3. Something in front of the face is aged with it: nothing says that it is not skin.
 covered = portrait.copy()
 cv2.rectangle(covered, (96, 128), (190, 200), (90, 120, 160), -1)
-# 4. A face that is too dark or too blurred to read gets a weaker change, or a wrong one.
+# 4. A face in the dark gets a change that does not belong to it.
 dark = (portrait * 0.25).astype(np.uint8)
 cases = [
     ("80: hair stays", portrait, 80),
