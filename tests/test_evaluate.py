@@ -402,7 +402,7 @@ def archive(astronaut, tmp_path_factory):
     folder = tmp_path_factory.mktemp("utkface")
     names = []
     for i, age in enumerate([18, 18, 22, 22, 30, 30, 40, 40, 50, 50, 60, 60, 70, 70, 70, 70]):
-        name = f"{age}_{i % 2}_{i % 5}_2017{i:013d}.jpg"
+        name = f"{age}_{i % 2}_{i % 5}_2017{i:013d}.jpg.chip.jpg"
         picture = cv2.convertScaleAbs(astronaut[0], alpha=0.8 + 0.02 * i)
         assert cv2.imwrite(str(folder / name), picture[:, :, ::-1])
         names.append(name)

@@ -1,4 +1,4 @@
-r"""The shape of the latent objective, measured once, so that optimizing it takes half the evaluations.
+r"""The shape of the latent objective, measured once, so that optimizing it takes fewer evaluations.
 
     python -m train.curvature --data utkface.tar --generator runs/aging/generator.safetensors \
         --encoder runs/aging/encoder.safetensors --identity runs/identity/identity.safetensors --out runs/curvature

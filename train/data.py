@@ -149,6 +149,11 @@ def _prepare(archive: Path) -> dict[str, np.ndarray]:
         names.append(name)
     landmarks, scores = _find_landmarks(pictures)
     kept = np.flatnonzero(scores >= _MIN_SCORE)
+    if not len(kept):
+        raise CheckpointError(
+            f"{archive} holds no face of UTKFace's layout, [age]_[gender]_[race]_[date&time].jpg.chip.jpg "
+            f"({bad_names} other names or damaged files); give the official archive"
+        )
     log.info(
         "%d faces read, %d bad names or files skipped, %d without a clear face dropped",
         len(pictures),

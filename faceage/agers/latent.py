@@ -83,8 +83,8 @@ def optimize_latents(
         config: weights are the objective's affair, the rest is used here.
         budget: int64 [F], evaluations of each face at most; None: `config.max_evaluations` for all.
         root: float32 [Z, Z], C with C C^T about the inverse of the objective's curvature (`train.curvature`). L-BFGS
-            then works on u with z = start + C u, where all directions are about equally curved, and needs less than
-            half of the evaluations; None: the identity.
+            then works on u with z = start + C u, where all directions are about equally curved, and needs fewer
+            evaluations; None: the identity.
     """
     if root is not None:
         # einsum, not a matrix product: BLAS threads wait for busy cores longer than this takes.

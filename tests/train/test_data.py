@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from faceage.ages import age_to_classes
+from faceage.errors import CheckpointError
 from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template, template_5
 
 FIELDS = ("pixels", "ages", "genders", "races", "landmarks", "names", "validation")
@@ -269,3 +270,21 @@ def test_warped_faces_reach_any_template(archive, faces):
     x, y = TEMPLATE_96X112[0].round().astype(int)
     gray = warped.astype(np.float32).mean((0, 3))
     assert gray[y, x] < gray[y + 12, x] - 20  # eye and cheek
+
+
+def test_an_archive_of_another_layout_is_refused(tmp_path):
+    from train.data import load_faces
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "25_0_0_20170101000000000.jpg").write_bytes(b"not the official name")
+    with pytest.raises(CheckpointError, match=r"no face of UTKFace's layout.*\(1 other names"):
+        load_faces(tmp_path / "photos", 64, tmp_path / "cache")
+
+
+def test_faces_without_a_split_are_refused(archive, cache, tmp_path, monkeypatch):
+    from train.data import load_faces
+
+    (tmp_path / "validation.txt").write_text("1_0_0_20170101000000000.jpg.chip.jpg\n")
+    monkeypatch.setattr("train.data.VALIDATION_FILE", tmp_path / "validation.txt")
+    with pytest.raises(CheckpointError, match=r"none of the pictures that validation\.txt keeps"):
+        load_faces(archive, 64, cache)
