@@ -1,6 +1,7 @@
 import numpy as np
 
 from faceage.ages import AGE_CLASSES, CLASS_CENTRES_YEARS, OLDEST_YEARS, age_to_classes
+from faceage.pipeline.request import AgeRequest
 
 
 def test_a_centre_is_its_class_alone():
@@ -25,3 +26,10 @@ def test_every_age_is_a_mix_of_at_most_two_neighbours_and_grows_with_the_years()
 def test_beyond_the_end_centres_the_mix_goes_on_as_far_as_training_does():
     np.testing.assert_allclose(age_to_classes(np.array([85.0], np.float32)), [[0, 0, 0, 0, -1, 2]], atol=1e-6)
     np.testing.assert_array_equal(*age_to_classes(np.array([OLDEST_YEARS, 116], np.float32))[:, None])
+
+
+def test_a_report_says_the_age_that_is_made():
+    now = np.array([30, 80], np.float32)
+    np.testing.assert_array_equal(AgeRequest(age=95).target_ages(now), [OLDEST_YEARS, OLDEST_YEARS])
+    np.testing.assert_array_equal(AgeRequest(by=10).target_ages(now), [40, OLDEST_YEARS])
+    np.testing.assert_array_equal(AgeRequest(by=-40).target_ages(now), [0, 40])

@@ -27,6 +27,7 @@ from faceage.errors import CheckpointError
 from faceage.networks.regressors import AgeEstimator, TrunkDims
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
 from train.identity import degrade
+from train.metrics import age_figures
 from train.run import EMA, Run, Script, device, git_commit, run_options
 
 LOSS_HALF = 0
@@ -71,13 +72,17 @@ def load_reader(path: Path) -> AgeEstimator:
 def validate(net: AgeEstimator, faces: FaceSet, where: torch.device) -> dict[str, float]:
     """Return MAE and Pearson r over the ages 0 to 100, and the MAE over 15 to 85."""
     parts = [net(to_tensor(faces.pixels[i : i + 256]).to(where)) for i in range(0, len(faces), 256)]
-    ages = torch.cat(parts).cpu().numpy()
-    adult = (faces.ages >= 15) & (faces.ages <= 85)
-    error = np.abs(ages - faces.ages)
+    return age_metrics(torch.cat(parts).cpu().numpy(), faces.ages)
+
+
+def age_metrics(read: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return MAE and Pearson r of ages [N] that were read off validation faces, and the MAE over 15 to 85 years."""
+    adult = (labels >= 15) & (labels <= 85)
+    everyone = age_figures(labels, read)
     return {
-        "val_mae": float(error.mean()),
-        "val_mae_15_85": float(error[adult].mean()),
-        "val_r": float(np.corrcoef(ages, faces.ages)[0, 1]),
+        "val_mae": everyone["mae"],
+        "val_mae_15_85": age_figures(labels[adult], read[adult])["mae"],
+        "val_r": everyone["r"],
     }
 
 

@@ -34,6 +34,7 @@ from faceage.agers.age_cgan import AgeCGAN
 from faceage.agers.latent import LatentConfig
 from faceage.align import align_faces, face_weights
 from faceage.checkpoint import sha256_of
+from faceage.errors import NoFaceError
 from faceage.kernels import gather_crops
 from faceage.media.rotation import upright
 from faceage.media.video import EncodeOptions, VideoReader
@@ -279,6 +280,8 @@ def gather(archive: Path, cache: Path, panel: Panel, networks: Networks, count: 
     made = age_pictures(networks, before, drawn.landmarks[asked.faces], asked.targets)
     rows = np.flatnonzero(made.shares > 0)  # NaN is not
     requests = asked.rows(rows)
+    if not requests.pooled.any():
+        raise NoFaceError(f"the product changed none of {len(asked)} pictures by 20 or 30 years: nothing to measure")
     log.info("%d composites made, %d of them changed", len(asked), len(requests))
 
     e = Evaluation(panel, val, val_looks, own, drawn, originals, requests, thresholds, {}, {})

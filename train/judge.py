@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceage.checkpoint import Header, load, save
-from train.age_estimator import LOSS_HALF
+from train.age_estimator import LOSS_HALF, age_metrics
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
 from train.run import EMA, Run, Script, device, git_commit, run_options
 
@@ -123,14 +123,7 @@ def read_ages(judge: Judge, pixels: np.ndarray) -> np.ndarray:
 
 def validate(judge: Judge, faces: FaceSet) -> dict[str, float]:
     """Return MAE, Pearson r and the MAE over 15 to 85 years."""
-    ages = read_ages(judge, faces.pixels)
-    adult = (faces.ages >= 15) & (faces.ages <= 85)
-    error = np.abs(ages - faces.ages)
-    return {
-        "val_mae": float(error.mean()),
-        "val_mae_15_85": float(error[adult].mean()),
-        "val_r": float(np.corrcoef(ages, faces.ages)[0, 1]),
-    }
+    return age_metrics(read_ages(judge, faces.pixels), faces.ages)
 
 
 @click.command(cls=Script, context_settings={"show_default": True})

@@ -152,7 +152,7 @@ def feature_shares(size_px: int) -> FloatArray:
 
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-"""Rec. 601 weights: which standard's does not matter to a blur."""
+"""Rec. 601 weights: which standard's hardly matters to what is weakened here."""
 
 
 def _is_new(pixels: FloatArray, latents: FloatArray | None) -> npt.NDArray[np.bool_]:

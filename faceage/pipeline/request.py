@@ -16,6 +16,7 @@ from faceage.agers.age_cgan import AgeCGAN
 from faceage.agers.base import Ager, Composite
 from faceage.agers.latent import LatentConfig
 from faceage.agers.programs import generator_program, latent_program, reader_program
+from faceage.ages import OLDEST_YEARS
 from faceage.checkpoint import read_array, read_header
 from faceage.detect import DetectConfig, Detector, load_detector
 from faceage.engines.base import Engine, Program
@@ -35,7 +36,7 @@ class AgeRequest:
     """How faces are to be aged. Exactly one of `age` and `by` is given."""
 
     age: float | None = None
-    """Target age in years, 0 to 100."""
+    """Target age in years, 0 to 100; over 85 is made 85, the oldest that training has faces of."""
     by: float | None = None
     """Years to add to each person's source age, -100 to 100."""
     source_age: float | None = None
@@ -60,10 +61,8 @@ class AgeRequest:
 
     def target_ages(self, source_ages: FloatArray) -> FloatArray:
         """Return each face's target age in years, from its source age: float32 [F]."""
-        if self.age is not None:
-            return np.full(len(source_ages), self.age, np.float32)
-        assert self.by is not None  # __post_init__
-        return np.clip(source_ages + self.by, *AGE_LIMITS_YEARS).astype(np.float32)
+        ages = source_ages + self.by if self.by is not None else np.full(len(source_ages), self.age)
+        return np.clip(ages, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
 
 
 @dataclass
