@@ -15,14 +15,16 @@ from pathlib import Path
 import click
 
 SHARES = {
-    "identity": 0.15,
-    "age": 0.07,
-    "reader64": 0.04,
-    "reader32": 0.03,
-    "judge": 0.08,
-    "gan": 0.20,
-    "encoder": 0.05,
-    "aging": 0.38,
+    "identity": 0.11,
+    "age": 0.05,
+    "reader64": 0.03,
+    "reader32": 0.02,
+    "judge": 0.06,
+    "gan": 0.14,
+    "encoder": 0.04,
+    "aging": 0.25,
+    "stylegan": 0.12,
+    "facegan": 0.18,
 }
 """Run folder of each step that trains, and its part of the hours."""
 
@@ -34,9 +36,10 @@ SHARES = {
 )
 @click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Folder for the run folders.")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), default=6.0, help="Training time of all steps.")
+@click.option("--pair-px", type=click.Choice(["64", "128", "256"]), default="64", help="Synthetic pairs; 128 on a GPU.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Aligned faces.  [default: cache in --runs]")
 @click.option("--bundle/--no-bundle", default=True, help="Copy the result into the package.")
-def main(data: Path, teacher: Path, runs: Path, hours: float, cache: Path | None, bundle: bool) -> None:
+def main(data: Path, teacher: Path, runs: Path, hours: float, pair_px: str, cache: Path | None, bundle: bool) -> None:
     """Train everything."""
     runs.mkdir(parents=True, exist_ok=True)
     started = runs / "hours.txt"
@@ -46,7 +49,7 @@ def main(data: Path, teacher: Path, runs: Path, hours: float, cache: Path | None
             f"{runs} was started with --hours {started.read_text()}, now it is {hours:g}; give that, or other --runs"
         )
     started.write_text(f"{hours:g}")
-    for step, args in commands(data, teacher, runs, hours, cache or runs / "cache"):
+    for step, args in commands(data, teacher, runs, hours, pair_px, cache or runs / "cache"):
         if step == "bundle" and not bundle:
             continue
         click.echo(f"{step}: python -m {' '.join(args)}", err=True)
@@ -55,11 +58,14 @@ def main(data: Path, teacher: Path, runs: Path, hours: float, cache: Path | None
             raise click.ClickException(f"{step} failed; mend it and start again: finished steps are not repeated")
 
 
-def commands(data: Path, teacher: Path, runs: Path, hours: float, cache: Path) -> list[tuple[str, list[str]]]:
+def commands(
+    data: Path, teacher: Path, runs: Path, hours: float, pair_px: str, cache: Path
+) -> list[tuple[str, list[str]]]:
     """Return (step, arguments of `python -m`) in the order in which they run."""
     minutes = {step: share * hours * 60 for step, share in SHARES.items()}
     generator, identity = runs / "gan" / "generator.safetensors", runs / "identity" / "identity.safetensors"
     readers = [runs / name / "age-estimator.safetensors" for name in ("reader64", "reader32")]
+    loss = ["--identity", identity, "--reader", readers[0], "--reader", readers[1]]
     aged = ["--generator", runs / "aging" / "generator.safetensors", "--identity", identity]
     training: list[tuple[str, str, list]] = [
         ("identity", "identity", ["--teacher", teacher]),
@@ -69,17 +75,16 @@ def commands(data: Path, teacher: Path, runs: Path, hours: float, cache: Path) -
         ("judge", "judge", []),
         ("gan", "gan", ["--identity", identity]),
         ("encoder", "encoder", ["--generator", generator, "--identity", identity]),
-        (
-            "aging",
-            "aging",
-            [
-                *("--gan", runs / "gan", "--encoder", runs / "encoder" / "encoder.safetensors"),
-                *("--identity", identity, "--reader", readers[0], "--reader", readers[1]),
-            ],
-        ),
+        ("aging", "aging", ["--gan", runs / "gan", "--encoder", runs / "encoder" / "encoder.safetensors", *loss]),
+        ("stylegan", "stylegan", ["--size", pair_px, *loss]),
+        ("facegan", "facegan", ["--aging", runs / "aging", "--pairs", runs / "pairs", *loss]),
     ]
     steps: list[tuple[str, list]] = []
     for step, script, args in training:
+        if step == "facegan":
+            generator = runs / "stylegan" / "stylegan.safetensors"
+            made = ["--generator", generator, *loss, "--out", runs / "pairs"]
+            steps.append(("pairs", ["train.make_pairs", *made]))
         place = ["--data", data, "--cache", cache, "--out", runs / step, "--minutes", minutes[step]]
         steps.append((step, [f"train.{script}", *place, *args]))
     place = ["--data", data, "--cache", cache, "--out"]

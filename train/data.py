@@ -34,8 +34,8 @@ VALIDATION_FILE = Path(__file__).parent / "validation.txt"
 """The names of the pictures that are never trained on; see `train.split`."""
 _NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg\.chip\.jpg")
 _CACHE_VERSION = 4
-_STORED_PX = 128
-"""Faces are cached at this side, of a 200-pixel original, and reduced to the networks' size on loading."""
+_STORED_PX = (128, 192)
+"""Faces are cached at the smallest of these sides that will do, of a 200-pixel original, and reduced on loading."""
 _MIN_SCORE = 0.9
 """O-Net's confidence below which an archive's picture is dropped: not a face, or one nobody could align."""
 
@@ -113,16 +113,18 @@ def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
 
 def align_archive(archive: Path, size_px: int, cache: Path) -> FaceSet:
     """Return the archive's aligned faces, not split, from the cache if it was made from the same archive."""
-    file = cache / f"utkface-v{_CACHE_VERSION}-{_archive_key(archive)}.npz"
+    stored_px = min(px for px in _STORED_PX if px >= size_px)
+    at = "" if stored_px == _STORED_PX[0] else f"-{stored_px}"
+    file = cache / f"utkface-v{_CACHE_VERSION}-{_archive_key(archive)}{at}.npz"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part.npz")
-        np.savez(part, **_prepare(archive))  # type: ignore[arg-type]  # the stubs check allow_pickle against the dict
+        np.savez(part, **_prepare(archive, stored_px))  # type: ignore[arg-type]  # the stubs check allow_pickle against the dict
         part.rename(file)
     with np.load(file, allow_pickle=False) as data:
         arrays = {name: data[name] for name in FaceSet.__dataclass_fields__ if name != "validation"}
     arrays["validation"] = np.zeros(len(arrays["names"]), bool)
-    if size_px != _STORED_PX:
+    if size_px != stored_px:
         resize = [cv2.resize(p, (size_px, size_px), interpolation=cv2.INTER_AREA) for p in arrays["pixels"]]
         arrays["pixels"] = np.stack(resize)
     return FaceSet(**arrays)
@@ -133,7 +135,7 @@ def _archive_key(archive: Path) -> str:
     return hashlib.sha256(f"{archive.resolve()} {size}".encode()).hexdigest()[:12]
 
 
-def _prepare(archive: Path) -> dict[str, np.ndarray]:
+def _prepare(archive: Path, stored_px: int) -> dict[str, np.ndarray]:
     pictures, labels, names, bad_names = [], [], [], 0
     for name, data in read_archive(archive):
         match = _NAME.fullmatch(name)
@@ -161,7 +163,7 @@ def _prepare(archive: Path) -> dict[str, np.ndarray]:
         len(pictures) - len(kept),
     )
     pixels = warp_faces(
-        [pictures[i] for i in kept], landmarks[kept], TEMPLATE_5 * _STORED_PX - 0.5, _STORED_PX, _STORED_PX
+        [pictures[i] for i in kept], landmarks[kept], TEMPLATE_5 * stored_px - 0.5, stored_px, stored_px
     )
     label = np.array(labels)[kept]
     return {

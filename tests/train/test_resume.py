@@ -66,7 +66,10 @@ def parents(tmp_path_factory, teacher):
         header = Header(arch=arch, dims=dataclasses.asdict(dims), stage="test", images_seen=0, train_config=config)
         save(files[name], net.state_dict(), header)
     torch.save({"D": Discriminator(small_gan()).state_dict()}, folder / "resume.pt")
-    return files | {"gan": folder}
+    people, ages = np.repeat(np.arange(6), 3), np.tile(np.array([20, 40, 70], np.float32), 6)
+    pixels = np.random.default_rng(0).integers(0, 256, (18, 64, 64, 3), np.uint8)
+    np.savez(folder / "pairs.npz", pixels=pixels, people=people, ages=ages)
+    return files | {"gan": folder, "aging": folder, "pairs": folder}
 
 
 @pytest.fixture
@@ -79,6 +82,8 @@ def command(archive, cache, faces, parents):
             "gan": ("--identity", parents["identity"]),
             "encoder": ("--generator", parents["generator"], "--identity", parents["identity"]),
             "aging": [f"--{name}={parents[name]}" for name in ("gan", "encoder", "identity", "reader")],
+            "stylegan": ["--size=64", *(f"--{name}={parents[name]}" for name in ("identity", "reader"))],
+            "facegan": [f"--{name}={parents[name]}" for name in ("aging", "pairs", "identity", "reader")],
         }.get(script, ())
         common = ("--data", archive, "--cache", cache, "--out", out, "--images", IMAGES)
         return [str(arg) for arg in (*common, *inputs, *more)]  # of an option given twice, the last counts

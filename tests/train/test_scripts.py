@@ -231,6 +231,7 @@ def test_one_command_runs_every_step_in_order(archive, teacher, cache, tmp_path,
 
     made, ran = [], []
     exports = {"identity": "identity", "judge": "judge", "gan": "generator", "encoder": "encoder", "aging": "generator"}
+    exports |= {"stylegan": "stylegan", "make_pairs": "pairs", "facegan": "facegan"}
 
     def run(command, check):
         _, _, module, *args = command
@@ -257,13 +258,14 @@ def test_one_command_runs_every_step_in_order(archive, teacher, cache, tmp_path,
         str(tmp_path / "r"),
     ]
     assert CliRunner().invoke(main, [*arguments, "--hours", "2"]).exit_code == 0
-    assert len(ran) == len(SHARES) + 2
-    assert ran[-3:] == ["train.aging", "train.curvature", "train.bundle"]
+    assert len(ran) == len(SHARES) + 3
+    assert ran[-6:-2] == ["train.aging", "train.stylegan", "train.make_pairs", "train.facegan"]
+    assert ran[-2:] == ["train.curvature", "train.bundle"]
     assert sum(SHARES.values()) == pytest.approx(1)
     result = CliRunner().invoke(main, [*arguments, "--hours", "3"])
     assert result.exit_code == 1
     assert "was started with --hours 2, now it is 3" in result.output
-    assert len(ran) == len(SHARES) + 2
+    assert len(ran) == len(SHARES) + 3
 
 
 def test_gan_trains_without_an_identity_network(archive, cache, tmp_path):

@@ -13,6 +13,9 @@ SMALL_GAN = {
     "encoder_hidden": 32,
 }
 SMALL_TRUNK = {"widths": (8, 8, 12, 16), "blocks": (1, 1, 1, 1)}
+SMALL_STYLES = {"latent": 16, "style": 16, "mapping_layers": 2}
+SMALL_FACEGAN = {"widths": (8, 8, 8, 8, 8), "head": 4, "ages": 8, "discriminator_widths": (8, 8, 8, 8)}
+SMALL_SIDES = {"side_px": 64, "large_px": 96}
 FILES = {
     "identity": "identity.safetensors",
     "gan": "generator.safetensors",
@@ -20,6 +23,8 @@ FILES = {
     "encoder": "encoder.safetensors",
     "judge": "judge.safetensors",
     "aging": "generator.safetensors",
+    "stylegan": "stylegan.safetensors",
+    "facegan": "facegan.safetensors",
 }
 """Script that trains -> what it exports."""
 BATCH, TICK_IMAGES = 8, 24
@@ -37,19 +42,35 @@ def small_trunk(**dims):
     return TrunkDims(**(dims | SMALL_TRUNK))
 
 
+def small_styles(**dims):
+    from faceage.networks.stylegan import StyleGANDims
+
+    return StyleGANDims(**(dims | SMALL_STYLES))
+
+
+def small_facegan(**dims):
+    from faceage.networks.facegan import FaceGANDims
+
+    return FaceGANDims(**(dims | SMALL_FACEGAN))
+
+
 def shrink_networks(patch):
     """Give every script networks that take milliseconds a step."""
     patch.setattr("train.gan.AgeCGANDims", small_gan)
     patch.setattr("train.identity.TrunkDims", small_trunk)
     patch.setattr("train.age_estimator.TrunkDims", small_trunk)
     patch.setattr("train.judge._WIDTHS", (4, 8, 8, 8))
+    patch.setattr("train.stylegan.StyleGANDims", small_styles)
+    patch.setattr("train.stylegan.WIDTHS", {64: (8, 8, 8, 8, 8)})
+    patch.setattr("train.facegan.FaceGANDims", small_facegan)
 
 
 def shrink_steps(patch):
     """Give every script a small batch, and a tick every third step."""
     for script in FILES:
         config = importlib.import_module(f"train.{script}").Config
-        patch.setattr(f"train.{script}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))
+        sides = SMALL_SIDES if script == "facegan" else {}
+        patch.setattr(f"train.{script}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES, **sides))
 
 
 def main(validation_file, script, *args):

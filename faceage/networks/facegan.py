@@ -1,0 +1,159 @@
+"""FaceGAN: a U-Net that predicts what age changes in a face, and the patch discriminator that it was trained against.
+
+Legend: N faces, S side in pixels, C channels, K age classes.
+
+Reference: Zoss et al.: Production-Ready Face Re-Aging for Visual Effects, SIGGRAPH Asia 2022 (a U-Net that predicts an
+RGB delta); Zhang: Making Convolutional Networks Shift-Invariant Again, ICML 2019 (anti-aliased sampling).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from faceage.geometry import face_mask
+
+MULTIPLE_PX = 32
+"""The side of a crop is a multiple of this: the stem halves it, and four levels below halve it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceGANDims:
+    """Dimensions of the U-Net and its discriminator."""
+
+    widths: tuple[int, ...] = (24, 40, 96, 160, 192)
+    """Channels at S/2, S/4, S/8, S/16 and S/32."""
+    head: int = 8
+    """Channels at S, before the luma."""
+    ages: int = 32
+    """Width of the embedding of the two ages."""
+    discriminator_widths: tuple[int, ...] = (48, 96, 160, 192)
+    classes: int = 6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON gives lists
+        object.__setattr__(self, "discriminator_widths", tuple(self.discriminator_widths))
+        if len(self.widths) != 5:
+            raise ValueError(f"five widths are needed, S/2 to S/32, got {self.widths}")
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions; the ages enter between them, as a bias.
+
+    A constant plane through a convolution is a bias: so the age planes of a U-Net cost nothing, at every level.
+    """
+
+    def __init__(self, channels: int, ages: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.ages = nn.Linear(ages, channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.second.weight)  # no norms: a block starts as the identity
+
+    def forward(self, x: Tensor, ages: Tensor) -> Tensor:
+        inner = F.leaky_relu(self.first(x) + self.ages(ages)[:, :, None, None], 0.2)
+        return F.leaky_relu(x + self.second(inner), 0.2)
+
+
+class UNet(nn.Module):
+    """(face, its age, the wanted age) -> the change of its pixels.
+
+    Fully convolutional: one set of weights serves crops of any side that is a multiple of `MULTIPLE_PX`. The stem takes
+    blocks of 2x2 pixels as channels, so that a crop of 256 pixels costs what one of 128 would; the last step has whole
+    resolution, and sees the crop's own pixels again: wrinkles can be taken away only where they are. What comes out:
+
+    - luma, at full resolution, without its mean inside the blend mask: old and young faces were not photographed in the
+      same light, and age lightens no skin;
+    - chroma, drawn at S/8 and interpolated, so that it cannot be sharper than skin tones are;
+    - both in proportion to tanh((target - source) / 20): where nothing is asked for, nothing is changed.
+    """
+
+    def __init__(self, dims: FaceGANDims) -> None:
+        super().__init__()
+        W = dims.widths
+        self.embed = nn.Sequential(nn.Linear(4, dims.ages), nn.LeakyReLU(0.2), nn.Linear(dims.ages, dims.ages))
+        self.stem = nn.Conv2d(12, W[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(W))
+        self.encoder = nn.ModuleList(_Residual(width, dims.ages) for width in W[1:])
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in reversed(list(pairwise(W))))
+        # The lowest level of the decoder has two convolutions after its sum, the others one: most of the cost is there.
+        self.low = _Residual(W[3], dims.ages)
+        self.decoder = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in reversed(W[:3]))
+        self.decoder_ages = nn.ModuleList(nn.Linear(dims.ages, width) for width in reversed(W[:3]))
+        self.to_chroma = nn.Conv2d(W[2], 3, 3, padding=1)
+        self.head = nn.Conv2d(W[0] + 3, dims.head, 3, padding=1)
+        self.to_luma = nn.Conv2d(dims.head, 1, 3, padding=1)
+        for last in (self.to_chroma, self.to_luma):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]), persistent=False)
+
+    def forward(self, x_N3SS: Tensor, source_N: Tensor, target_N: Tensor) -> Tensor:
+        """Return what to add to the faces: RGB [N, 3, S, S] in units of their [-1, 1] range, not masked.
+
+        Args:
+            x_N3SS: aligned faces, RGB in [-1, 1]; S is a multiple of `MULTIPLE_PX`.
+            source_N: how old they are, in years.
+            target_N: how old they are to be.
+        """
+        gate = torch.tanh((target_N - source_N) / 20)
+        ages = torch.stack([source_N / 50 - 1, target_N / 50 - 1, gate, gate.abs()], 1)
+        ages = F.leaky_relu(self.embed(ages), 0.2)
+        x = F.leaky_relu(self.stem(F.pixel_unshuffle(x_N3SS, 2)), 0.2)
+        skips = []
+        for down, block in zip(self.down, self.encoder, strict=True):
+            skips.append(x)
+            x = block(F.leaky_relu(down(_halve(x)), 0.2), ages)
+        x = self.low(_double(self.up[0](x)) + skips.pop(), ages)
+        chroma = None
+        for up, conv, bias in zip(list(self.up)[1:], self.decoder, self.decoder_ages, strict=True):
+            x = _double(up(x)) + skips.pop()
+            x = F.leaky_relu(conv(x) + bias(ages)[:, :, None, None], 0.2)
+            if chroma is None:
+                chroma = self.to_chroma(x)
+        x = F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2)
+        luma = self.to_luma(x)
+        assert chroma is not None  # the loop's first level has drawn it
+        luma_of_chroma = (chroma * self.luma[:, None, None]).sum(1, keepdim=True)
+        chroma = _double(_double(_double(chroma - luma_of_chroma)))
+        mask = torch.from_numpy(face_mask(x_N3SS.shape[-1]).copy()).to(x_N3SS.device)
+        luma = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum()
+        return (luma + chroma) * gate[:, None, None, None]
+
+
+class PatchDiscriminator(nn.Module):
+    """(face, age class) -> realness of each patch; ages by projection (Miyato and Koyama, ICLR 2018)."""
+
+    def __init__(self, dims: FaceGANDims) -> None:
+        super().__init__()
+        W = (3, *dims.discriminator_widths)
+        self.blocks = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(W))
+        self.last = nn.Conv2d(W[-1], W[-1], 3, padding=1)
+        self.realness = nn.Conv2d(W[-1], 1, 1)
+        self.ages = nn.Linear(dims.classes, W[-1], bias=False)
+        for conv in (*self.blocks, self.last):
+            nn.init.kaiming_normal_(conv.weight, 0.2)
+
+    def forward(self, x_N3SS: Tensor, y_NK: Tensor) -> Tensor:
+        """Return logits [N, S/16, S/16], high for the patches of a real face of age y."""
+        x = x_N3SS
+        for block in self.blocks:
+            x = F.leaky_relu(block(x), 0.2)
+        x = F.leaky_relu(self.last(x), 0.2)
+        ages = self.ages(y_NK)[:, :, None, None] / math.sqrt(x.shape[1])
+        return (self.realness(x) + (x * ages).sum(1, keepdim=True))[:, 0]
+
+
+def _halve(x: Tensor) -> Tensor:
+    """Halve the side behind a low-pass filter (1, 2, 2, 1) / 6: a plain stride would make the change flicker."""
+    return F.avg_pool2d(F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False), 2)
+
+
+def _double(x: Tensor) -> Tensor:
+    """Double the side by bilinear interpolation: a pixel shuffle would draw dots."""
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
