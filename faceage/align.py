@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from faceage.errors import ShapeError
@@ -21,6 +23,9 @@ FADE_S = 0.36
 """How long a change from nothing to full strength takes at least: long enough not to be seen as a pop."""
 MIN_FADE_FRAMES = 9
 """The same in frames, for low frame rates: no step is larger than 0.2."""
+FINENESS = 0.8
+"""A crop has at least this many pixels along a pixel of the picture, where an ager takes crops of several sizes: a
+crop of twice the side takes four times as long to age."""
 
 
 def align_faces(landmarks: FloatArray, size_px: int) -> FloatArray:
@@ -34,6 +39,22 @@ def align_faces(landmarks: FloatArray, size_px: int) -> FloatArray:
         float32 [F, 2, 3], frame pixels to crop pixels.
     """
     return similarity_to_template(landmarks, template_5(size_px))
+
+
+def choose_size(landmarks: FloatArray, sizes_px: Sequence[int]) -> int:
+    """Return the side of the crops in which a person is to be aged, one for all the given views of one face.
+
+    The smallest of the sizes that has `FINENESS` of the picture's own resolution, or else the largest. The median view
+    decides: in a track, a size that changed with the face would be seen as a pop, and one that fits the largest view
+    would be too fine for most frames.
+
+    Args:
+        landmarks: float32 [T, 5, 2], frame pixels; T is 1 or more.
+        sizes_px: what there is to choose from, ascending.
+    """
+    scales = np.linalg.norm(align_faces(landmarks, 1)[:, 0, :2], axis=-1)
+    side = 1 / float(np.median(scales))  # of the aligned crop, in pixels of the picture
+    return next((size for size in sizes_px if size >= FINENESS * side), sizes_px[-1])
 
 
 def head_turn(landmarks: FloatArray) -> FloatArray:

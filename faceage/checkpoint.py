@@ -31,7 +31,7 @@ class Header:
     """What a checkpoint is and where it comes from."""
 
     arch: str
-    """The network: "age-cgan-generator", "age-cgan-encoder", "age-estimator", "identity"."""
+    """The network: "age-cgan-generator", "age-cgan-encoder", "facegan", "age-estimator", "identity"."""
     dims: dict
     """The fields of the architecture's `*Dims` dataclass."""
     stage: str

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from faceage.engines.base import Engine, Program
+from faceage.engines.base import Engine, Precision, Program
 from faceage.engines.store import Backend, EngineStore
 from faceage.kernels.color import color_of, yuv_to_rgb
 from faceage.kernels.gather import gather_crops
@@ -328,9 +328,10 @@ def load_detector(
     backend: Backend = "onnxruntime",
     device: str = "cpu",
     threads: int = 1,
+    precision: Precision = "fp32",
 ) -> Detector:
     """Return a detector whose engines come from `store`; arguments and errors as `EngineStore.load`."""
-    pnet, rnet, onet = (store.load(program, backend, device, threads) for program in detector_programs())
+    pnet, rnet, onet = (store.load(program, backend, device, threads, precision) for program in detector_programs())
     return Detector(pnet, rnet, onet, config)
 
 

@@ -59,6 +59,42 @@ def tiny_model(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def facegan_checkpoint(tmp_path_factory):
+    """The checkpoint of a small random FaceGAN whose change can be seen: an untrained one changes nothing."""
+    import torch
+
+    from faceage.checkpoint import Header, save
+    from faceage.networks.facegan import FaceGANDims, UNet
+
+    torch.manual_seed(0)
+    dims = FaceGANDims(widths=(8, 8, 12, 12, 16), head=4, ages=8)
+    network = UNet(dims)
+    with torch.no_grad():
+        network.to_luma.weight.normal_(std=0.3)
+        network.to_chroma.weight.normal_(std=0.1)
+    path = tmp_path_factory.mktemp("facegan") / "facegan.safetensors"
+    save(path, network.state_dict(), Header(arch="facegan", dims=dataclasses.asdict(dims), stage="test", images_seen=0))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_facegan(tiny_model, checkpoints, facegan_checkpoint):
+    """The name of a FaceGAN with the readers of `tiny_model`, in its cache folder."""
+    from faceage.models import import_model
+
+    import_model("tiny-facegan", [facegan_checkpoint, checkpoints["age-estimator"], checkpoints["identity"]])
+    return "tiny-facegan"
+
+
+@pytest.fixture(scope="session")
+def facegan(tiny_facegan):
+    """The loaded networks of `tiny_facegan`."""
+    from faceage.pipeline.request import load_networks
+
+    return load_networks(model=tiny_facegan)
+
+
+@pytest.fixture(scope="session")
 def networks(tiny_model):
     """The loaded networks of `tiny_model`; their engines are built once a session."""
     from faceage.pipeline.request import load_networks
@@ -68,10 +104,10 @@ def networks(tiny_model):
 
 @pytest.fixture(scope="session")
 def bundled(tiny_model):
-    """The loaded networks of the bundled model; their engines are built once a session."""
+    """The loaded networks of the bundled Age-cGAN; their engines are built once a session."""
     from faceage.pipeline.request import load_networks
 
-    return load_networks()
+    return load_networks(model="age-cgan")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from faceage.align import MIN_FADE_FRAMES, align_faces, face_weights, head_turn, pose_weights
+from faceage.align import MIN_FADE_FRAMES, align_faces, choose_size, face_weights, head_turn, pose_weights
 from faceage.errors import ShapeError
 from faceage.geometry import apply_affine, template_5
 
@@ -32,6 +32,18 @@ def weights(landmarks, scores=None, *, fade_in=False, fade_out=False, frame_rate
 def test_align_puts_the_landmarks_on_the_template():
     matrix = align_faces(FACE * 1.7 + 40, 96)
     np.testing.assert_allclose(apply_affine(matrix, FACE * 1.7 + 40)[0], template_5(96), atol=1e-3)
+
+
+def test_a_face_gets_the_smallest_size_that_is_fine_enough():
+    sides = np.array([20, 128, 159, 161, 200, 319, 321, 500, 3000])
+    chosen = [choose_size(template_5(side)[None] + 40, (128, 256, 512)) for side in sides]
+    assert chosen == [128, 128, 128, 256, 256, 256, 512, 512, 512]
+    assert choose_size(template_5(3000)[None], (64,)) == 64
+
+
+def test_the_median_view_decides_for_a_track():
+    views = np.stack([template_5(side) for side in (40, 60, 200, 210, 900)])
+    assert choose_size(views, (128, 256, 512)) == 256
 
 
 def test_align_of_no_face():

@@ -6,13 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from clips import frame_times, make_clip
 
 from faceage.cli import main
 from faceage.cli.environment import machine, versions
-from faceage.pipeline.bench import EVALUATION_STEPS, faces_of, loop_clip
-from faceage.pipeline.naive import generated_faces
+from faceage.errors import NoFaceError
+from faceage.geometry import template_5
+from faceage.models import find_model
+from faceage.pipeline.bench import EVALUATION_STEPS, bench_follow, faces_of, loop_clip
+from faceage.pipeline.naive import _FaceGAN, generated_faces
 
 
 def bench(*args):
@@ -79,20 +83,54 @@ def test_images(networks, tiny_model, face_photo):
     assert item["evaluations_a_face"] > 1
 
 
+def test_images_by_a_facegan(facegan, tiny_facegan, face_photo):
+    item = bench("images", face_photo, "--repeats", 1, "--model", tiny_facegan)
+    assert item["faceage"]["faces"] == item["naive"]["faces"] == 1
+    assert item["naive_evaluations_a_face"] == 0
+
+
+def test_the_naive_loop_ages_as_ours_does(facegan, tiny_facegan):
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 128, 128)).astype(np.float32)
+    landmarks = template_5(128)[None]
+    ours = facegan.ager.age(pixels, landmarks, np.float32([30]), np.float32([70])).deltas[0]
+    theirs = _FaceGAN(find_model(tiny_facegan)).delta(torch.from_numpy(pixels), landmarks[0], 30.0, 70.0)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(ours).max() > 0.05
+
+
+def test_a_facegan_has_no_latents(facegan, tiny_facegan):
+    result = CliRunner().invoke(main, ["bench", "latent", "--model", tiny_facegan])
+    assert result.exit_code == 3
+    assert "model tiny-facegan has no latents to optimize; choose an Age-cGAN model" in result.stderr
+
+
 def test_images_needs_photos():
     result = CliRunner().invoke(main, ["bench", "images"])
     assert result.exit_code == 2
 
 
-def test_latent(networks, tiny_model, face_photo):
-    item = bench("latent", "--faces", 4, "--model", tiny_model)
+def test_latent(networks, tiny_model, face_photo, face_clip):
+    item = bench("latent", "--faces", 4, "--repeats", 1, "--clip", face_clip, "--model", tiny_model)
     assert item["faces"] == 4
     assert [row["evaluations"] for row in item["curve"]] == list(EVALUATION_STEPS)
     losses = [row["mean_loss"] for row in item["curve"]]
     assert losses == sorted(losses, reverse=True)
-    assert losses[0] == item["encoder_loss"] >= item["loss"]
+    assert losses[0] == item["encoder_loss"] >= item["loss"] >= item["naive_loss"] - 1e-4
     assert item["share_below_encoder"] == 1
-    assert bench("latent", face_photo, "--model", tiny_model)["faces"] == 1
+    assert [row["faces"] for row in item["batches"]] == [1, 8, 32, 128]
+    for row in item["batches"]:
+        assert row["factor_over_naive"] == pytest.approx(item["naive_ms_a_face"] / row["ms_a_face"], rel=0.1)
+    follow = item["follow"]
+    assert follow["frames"] == 40
+    assert [row["evaluations"] for row in follow["curve"]] == list(range(1, 9))
+    assert follow["curve"][-1]["mean_loss"] < follow["encoder_loss"]
+    assert follow["needed"] is None or follow["curve"][follow["needed"] - 1]["mean_loss"] <= follow["loss_anew"]
+
+
+def test_latent_of_a_photo_and_of_a_clip_without_faces(networks, tiny_model, face_photo, tmp_path):
+    assert bench("latent", face_photo, "--repeats", 1, "--model", tiny_model)["faces"] == 1
+    with pytest.raises(NoFaceError, match="use another clip"):
+        bench_follow(networks, make_clip(tmp_path / "clip.mp4"), notify=lambda line: None)
 
 
 def test_faces_come_from_photos_or_from_the_generator(networks, tiny_model, face_photo):

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from clips import frame_times, make_clip, packets_of
 from PIL import Image
 
+from faceage.checkpoint import sha256_of
 from faceage.cli import main
 from faceage.media.xmp import SOURCE_TYPE
 
@@ -150,7 +151,7 @@ class TestVideo:
         assert record["exit_code"] == 0
         assert record["options"]["age"] == 70
         assert record["versions"]["faceage"] == "0.1.0"
-        assert record["engines"] == {"model": "tiny", "backend": "onnxruntime", "device": "cpu"}
+        assert record["engines"] == {"model": "tiny", "backend": "onnxruntime", "device": "cpu", "precision": "fp32"}
 
     def test_quiet_says_nothing_and_verbose_more(self, video, face_clip, tmp_path):
         quiet = video(face_clip, "-o", tmp_path / "a.mp4", "--end", 0.2, "-q")
@@ -314,6 +315,16 @@ class TestImages:
         assert images(folder, "-o", out, "--overwrite", "--no-label").exit_code == 0
         assert SOURCE_TYPE.encode() not in (out / "a.png").read_bytes()
 
+    def test_a_facegan(self, facegan, tiny_facegan, facegan_checkpoint, face_photo, tmp_path):
+        options = ["-o", tmp_path, "--age", 70, "--model", tiny_facegan]
+        assert faceage("images", face_photo, *options).exit_code == 0
+        assert np.abs(pixels(face_photo).astype(int) - pixels(tmp_path / "face.png")).max() > 5
+        label = f"{tiny_facegan} sha256:{sha256_of(facegan_checkpoint)[:12]}"
+        assert label.encode() in (tmp_path / "face.png").read_bytes()
+        refused = faceage("images", face_photo, *options, "--overwrite", "--composite", "replace")
+        assert refused.exit_code == 3
+        assert error_of(refused).endswith("adds its change to the face, without latents; use --composite delta")
+
     def test_bad_files_do_not_stop_the_others(self, images, face_photo, tmp_path):
         (tmp_path / "empty.jpg").touch()
         (tmp_path / "text.png").write_text("hello")
@@ -418,7 +429,7 @@ class TestModelsAndDoctor:
         assert result.stdout.endswith("use it with --model mine\n")
         assert "mine             imported  ok\n" in faceage("models", "list").stdout
         listed = json.loads(faceage("models", "list", "--json").stdout)
-        assert [row["model"] for row in listed["models"]] == ["age-cgan", "mine"]
+        assert [row["model"] for row in listed["models"]] == ["age-cgan", "facegan", "mine"]
         assert "generator: age-cgan-generator, " in faceage("models", "info", "mine").stdout
         described = json.loads(faceage("models", "info", "mine", "--json").stdout)
         assert described["identity"]["dims"]["outputs"] == 128
@@ -426,6 +437,13 @@ class TestModelsAndDoctor:
         refused = faceage("models", "import", "age-cgan", *checkpoints.values())
         assert refused.exit_code == 4
         assert "cannot name a model" in error_of(refused)
+
+    def test_a_facegan_of_one_s_own(self, tiny_facegan, facegan_checkpoint, tmp_path, monkeypatch):
+        assert f"{tiny_facegan:16} imported  ok\n" in faceage("models", "list").stdout
+        assert "generator: facegan, " in faceage("models", "info", tiny_facegan).stdout
+        monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))
+        result = faceage("models", "import", "mine", facegan_checkpoint)
+        assert result.stdout.startswith("mine: generator, age, identity from ")
 
     def test_fetch_without_a_network(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))

@@ -7,6 +7,7 @@ import torch
 from faceage.agers.latent import LatentConfig
 from faceage.checkpoint import Header, save
 from faceage.errors import CheckpointError
+from faceage.geometry import template_5
 from faceage.models import find_model, import_model
 from faceage.models.fetch import facenet_file
 from faceage.networks.facenet import FaceNet
@@ -18,7 +19,7 @@ def cache(tmp_path, monkeypatch, tiny_model):
     """A cache folder of its own that has the tiny model."""
     files = find_model(tiny_model)
     monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))
-    import_model("tiny", list(files.paths().values()))
+    import_model("tiny", list(files.paths.values()))
     return tmp_path
 
 
@@ -35,11 +36,12 @@ def test_latents_are_fitted_through_it(cache):
     networks = load_networks(
         model="tiny", identity="facenet", backend="torch", latent=LatentConfig(max_evaluations=3, pixel_weight=0)
     )
-    size = networks.ager.size_px
+    (size,) = networks.ager.sizes_px
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, size, size)).astype(np.float32)
     ages = np.full(2, 30, np.float32)
     fit = networks.ager.fit(pixels, ages)
     assert (fit.losses < fit.first_losses).all()
-    aged = networks.ager.age(pixels, ages, ages)
+    landmarks = np.repeat(template_5(size)[None], 2, 0)
+    aged = networks.ager.age(pixels, landmarks, ages, ages)
     np.testing.assert_allclose(aged.deltas, 0, atol=1e-6)
     np.testing.assert_allclose(aged.identity, 1, atol=1e-4)

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from faceage.geometry import (
     invert_affine,
     similarity_to_template,
     skin_mask,
+    skin_masks,
     template_5,
 )
 
@@ -96,6 +98,26 @@ def test_skin_is_where_neither_eyes_nor_mouth_are():
     assert mask[nose[1], nose[0]] == mask[left[1] + 12, left[0]] == mask[40, 64] == 1  # nose, eye bag, root of the nose
     np.testing.assert_allclose(mask, mask[:, ::-1], atol=1e-6)
     assert not mask.flags.writeable
+
+
+def test_skin_masks_follow_the_face():
+    template = template_5(128)
+    moved = template + np.float32([[6, -3], [6, -3], [0, 0], [-4, 5], [-4, 5]])
+    smiling = template + np.float32([[0, 0], [0, 0], [0, 0], [-5, 0], [5, 0]])
+    angle = np.deg2rad(8)
+    turn = np.float32([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    rolled = (template - 63.5) @ turn + 63.5
+    same, after, wide, tilted = skin_masks(np.stack([template, moved, smiling, rolled]), 128)
+    np.testing.assert_array_equal(same, skin_mask(128))
+    np.testing.assert_allclose(after[:70, 6:], np.roll(same, (-3, 6), (0, 1))[:70, 6:], atol=1e-5)
+    np.testing.assert_allclose(after[80:, :-4], np.roll(same, (5, -4), (0, 1))[80:, :-4], atol=1e-5)
+    # A smile is wider, and shows more teeth below its corners.
+    spans = [np.argwhere(mask[75:] < 0.5) for mask in (same, wide)]
+    assert spans[1].max(0)[0] > spans[0].max(0)[0] + 4
+    assert np.ptp(spans[1], 0)[1] > np.ptp(spans[0], 0)[1] + 4
+    matrix = cv2.getRotationMatrix2D((63.5, 63.5), -8, 1)
+    assert np.abs(tilted - cv2.warpAffine(same, matrix, (128, 128), borderValue=1)).max() < 0.12
+    assert skin_masks(template[None][:0], 128).shape == (0, 128, 128)
 
 
 def test_masks_are_the_same_at_every_size():

@@ -26,14 +26,16 @@ FAMILIES = [
 """Modules of one layer that may import one another."""
 CROSSING = {
     ("networks", "engines"): "mtcnn and pnet describe their programs beside the networks",
+    ("networks", "geometry"): "FaceGAN takes the mean of its change inside the blend mask",
 }
-"""Imports that point up, and why."""
+"""Imports that do not point down, and why."""
 TRAIN_MAY_USE = {name for name, layer in LAYERS.items() if layer <= 2} | {
     "align",
     "media.image",
     "media.still",
     "agers.latent",
     "agers.age_cgan",
+    "agers.facegan",
 }
 HEAVY = ("torch", "cv2", "av", "onnxruntime", "numpy", "rich")
 

@@ -8,7 +8,7 @@ import pytest
 
 from faceage.checkpoint import Header, read_header, save
 from faceage.errors import CheckpointError
-from faceage.models import DEFAULT_MODEL, ROLES, fetch, find_model, import_model, list_models, user_folder
+from faceage.models import ROLES, fetch, find_model, import_model, list_models, user_folder
 
 
 @pytest.fixture
@@ -20,17 +20,40 @@ def cache(tmp_path, monkeypatch):
 def test_an_imported_model_is_found(cache, checkpoints):
     files = import_model("mine", list(checkpoints.values()))
     assert files == find_model("mine")
-    assert list_models() == [DEFAULT_MODEL, "mine"]
-    assert {path.parent for path in files.paths().values()} == {user_folder() / "mine"}
-    assert [read_header(path).arch for path in files.paths().values()] == list(ROLES.values())
+    assert list_models() == [*ROLES, "mine"]
+    assert {path.parent for path in files.paths.values()} == {user_folder() / "mine"}
+    assert {role: read_header(path).arch for role, path in files.paths.items()} == ROLES["age-cgan"]
+
+
+def test_an_imported_facegan_takes_the_bundled_readers(cache, facegan_checkpoint):
+    files = import_model("mine", [facegan_checkpoint])
+    assert files == find_model("mine")
+    assert files.architecture == "facegan"
+    assert files.generator.read_bytes() == facegan_checkpoint.read_bytes()
+    assert (files.age, files.identity) == (find_model("age-cgan").age, find_model("age-cgan").identity)
+
+
+def test_an_import_takes_the_place_of_another_architecture(cache, checkpoints, facegan_checkpoint):
+    import_model("mine", [facegan_checkpoint, checkpoints["identity"]])
+    assert import_model("mine", list(checkpoints.values())).architecture == "age-cgan"
+    assert import_model("mine", [facegan_checkpoint]).architecture == "facegan"
+    assert [path.name for path in (user_folder() / "mine").iterdir()] == ["facegan.safetensors"]
+    assert list_models() == [*ROLES, "mine"]
+
+
+def test_a_model_is_of_one_architecture(cache, checkpoints, facegan_checkpoint):
+    message = "holds age-cgan-encoder; expected one checkpoint each of facegan, age-estimator, identity"
+    with pytest.raises(CheckpointError, match=message):
+        import_model("mine", [facegan_checkpoint, checkpoints["age-cgan-encoder"]])
+    assert list_models() == list(ROLES)
 
 
 def test_an_unknown_model_is_refused_with_the_list(cache):
-    with pytest.raises(CheckpointError, match=r'unknown model "other"; there are age-cgan; add one with'):
+    with pytest.raises(CheckpointError, match=r'unknown model "other"; there are age-cgan, facegan; add one with'):
         find_model("other")
 
 
-@pytest.mark.parametrize("name", [DEFAULT_MODEL, "../up", "", "a b"])
+@pytest.mark.parametrize("name", [*ROLES, "../up", "", "a b"])
 def test_a_bad_name_is_refused(cache, checkpoints, name):
     with pytest.raises(CheckpointError, match="cannot name a model"):
         import_model(name, list(checkpoints.values()))
@@ -39,7 +62,7 @@ def test_a_bad_name_is_refused(cache, checkpoints, name):
 def test_the_generator_and_its_encoder_are_needed(cache, checkpoints):
     with pytest.raises(CheckpointError, match="the model lacks age-cgan-encoder"):
         import_model("mine", [checkpoints["age-cgan-generator"]])
-    assert list_models() == [DEFAULT_MODEL]
+    assert list_models() == list(ROLES)
 
 
 def test_two_files_of_one_role_are_refused(cache, checkpoints):
@@ -104,7 +127,7 @@ def test_facenet_is_fetched_checked_and_converted(cache, served):
     assert list(load_file(path)) == ["conv.weight"]  # without the classifier
     assert read_header(path).arch == "facenet"
     assert [p.name for p in path.parent.iterdir()] == ["facenet.safetensors"]
-    assert list_models() == [DEFAULT_MODEL]  # it is no model of its own
+    assert list_models() == list(ROLES)  # it is no model of its own
 
 
 def test_a_download_that_differs_leaves_nothing(cache, served, monkeypatch):

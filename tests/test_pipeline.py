@@ -9,7 +9,8 @@ import pytest
 from clips import frame_times, packets_of
 from skimage.data import astronaut
 
-from faceage.geometry import invert_affine
+from faceage.align import choose_size
+from faceage.geometry import invert_affine, template_5
 from faceage.media.video import EncodeOptions, VideoReader
 from faceage.pipeline.photos import age_frames, age_photos
 from faceage.pipeline.request import AgeRequest, StageTimer
@@ -60,14 +61,20 @@ def decoded(path):
         return [[plane.copy() for plane in frame.planes] for frame in reader]
 
 
+@pytest.fixture(params=["networks", "facegan"])
+def either(request):
+    """The loaded networks of each architecture."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "face.mkv", moving_face())
 
 
-def test_only_the_face_changes_and_everything_else_is_kept(networks, clip, tmp_path):
+def test_only_the_face_changes_and_everything_else_is_kept(either, clip, tmp_path):
     target = tmp_path / "aged.mkv"
-    report = age_video(networks, clip, target, AgeRequest(age=70, source_age=30), encode=LOSSLESS)
+    report = age_video(either, clip, target, AgeRequest(age=70, source_age=30), encode=LOSSLESS)
     assert report.frames == FRAMES
     assert report.frames_with_faces == FRAMES
     (person,) = report.people
@@ -76,8 +83,9 @@ def test_only_the_face_changes_and_everything_else_is_kept(networks, clip, tmp_p
     assert [bytes(p) for p in packets_of(target, "audio")] == [bytes(p) for p in packets_of(clip, "audio")]
 
     with VideoReader(clip) as reader:
-        (tracked,) = scan(networks, reader, AgeRequest(age=70, source_age=30), None, StageTimer(), lambda *_: None)
-    size = networks.ager.size_px
+        (tracked,) = scan(either, reader, AgeRequest(age=70, source_age=30), None, StageTimer(), lambda *_: None)
+    size = tracked.size_px
+    assert size in either.ager.sizes_px
     corners = np.float32([[-0.5, -0.5], [size - 0.5, -0.5], [size - 0.5, size - 0.5], [-0.5, size - 0.5]])
     for i, (before, after) in enumerate(zip(decoded(clip), decoded(target), strict=True)):
         inside = np.zeros(before[0].shape, np.uint8)
@@ -89,9 +97,9 @@ def test_only_the_face_changes_and_everything_else_is_kept(networks, clip, tmp_p
         assert not (changed & (inside == 0)).any(), f"frame {i} changed outside the face"
 
 
-def test_strength_zero_gives_back_every_sample(networks, clip, tmp_path):
+def test_strength_zero_gives_back_every_sample(either, clip, tmp_path):
     target = tmp_path / "same.mkv"
-    report = age_video(networks, clip, target, AgeRequest(by=40, strength=0), encode=LOSSLESS)
+    report = age_video(either, clip, target, AgeRequest(by=40, strength=0), encode=LOSSLESS)
     assert len(report.people) == 1
     for before, after in zip(decoded(clip), decoded(target), strict=True):
         for a, b in zip(before, after, strict=True):
@@ -115,6 +123,33 @@ def test_one_source_age_for_a_track_and_years_added_to_it(networks, clip, tmp_pa
     report = age_video(networks, clip, tmp_path / "by.mkv", AgeRequest(by=20), encode=LOSSLESS)
     (person,) = report.people
     assert person["target_age"] == pytest.approx(person["source_age"] + 20, abs=0.11)
+
+
+def test_a_track_keeps_one_size_while_the_face_grows(facegan, tmp_path):
+    portrait = astronaut()[:256, 96:352]
+    pictures = []
+    for i in range(FRAMES):
+        picture, side = np.full((512, 512, 3), 120, np.uint8), 160 + 11 * i
+        picture[:side, :side] = cv2.resize(portrait, (side, side), interpolation=cv2.INTER_AREA)
+        pictures.append(picture)
+    source = write_clip(tmp_path / "grows.mkv", pictures, tone=False)
+    with VideoReader(source) as reader:
+        (person,) = scan(facegan, reader, AgeRequest(age=70), None, StageTimer(), lambda *_: None)
+    sizes = [choose_size(points[None], facegan.ager.sizes_px) for points in person.track.landmarks]
+    assert sorted(set(sizes)) == [128, 192]
+    assert person.size_px == sorted(sizes)[len(sizes) // 2]
+
+
+def test_everybody_s_identity_is_measured_also_of_who_comes_later(either, tmp_path):
+    portrait = cv2.resize(astronaut()[:256, 96:352], (200, 200), interpolation=cv2.INTER_AREA)
+    alone = np.full((200, 420, 3), 120, np.uint8)
+    alone[:, :200] = portrait
+    both = alone.copy()
+    both[:, 210:410] = portrait
+    source = write_clip(tmp_path / "two.mkv", [alone] * 15 + [both] * 15, tone=False)
+    report = age_video(either, source, tmp_path / "aged.mkv", AgeRequest(age=70, source_age=30), encode=LOSSLESS)
+    assert [person["first_frame"] > 0 for person in report.people] == [False, True]
+    assert [person["identity"] for person in report.people] == [pytest.approx(-0.5, abs=1.5)] * 2
 
 
 def test_a_video_without_faces_is_copied_byte_for_byte(networks, tmp_path):
@@ -194,25 +229,25 @@ def test_photos_one_bad_file_stops_nobody(networks, tmp_path):
     assert (changed.max(0)[::-1] < box[2:] + margin).all()
 
 
-def test_a_batch_of_photos_gives_what_each_gives_alone(networks):
+def test_a_batch_of_photos_gives_what_each_gives_alone(either):
     def frame(picture):
         return Frame(planes=(np.ascontiguousarray(picture),), pixel_format="rgb24", color=RGB)
 
     pictures = [astronaut(), astronaut()[:, ::-1], cv2.resize(astronaut(), (300, 300))]
     request = AgeRequest(age=70, source_age=30)
     together = [frame(p.copy()) for p in pictures]
-    age_frames(networks, together, request)
+    age_frames(either, together, request)
     for picture, batched in zip(pictures, together, strict=True):
         alone = frame(picture.copy())
-        age_frames(networks, [alone], request)
+        age_frames(either, [alone], request)
         assert np.abs(alone.planes[0].astype(int) - batched.planes[0]).max() <= 1
         assert (alone.planes[0] != picture).any()
 
 
-def test_the_sheet_has_a_cell_for_each_age(networks, tmp_path):
+def test_the_sheet_has_a_cell_for_each_age(either, tmp_path):
     photo = tmp_path / "photo.png"
     cv2.imwrite(str(photo), astronaut()[:, :, ::-1])
-    sheet = make_sheet(networks, photo, [20, 70], source_age=30)
+    sheet = make_sheet(either, photo, [20, 70], source_age=30)
     assert sheet.dtype == np.uint8
     height, width, _ = sheet.shape
     cells = sheet[height - 200 : height - 40, :].reshape(160, width, 3)
@@ -241,12 +276,14 @@ def test_requests_out_of_range_are_refused(options, message):
 def test_composite_replace_reconstructs_the_face(networks):
     """With "replace" the generated face itself is pasted: what is inside the mask is the generator's."""
     ager = networks.ager
-    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, ager.size_px, ager.size_px)).astype(np.float32)
+    (size,) = ager.sizes_px
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, size, size)).astype(np.float32)
+    landmarks = np.repeat(template_5(size)[None], 2, 0)
     source, target = np.float32([30, 30]), np.float32([70, 20])
-    delta = ager.age(pixels, source, target)
+    delta = ager.age(pixels, landmarks, source, target)
     ager._composite = "replace"
     try:
-        replaced = ager.age(pixels, source, target, delta.latents)
+        replaced = ager.age(pixels, landmarks, source, target, delta.latents)
     finally:
         ager._composite = "delta"
     made = pixels + replaced.deltas

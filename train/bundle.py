@@ -1,6 +1,7 @@
 """Copy finished checkpoints into the package, in half precision.
 
-python -m train.bundle --runs runs
+python -m train.bundle --runs runs            # all of them
+python -m train.bundle --runs runs facegan    # one: the hashes of its parents stay those of their runs
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ FILES = {
     "age-cgan-encoder": "curvature/encoder.safetensors",
     "age-estimator": "age/age-estimator.safetensors",
     "identity": "identity/identity.safetensors",
+    "facegan": "facegan/facegan.safetensors",
 }
+ORDER = ("identity", "age-estimator", "age-cgan-generator", "age-cgan-encoder", "facegan")
+"""Parents first."""
 TARGET = Path(__file__).parent.parent / "faceage" / "models"
 
 
 @click.command(cls=Script)
 @click.option("--runs", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the run folders.")
-def main(runs: Path) -> None:
-    """Bundle the checkpoints of all roles."""
+@click.argument("archs", nargs=-1, type=click.Choice(ORDER), metavar="[NETWORK]...")
+def main(runs: Path, archs: tuple[str, ...]) -> None:
+    """Bundle the checkpoints of the named networks, or of all."""
     renamed: dict[str, str] = {}  # hash of a full-precision parent to that of its bundled copy
-    for arch in ("identity", "age-estimator", "age-cgan-generator", "age-cgan-encoder"):  # parents first
+    for arch in ORDER:
+        if archs and arch not in archs:
+            continue
         header, weights = load(runs / FILES[arch], arch)
         parents = {stage: renamed.get(sha, sha) for stage, sha in header.parents.items()}
         path = TARGET / f"{arch}.safetensors"

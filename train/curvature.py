@@ -8,8 +8,8 @@ Directions of z differ 200-fold in how much they change a face. The objective's 
     H = 2 identity_weight J_e^T J_e + 2 pixel_weight J_x^T W J_x + 2 prior_weight I / Z
 
 with the Jacobians J_e and J_x of embedding and face with respect to z, is averaged over training faces (J by central
-differences). C with C C^T = H^-1 is stored in a copy of the encoder's checkpoint as `latent_root`; `optimize_latents`
-then works on u with z = start + C u.
+differences). C with C C^T = H^-1 is stored in a copy of the encoder's checkpoint as `latent_root`; the step of
+`networks.latent` then works on u with z = start + C u.
 """
 
 from __future__ import annotations

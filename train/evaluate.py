@@ -4,12 +4,14 @@
         --judge runs/judge/judge.safetensors --media clips --out out/quality \
         --reader runs/reader64/age-estimator.safetensors --reader runs/reader32/age-estimator.safetensors
 
+The bundled models are compared side by side, on the same faces, or those that `--model` names, one or more: a
+checkpoint of one's own is made a model by `faceage models import`.
 The judge of age shares neither pictures nor architecture with an estimator in a loss. The judge of identity is in no
 loss either, but taught the identity network that is. Faces are drawn evenly over the age groups from pictures that
 nothing was trained on, and aged at full resolution by the product's own path, which estimates their present age itself.
-Beside the product stand rows whose answer is known: nothing done, a stranger's face, a blur, the difference of two mean
+Beside the models stand rows whose answer is known: nothing done, a stranger's face, a blur, the difference of two mean
 faces, real photos of the target age. If one of them does not score as it must, the card says that it is wrong, and the
-command exits with 1. Writes `scorecard.json` (exact), `scorecard.md` and `sheet.png`.
+command exits with 1. Writes `scorecard.json` (exact), `scorecard.md` and a `sheet-<model>.png` a model.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,10 +37,11 @@ from faceage.agers.latent import LatentConfig
 from faceage.align import align_faces, face_weights
 from faceage.checkpoint import sha256_of
 from faceage.errors import NoFaceError
+from faceage.geometry import apply_affine
 from faceage.kernels import gather_crops
 from faceage.media.rotation import upright
 from faceage.media.video import EncodeOptions, VideoReader
-from faceage.models import DEFAULT_MODEL, find_model
+from faceage.models import ROLES, ModelFiles, find_model
 from faceage.pipeline.photos import AgedPhoto, age_frames
 from faceage.pipeline.request import AgeRequest, Networks, load_networks
 from faceage.pipeline.video import age_video
@@ -75,7 +78,7 @@ from train.judge import JUDGE_PX
 from train.latent import CHOICES, teacher_view
 from train.metrics import age_figures, largest_change, match_thresholds, touchable
 from train.run import Script, git_commit
-from train.scorecard import MODEL, headline, plain, render, write_sheet, wrong
+from train.scorecard import headline, plain, render, write_sheet, wrong
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +119,22 @@ class _Made(NamedTuple):
 
 
 def age_pictures(
-    networks: Networks, pictures: list[np.ndarray], landmarks: FloatArray, targets: FloatArray
+    networks: Networks,
+    pictures: list[np.ndarray],
+    landmarks: FloatArray,
+    targets: FloatArray,
+    *,
+    is_present_age: bool = False,
 ) -> Composites:
-    """Age pictures as `faceage images` does, each to its own target; landmarks [R, 5, 2] say which face is meant."""
+    """Age pictures as `faceage images` does, each to its own target.
+
+    Args:
+        networks: of a model.
+        pictures: uint8 [H, W, 3], RGB: R of them.
+        landmarks: float32 [R, 5, 2], which face is meant.
+        targets: float32 [R], years.
+        is_present_age: the targets are given as the present ages too, instead of letting the product estimate those.
+    """
     jobs = []
     for target in np.unique(targets):
         rows = np.flatnonzero(targets == target)
@@ -126,9 +142,11 @@ def age_pictures(
 
     def work(rows: IntArray) -> list[_Made]:
         frames = [Frame(planes=(pictures[i].copy(),), pixel_format="rgb24", color=RGB) for i in rows]
-        photos = age_frames(networks, frames, AgeRequest(age=float(targets[rows[0]])))
+        target = float(targets[rows[0]])
+        request = AgeRequest(age=target, source_age=target if is_present_age else None)
+        photos = age_frames(networks, frames, request)
         return [
-            _inspect(frame.planes[0], pictures[i], photo, landmarks[i], networks.ager.size_px)
+            _inspect(frame.planes[0], pictures[i], photo, landmarks[i])
             for i, frame, photo in zip(rows, frames, photos, strict=True)
         ]
 
@@ -141,7 +159,7 @@ def age_pictures(
     return Composites(list(after), np.array(shares), np.array(source_ages), np.array(outside))
 
 
-def _inspect(after: np.ndarray, before: np.ndarray, photo: AgedPhoto, landmarks: FloatArray, size_px: int) -> _Made:
+def _inspect(after: np.ndarray, before: np.ndarray, photo: AgedPhoto, landmarks: FloatArray) -> _Made:
     """Measure what was done to one picture; `landmarks` [5, 2] say which face was meant."""
     share, source_age = math.nan, math.nan
     eyes = np.linalg.norm(landmarks[1] - landmarks[0])
@@ -149,9 +167,9 @@ def _inspect(after: np.ndarray, before: np.ndarray, photo: AgedPhoto, landmarks:
     if len(off) and off.min() < SAME_FACE:
         share, source_age = float(photo.weights[off.argmin()]), float(photo.source_ages[off.argmin()])
     inside = np.zeros(after.shape[:2], bool)
-    for matrix, weight in zip(photo.frame_to_crop, photo.weights, strict=True):
+    for matrix, size, weight in zip(photo.frame_to_crop, photo.sizes_px, photo.weights, strict=True):
         if weight > 0:
-            inside |= touchable(matrix, size_px, after.shape[:2])
+            inside |= touchable(matrix, int(size), after.shape[:2])
     return _Made(after, share, source_age, largest_change(after, before, ~inside))
 
 
@@ -161,14 +179,27 @@ def cycle_section(e: Evaluation, networks: Networks) -> dict:
     rows = np.sort(np.random.default_rng(SEED).permutation(rows)[:CYCLE_FACES])
     faces = e.requests.faces[rows]
     landmarks = e.drawn.landmarks[faces]
-    back = age_pictures(networks, [e.pictures[MODEL][i] for i in rows], landmarks, e.drawn.ages[faces])
-    errors = []
-    for picture, face, points in zip(back.pictures, faces, landmarks, strict=True):
-        before = e.originals[face]
-        inside = mask_in_picture(before, points) > 0.5
-        errors.append(np.abs(picture.astype(np.float32) - before)[inside].mean())
+    back = age_pictures(networks, [e.pictures[networks.model][i] for i in rows], landmarks, e.drawn.ages[faces])
+    errors = _changes(e, back.pictures, faces)
     figures = e.identity(e.panel.look(back.pictures, landmarks).embeddings, faces)
-    return figures | {"mae_codes": mean(np.array(errors)), "not_found_again": int(np.isnan(back.shares).sum())}
+    return figures | {"mae_codes": mean(errors), "not_found_again": int(np.isnan(back.shares).sum())}
+
+
+def no_years_section(e: Evaluation, networks: Networks) -> dict:
+    """Age the drawn faces to the age that they are said to have: nothing should change."""
+    made = age_pictures(networks, e.originals, e.drawn.landmarks, e.drawn.ages, is_present_age=True)
+    changes = _changes(e, made.pictures, np.arange(len(made.pictures)))
+    return {"n": len(changes), "mean_codes": mean(changes), "max_codes": float(changes.max(initial=0))}
+
+
+def _changes(e: Evaluation, pictures: list[np.ndarray], faces: IntArray) -> FloatArray:
+    """Return the mean absolute change of each picture against that of the drawn face [N] in its mask, in codes."""
+    changes = []
+    for picture, face in zip(pictures, faces, strict=True):
+        before = e.originals[face]
+        inside = mask_in_picture(before, e.drawn.landmarks[face]) > 0.5
+        changes.append(np.abs(picture.astype(np.float32) - before)[inside].mean())
+    return np.array(changes, np.float32)
 
 
 def latent_section(e: Evaluation, networks: Networks) -> dict | None:
@@ -178,10 +209,11 @@ def latent_section(e: Evaluation, networks: Networks) -> dict | None:
     """
     if not isinstance(networks.ager, AgeCGAN):
         return None
-    size, ages = networks.ager.size_px, e.drawn.ages
+    (size,), ages = networks.ager.sizes_px, e.drawn.ages
     frames = [Frame(planes=(picture,), pixel_format="rgb24", color=RGB) for picture in e.originals]
     everyone = np.arange(len(frames))
-    crops = gather_crops(frames, everyone, align_faces(e.drawn.landmarks, size), size)
+    matrices = align_faces(e.drawn.landmarks, size)
+    crops, points = gather_crops(frames, everyone, matrices, size), apply_affine(matrices, e.drawn.landmarks)
 
     def figures(faces: FloatArray) -> dict[str, float]:
         return e.identity(e.panel.embed(teacher_view(torch.from_numpy(faces))), everyone)
@@ -191,7 +223,7 @@ def latent_section(e: Evaluation, networks: Networks) -> dict | None:
         ager = load_networks(model=networks.model, latent=config, composite="replace").ager
         parts = [slice(i, i + LATENT_BATCH) for i in range(0, len(crops), LATENT_BATCH)]
         # What "replace" adds to a crop to get the generated face, at the age that the face has already.
-        deltas = [ager.age(crops[part], ages[part], ages[part]).deltas for part in parts]
+        deltas = [ager.age(crops[part], points[part], ages[part], ages[part]).deltas for part in parts]
         section[name] = figures(crops + np.concatenate(deltas))
     return section | {f"(the {size}-px crop itself)": figures(crops)}
 
@@ -207,9 +239,12 @@ def video_section(networks: Networks, panel: Panel, clips: list[Path]) -> dict:
             figures = measure_tracks(_pairs(clip, target), tracks, panel.ages)
         rows += [{"clip": clip.name} | row for row in figures]
         left_out += len(tracks) - len(figures)
-        log.info("%s: %d tracks measured", clip.name, len(figures))
-    deviations = {name: mean(np.array([row[name] for row in rows])) for name in ("source_deviation", "aged_deviation")}
-    return {"by": VIDEO_BY_YEARS, "tracks": rows, "left_out": left_out} | deviations
+        log.info("%s, %s: %d tracks measured", networks.model, clip.name, len(figures))
+    means = {
+        name: mean(np.array([row[name] for row in rows]))
+        for name in ("source_deviation", "aged_deviation", "warp_error")
+    }
+    return {"by": VIDEO_BY_YEARS, "tracks": rows, "left_out": left_out} | means
 
 
 def follow(networks: Networks, clip: Path) -> list[Followed]:
@@ -258,8 +293,8 @@ def draw_sheet(networks: Networks, val: FaceSet, pictures: list[np.ndarray], pat
     write_sheet(path, rows, ("original", *map(str, SHEET_AGES)), labels)
 
 
-def gather(archive: Path, cache: Path, panel: Panel, networks: Networks, count: int) -> tuple[Evaluation, dict]:
-    """Draw the faces, have the product age them and everything read.
+def gather(archive: Path, cache: Path, panel: Panel, models: list[Networks], count: int) -> tuple[Evaluation, dict]:
+    """Draw the faces, have the product age them with each model, and everything read.
 
     Returns:
         The evaluation, and the results of the sections that need all that was made.
@@ -277,25 +312,28 @@ def gather(archive: Path, cache: Path, panel: Panel, networks: Networks, count: 
     drawn, originals = val.rows(own), [pictures[i] for i in own]
     asked = make_requests(drawn.ages)
     before = [originals[i] for i in asked.faces]
-    made = age_pictures(networks, before, drawn.landmarks[asked.faces], asked.targets)
-    rows = np.flatnonzero(made.shares > 0)  # NaN is not
+    points = drawn.landmarks[asked.faces]
+    made = {networks.model: age_pictures(networks, before, points, asked.targets) for networks in models}
+    shares = np.min([each.shares for each in made.values()], 0)  # NaN if any is
+    rows = np.flatnonzero(shares > 0)
     requests = asked.rows(rows)
     if not requests.pooled.any():
         raise NoFaceError(f"the product changed none of {len(asked)} pictures by 20 or 30 years: nothing to measure")
-    log.info("%d composites made, %d of them changed", len(asked), len(requests))
+    log.info("%d composites a model made, %d of them changed", len(asked), len(requests))
 
-    e = Evaluation(panel, val, val_looks, own, drawn, originals, requests, thresholds, {}, {})
-    e.pictures[MODEL] = [made.pictures[i] for i in rows]
+    e = Evaluation(panel, tuple(made), val, val_looks, own, drawn, originals, requests, thresholds, {}, {})
+    for model, each in made.items():
+        e.pictures[model] = [each.pictures[i] for i in rows]
     add_baselines(e, faces, pictures)
     scores, sets = kid_section(e, faces)
     counts = {
         "faces": len(own),
         "requests": len(asked),
-        "not_found": int(np.isnan(made.shares).sum()),
-        "left_alone": int((made.shares == 0).sum()),
+        "not_found": int(np.isnan(shares).sum()),
+        "left_alone": int((shares == 0).sum()),
         "measured": len(requests),
-        "in_part": int((made.shares[rows] < 1).sum()),
-        "source_mae": _source_mae(made.source_ages, asked.faces, drawn.ages),
+        "in_part": int((shares[rows] < 1).sum()),
+        "source_mae": {m: _source_mae(each.source_ages, asked.faces, drawn.ages) for m, each in made.items()},
     }
     return e, {
         "counts": counts,
@@ -303,7 +341,7 @@ def gather(archive: Path, cache: Path, panel: Panel, networks: Networks, count: 
         "thresholds": {"n": len(val), "pairs": pairs, **thresholds},
         "kid": scores,
         "kid_sets": sets,
-        "outside": outside_section(e, made.outside, networks.ager.size_px),
+        "outside": outside_section(e, {model: each.outside for model, each in made.items()}),
     }
 
 
@@ -314,29 +352,32 @@ def _source_mae(estimates: FloatArray, faces: IntArray, labels: FloatArray) -> f
 
 
 def evaluate(
-    data: Path, cache: Path, panel: Panel, networks: Networks, count: int, clips: list[Path], out: Path
+    data: Path, cache: Path, panel: Panel, models: list[Networks], count: int, clips: list[Path], out: Path
 ) -> dict:
-    """Measure everything; returns the results and writes the contact sheet."""
+    """Measure everything; returns the results and writes the contact sheets."""
     start = perf_counter()
-    e, results = gather(data, cache, panel, networks, count)
+    e, results = gather(data, cache, panel, models, count)
     results |= {
         "age": age_section(e),
         "fooled": fooled_section(e) if panel.has_readers else None,
         "identity": identity_section(e),
         "sharpness": sharpness_section(e),
-        "slices": slices_section(e),
-        "cycle": cycle_section(e, networks),
+        "slices": {model: slices_section(e, model) for model in e.models},
     }
-    log.info("there and back: measured")
-    results["latent"] = latent_section(e, networks)
-    log.info("reconstructions: measured")
-    draw_sheet(networks, e.drawn, e.originals, out / "sheet.png")
-    results["video"] = video_section(networks, panel, clips) if clips else None
-    files = {role: sha256_of(path)[:12] for role, path in find_model(networks.model).paths().items()}
+    sections: dict[str, Callable[[Networks], dict | None]] = {
+        "cycle": lambda networks: cycle_section(e, networks),
+        "no_years": lambda networks: no_years_section(e, networks),
+        "latent": lambda networks: latent_section(e, networks),
+        "video": lambda networks: video_section(networks, panel, clips) if clips else None,
+    }
+    for name, section in sections.items():
+        results[name] = {networks.model: section(networks) for networks in models}
+        log.info("%s: measured", name)
+    for networks in models:
+        draw_sheet(networks, e.drawn, e.originals, out / f"sheet-{networks.model}.png")
     seconds = perf_counter() - start
     results["settings"] = {
-        "model": networks.model,
-        "files": files,
+        "models": {model: _describe(find_model(model)) for model in e.models},
         "judges": panel.files,
         "commit": git_commit(),
         "seed": SEED,
@@ -347,12 +388,17 @@ def evaluate(
     return results
 
 
+def _describe(files: ModelFiles) -> dict:
+    digests = {role: sha256_of(path)[:12] for role, path in files.paths.items()}
+    return {"architecture": files.architecture, "files": digests}
+
+
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="Judges identity.")
 @click.option("--judge", type=click.Path(exists=True, path_type=Path), required=True, help="Judges age; train.judge.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the scorecard.")
-@click.option("--model", default=DEFAULT_MODEL, help="As `faceage models list` shows.")
+@click.option("--model", "models", multiple=True, default=list(ROLES), help="As `faceage models list` shows.")
 @click.option("--faces", "count", type=click.IntRange(len(AGE_GROUPS)), default=300, help="Validation faces to age.")
 @click.option(
     "--media", type=click.Path(exists=True, path_type=Path), multiple=True, help="A clip, or a folder of clips."
@@ -363,14 +409,15 @@ def evaluate(
 )  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 def main(
-    data: Path, teacher: Path, judge: Path, out: Path, model: str, count: int, media: tuple[Path, ...],
+    data: Path, teacher: Path, judge: Path, out: Path, models: tuple[str, ...], count: int, media: tuple[Path, ...],
     readers: tuple[Path, ...], cache: Path,
 ) -> None:  # fmt: skip
-    """Write the quality scorecard of a model."""
+    """Write the quality scorecard of one or more models, side by side."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
     out.mkdir(parents=True, exist_ok=True)
     panel = Panel(judge, teacher, readers)
-    results = evaluate(data, cache, panel, load_networks(model=model), count, find_clips(media), out)
+    loaded = [load_networks(model=model) for model in dict.fromkeys(models)]
+    results = evaluate(data, cache, panel, loaded, count, find_clips(media), out)
     (out / "scorecard.json").write_text(json.dumps(plain(results), indent=1))
     card = render(results)
     (out / "scorecard.md").write_text(card)

@@ -15,6 +15,7 @@ from train.data import FaceSet
 from train.evaluate_faces import (
     AGE_GROUPS,
     GENDERS,
+    PICTURE_CROP_PX,
     RACES,
     Looks,
     MeanFaces,
@@ -29,7 +30,7 @@ from train.evaluate_faces import (
 )
 from train.judge import HALF
 from train.metrics import age_figures, kid, largest_change, luma, sharpness_ratios, touchable
-from train.scorecard import BLUR, BLUR_ALL, MEAN_1, MEAN_2, MODEL, NOTHING, OTHER, REAL, REAL_PAIR, Worse, show
+from train.scorecard import BLUR, BLUR_ALL, MEAN_1, MEAN_2, NOTHING, OTHER, REAL, REAL_PAIR, Worse, show
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class Evaluation:
     """What was asked for, what was made of it, and what the panel says of that."""
 
     panel: Panel
+    models: tuple[str, ...]
+    """The names of the models that are compared; each is a method beside the known ones."""
     val: FaceSet
     """Validation pictures of 15 years and older, at the judge's size."""
     val_looks: Looks
@@ -55,7 +58,7 @@ class Evaluation:
     originals: list[np.ndarray]
     """Their F pictures as in the archive, uint8 [H, W, 3]."""
     requests: Requests
-    """Those whose face the product changed: R."""
+    """Those whose face the product changed with every model: R."""
     thresholds: dict[str, float]
     """Per cent of false matches -> cosine."""
     pictures: dict[str, list[np.ndarray]]
@@ -76,7 +79,7 @@ def mean(values: np.ndarray) -> float:
 
 
 def add_baselines(e: Evaluation, faces: FaceSet, val_pictures: list[np.ndarray]) -> None:
-    """Make the pictures of every row beside the model's, and have the panel look at them all."""
+    """Make the pictures of every row beside the models', and have the panel look at them all."""
     means = MeanFaces(faces, np.flatnonzero(~faces.validation))
     donors = real_pictures(e.val, e.requests, e.own, SEED)
     requests, points = e.requests, e.drawn.landmarks[e.requests.faces]
@@ -103,7 +106,7 @@ def add_baselines(e: Evaluation, faces: FaceSet, val_pictures: list[np.ndarray])
 
 def age_section(e: Evaluation) -> dict:
     """Return group -> method -> figures of the judged age against the requested one."""
-    methods = (MODEL, NOTHING, MEAN_1, MEAN_2, REAL)
+    methods = (*e.models, NOTHING, MEAN_1, MEAN_2, REAL)
     return {
         group: {
             method: age_figures(e.requests.targets[rows], e.looks[method].ages[rows])
@@ -115,16 +118,20 @@ def age_section(e: Evaluation) -> dict:
 
 
 def fooled_section(e: Evaluation) -> dict:
-    """Return group -> how much more the loss's estimators read than the judge, on composites and untouched pictures."""
-    section = {}
-    for group, rows in e.requests.groups().items():
-        excess = {
-            name: mean((e.looks[method].readers - e.looks[method].ages)[rows])
-            for name, method in (("composites", MODEL), ("untouched", NOTHING))
-        }
-        toward = np.sign(e.requests.gaps[rows])
-        more = e.looks[MODEL].readers - e.looks[MODEL].ages - (e.looks[NOTHING].readers - e.looks[NOTHING].ages)
-        section[group] = {"n": int(rows.sum()), **excess, "fooled": mean(toward * more[rows])}
+    """Return model -> group -> how much more the loss's estimators read than the judge, and on untouched pictures."""
+    section: dict[str, dict] = {}
+    untouched = e.looks[NOTHING].readers - e.looks[NOTHING].ages
+    for model in e.models:
+        composites = e.looks[model].readers - e.looks[model].ages
+        section[model] = {}
+        for group, rows in e.requests.groups().items():
+            toward = np.sign(e.requests.gaps[rows])
+            section[model][group] = {
+                "n": int(rows.sum()),
+                "composites": mean(composites[rows]),
+                "untouched": mean(untouched[rows]),
+                "fooled": mean(toward * (composites - untouched)[rows]),
+            }
     return section
 
 
@@ -133,7 +140,7 @@ def identity_section(e: Evaluation) -> dict:
     return {
         group: {
             method: e.identity(e.looks[method].embeddings[rows], e.requests.faces[rows])
-            for method in (MODEL, NOTHING, MEAN_1, MEAN_2, BLUR, OTHER)
+            for method in (*e.models, NOTHING, MEAN_1, MEAN_2, BLUR, OTHER)
         }
         for group, rows in e.requests.groups().items()
     }
@@ -146,7 +153,7 @@ def kid_section(e: Evaluation, faces: FaceSet) -> tuple[dict, dict]:
     """
     random = np.random.default_rng(SEED)
     pooled, groups = e.requests.pooled, age_group(e.requests.targets)
-    scores: dict[str, list[tuple[int, float]]] = {m: [] for m in (REAL_PAIR, MODEL, NOTHING, MEAN_1, MEAN_2, BLUR)}
+    scores: dict[str, list[tuple[int, float]]] = {m: [] for m in (REAL_PAIR, *e.models, NOTHING, MEAN_1, MEAN_2, BLUR)}
     sizes = {"real": 0, "other": 0}
     for group, (first, last) in enumerate(AGE_GROUPS):
         rows = np.flatnonzero(pooled & (groups == group))
@@ -193,13 +200,12 @@ def sharpness_section(e: Evaluation) -> dict:
     return section
 
 
-def outside_section(e: Evaluation, changes: IntArray, size_px: int) -> dict:
+def outside_section(e: Evaluation, changes: dict[str, IntArray]) -> dict:
     """Return method -> in how many pictures something changed outside the mask, and by how many codes at most.
 
     Args:
         e: for the pictures of which the answer is known.
-        changes: [R], the product's largest changes, in codes.
-        size_px: side of its crops.
+        changes: model -> [R], its largest changes, in codes.
     """
 
     def figures(codes: IntArray) -> dict[str, int]:
@@ -207,16 +213,17 @@ def outside_section(e: Evaluation, changes: IntArray, size_px: int) -> dict:
 
     def known(change: Callable[[np.ndarray], np.ndarray]) -> dict[str, int]:
         codes = []
-        for picture, matrix in zip(e.originals, align_faces(e.drawn.landmarks, size_px), strict=True):
+        for picture, matrix in zip(e.originals, align_faces(e.drawn.landmarks, PICTURE_CROP_PX), strict=True):
             height, width = picture.shape[:2]
-            codes.append(largest_change(change(picture), picture, ~touchable(matrix, size_px, (height, width))))
+            codes.append(largest_change(change(picture), picture, ~touchable(matrix, PICTURE_CROP_PX, (height, width))))
         return figures(np.array(codes))
 
-    return {MODEL: figures(changes), NOTHING: known(lambda picture: picture), BLUR_ALL: known(blur)}
+    models = {model: figures(codes) for model, codes in changes.items()}
+    return models | {NOTHING: known(lambda picture: picture), BLUR_ALL: known(blur)}
 
 
-def slices_section(e: Evaluation) -> dict:
-    """Return the figures of the pooled requests by gender, race and source age, and the largest gap in a line."""
+def slices_section(e: Evaluation, model: str) -> dict:
+    """Return a model's figures of the pooled requests by gender, race and source age, and the largest gap in a line."""
     faces = e.drawn.rows(e.requests.faces)
     spans = [f"{first}-{last}" for first, last in AGE_GROUPS]
     by = {
@@ -229,7 +236,7 @@ def slices_section(e: Evaluation) -> dict:
         for label, word in enumerate(words):
             which = np.flatnonzero(e.requests.pooled & (labels == label))
             if len(which):
-                looks = e.looks[MODEL].rows(which)
+                looks = e.looks[model].rows(which)
                 row: dict = {"by": name, "slice": word} | e.identity(looks.embeddings, e.requests.faces[which])
                 rows.append(row | age_figures(e.requests.targets[which], looks.ages))
     return {"rows": rows, "line": _worst_slices(rows)}

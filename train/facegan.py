@@ -6,8 +6,9 @@
 
 What a real face looks like at another age nobody knows, so it is taught by
 
-- Age-cGAN, whose change is right in its 64 pixels, but for what they cannot show: the U-Net must not stray from it far.
-  Without it estimators are fooled within minutes, by light and shade that nobody else takes for age;
+- Age-cGAN, whose change is right in its 64 pixels, but for what they cannot show: at first the U-Net follows it alone,
+  and later must not stray from it far. Without it estimators are fooled within minutes, by light and shade that nobody
+  else takes for age;
 - two adversaries, which see aged faces beside real ones of the target age, inside the mask only (hair does not change
   and would give every aged face away): Age-cGAN's own on the whole face at 64 pixels, and one on its patches at full
   resolution. They also see faces with a wrong age as fakes, the unchanged source face among them;
@@ -33,11 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faceage.agers.age_cgan import CHANGE_GAIN, LUMA, feature_shares
+from faceage.agers.age_cgan import CHANGE_GAIN, LUMA
+from faceage.agers.facegan import FEATURE_SHARE
 from faceage.ages import OLDEST_YEARS, age_to_classes
 from faceage.checkpoint import Header, load, read_header, save
 from faceage.errors import CheckpointError
-from faceage.geometry import face_mask
+from faceage.geometry import face_mask, skin_mask
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Encoder, Generator
 from faceage.networks.facegan import FaceGANDims, PatchDiscriminator, UNet
 from faceage.networks.regressors import AgeEstimator, IdentityNet
@@ -60,14 +62,13 @@ class Config:
 
     batch: int = 16
     """Faces to age a step, and as many real ones for the adversary."""
-    side_px: int = 128
-    large_px: int = 192
     large_every_steps: int = 5
-    """A step with half as many faces of `large_px`: finer detail, and crops of several sizes look alike."""
-    rate: float = 3e-4
+    """A step with half as many faces of the larger sides, by turns: finer detail, and crops of all sizes look alike."""
+    warm_rate: float = 1e-3
+    rate: float = 4e-4
     coarse_rate: float = 4e-4
     fine_rate: float = 2e-4
-    r1_weight: float = 1.0
+    r1_weight: float = 0.5
     r1_every_steps: int = 16
     """The fine adversary's gradient penalty, as in `train.stylegan`; the coarse one has spectral norms."""
     betas: tuple[float, float] = (0.0, 0.99)
@@ -75,26 +76,29 @@ class Config:
     """Noise on the source age: the product reads it off the face."""
     wrong_age_gap_years: float = 10.0
     """Only ages at least this far apart are called wrong: labels are noisy and neighbours look alike."""
-    coarse_weight: float = 0.5
+    warm_share: float = 0.25
+    """Share of the budget at the beginning, in which there is neither adversary nor estimator: a run that starts from
+    another's U-Net does without."""
+    coarse_weight: float = 0.3
     fine_weight: float = 0.5
     """Weights of the two adversaries."""
-    teacher_weight: float = 3.0
+    teacher_weight: float = 4.0
     """Weight of the mean absolute distance to Age-cGAN's change, at its resolution."""
-    identity_weight: float = 0.5
+    identity_weight: float = 1.0
     """Weight of 1 - cosine between the face and the aged face."""
-    age_weight: float = 0.8
+    age_weight: float = 0.6
     """Weight of the estimators' mean error, in decades, once it is fully on."""
-    age_start: float = 0.1
-    """Share of the budget after which the age loss begins; it is fully on a fifth of the budget later."""
+    age_ramp: float = 0.15
+    """Share of the budget after that beginning, in which the age loss grows to its weight."""
     delta_weight: float = 0.1
     """Weight of the mean absolute change."""
-    chroma_weight: float = 1.0
+    chroma_weight: float = 3.0
     """Weight of that of the change of colour: ages differ in it least, and photographs most."""
     steady_weight: float = 2.0
     """Weight of the mean absolute difference between the changes of two views, one moved onto the other."""
     cycle_weight: float = 1.0
     """Weight of the mean absolute difference between a face and itself after there and back."""
-    pair_weight: float = 2.0
+    pair_weight: float = 0.5
     """Weight of the mean absolute error of the change on synthetic pairs."""
     feature_weight: float = 0.1
     """Weight of the same in features of the identity network (Johnson et al., ECCV 2016, with our own network)."""
@@ -104,8 +108,9 @@ class Config:
 
 
 def weights_of(side_px: int, where: torch.device) -> Tensor:
-    """Return what the product multiplies a change with: mask and feature shares, [S, S]."""
-    return torch.from_numpy(face_mask(side_px) * feature_shares(side_px)).to(where)
+    """Return what the product multiplies a change with: the mask, and the shares of eyes and teeth; [S, S]."""
+    shares = FEATURE_SHARE + (1 - FEATURE_SHARE) * skin_mask(side_px)
+    return torch.from_numpy(face_mask(side_px) * shares).to(where)
 
 
 class Teacher(nn.Module):
@@ -123,7 +128,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_N3SS: Tensor, source_N: Tensor, target_N: Tensor) -> Tensor:
-        """Return the change [N, 3, P, P] at its own side P, neither masked nor weighted by features."""
+        """Return the change [N, 3, P, P] at its own side P, not masked."""
         x = F.interpolate(x_N3SS, self.size_px, mode="area")
         y = [torch.from_numpy(age_to_classes(age.cpu().numpy())).to(x.device) for age in (source_N, target_N)]
         reference, aged = self.generator(self.encoder(x).float().repeat(2, 1), torch.cat(y)).float().chunk(2)
@@ -277,7 +282,7 @@ def main(
         )
     coarse.load_state_dict(torch.load(adversary, weights_only=True, map_location="cpu")["D"])
     coarse = coarse.to(**layout)
-    pair_sampler = None if pairs is None else PairSampler(load_pairs(pairs), config.batch // 2, config.seed)
+    pair_sampler = None if pairs is None else PairSampler(load_pairs(pairs), config.batch // 4, config.seed)
     parents = {"identity": identity} | {f"reader{i}": file for i, file in enumerate(reader_files)}
     parents |= {name: aging / f"{name}.safetensors" for name in ("encoder", "generator")} | {"adversary": adversary}
     if pairs is not None:
@@ -306,18 +311,19 @@ def main(
         parts["pair_sampler"] = pair_sampler
     run.load_state(parts)
 
+    warm_share = 0.0 if start is not None else config.warm_share
     totals: dict[str, list[float]] = {}
     ticks, steps = run.images_seen // config.tick_images, run.images_seen // config.batch
     is_over = run.is_over
     while not is_over:
         decay = min(1.0, max(0.02, (1 - run.progress) / 0.4))
-        U_step.param_groups[0]["lr"] = config.rate * decay
         D_step.param_groups[0]["lr"], D_step.param_groups[1]["lr"] = (
             config.coarse_rate * decay,
             config.fine_rate * decay,
         )
         is_large = steps % config.large_every_steps == config.large_every_steps - 1
-        side_px, count = (config.large_px, config.batch // 2) if is_large else (config.side_px, config.batch)
+        large_px = dims.sizes_px[1:][steps // config.large_every_steps % (len(dims.sizes_px) - 1)]
+        side_px, count = (large_px, config.batch // 2) if is_large else (dims.sizes_px[0], config.batch)
         pixels, ages = sampler.draw()
         stored = to_tensor(pixels).to(where)
         age = torch.from_numpy(ages).clamp(max=OLDEST_YEARS).to(where)  # as the classes
@@ -330,56 +336,68 @@ def main(
         weights = weights_of(side_px, where)
         masks = [torch.from_numpy(face_mask(px).copy()).to(where) for px in (teacher.size_px, side_px)]
 
+        is_warm = run.progress < warm_share
+        # Later in evaluation mode: no batch's statistics come between two ages, and it is what the product runs.
+        U.train(is_warm)
+        U_step.param_groups[0]["lr"] = (config.warm_rate if is_warm else config.rate) * decay
+
         with torch.autocast(where.type, torch.bfloat16):
             aged, delta = age_faces(U, x, source, target)
-            small, small_real, small_aged = (F.interpolate(p, teacher.size_px, mode="area") for p in (x, real, aged))
-            coarse_scores = score(coarse, masks[0], [small_real, small_aged.detach(), small], y_target)
-            fine_scores = score(fine, masks[1], [real, aged.detach(), x], y_target)
-        is_wrong = (age - target).abs() >= config.wrong_age_gap_years
-        loss_coarse, loss_fine = (adversary_loss(scores, is_wrong) for scores in (coarse_scores, fine_scores))
-        loss_D = loss_coarse + loss_fine
-        if steps % config.r1_every_steps == 0:
-            penalty = r1_penalty(fine, (masks[1] * real)[::2], y_target[::2])
-            loss_D = loss_D + 0.5 * config.r1_weight * config.r1_every_steps * penalty
-        D_step.zero_grad()
-        loss_D.backward()
-        D_step.step()
+        terms: dict[str, Tensor] = {}
+        if not is_warm:
+            is_wrong = (age - target).abs() >= config.wrong_age_gap_years
+            with torch.autocast(where.type, torch.bfloat16):
+                small, small_real, small_aged = (
+                    F.interpolate(p, teacher.size_px, mode="area") for p in (x, real, aged)
+                )
+                coarse_scores = score(coarse, masks[0], [small_real, small_aged.detach(), small], y_target)
+                fine_scores = score(fine, masks[1], [real, aged.detach(), x], y_target)
+            terms["loss_coarse"] = adversary_loss(coarse_scores, is_wrong)
+            terms["loss_fine"] = adversary_loss(fine_scores, is_wrong)
+            loss_D = terms["loss_coarse"] + terms["loss_fine"]
+            if steps % config.r1_every_steps == 0:
+                penalty = r1_penalty(lambda x, y: fine(x, y).mean((1, 2)), (masks[1] * real)[::2], y_target[::2])
+                loss_D = loss_D + 0.5 * config.r1_weight * config.r1_every_steps * penalty
+            D_step.zero_grad()
+            loss_D.backward()
+            D_step.step()
 
-        age_share = min(1.0, max(0.0, (run.progress - config.age_start) / 0.2))
+        age_share = min(1.0, (run.progress - warm_share) / config.age_ramp)
         coarse.requires_grad_(False)
         fine.requires_grad_(False)
-        terms: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         with torch.autocast(where.type, torch.bfloat16):
-            terms["coarse"] = -config.coarse_weight * score(coarse, masks[0], [small_aged], y_target)[0].mean()
-            terms["fine"] = -config.fine_weight * score(fine, masks[1], [aged], y_target)[0].mean()
-            before, after = (F.interpolate(p, FR.trunk.dims.size_px, mode="area") for p in (x, aged))
-            terms["identity"] = config.identity_weight * (1 - (FR(after) * FR(before)).sum(1)).mean()
-            # The teacher's change is weakened on eyes and teeth already.
-            mine = F.interpolate(weights * delta, teacher.size_px, mode="area")
-            error = (mine - masks[0] * teacher(x, source, target)).abs()
-            terms["teacher"] = config.teacher_weight * error.mean() / masks[0].mean()
-            if age_share > 0:
+            if not is_warm:
+                losses["coarse"] = -config.coarse_weight * score(coarse, masks[0], [small_aged], y_target)[0].mean()
+                losses["fine"] = -config.fine_weight * score(fine, masks[1], [aged], y_target)[0].mean()
+                before, after = (F.interpolate(p, FR.trunk.dims.size_px, mode="area") for p in (x, aged))
+                losses["identity"] = config.identity_weight * (1 - (FR(after) * FR(before)).sum(1)).mean()
                 seen = shift_and_jitter(degrade(aged), shift_px=side_px // 20, colour=0.3)
                 error = (read_by_all(readers, seen) - target).abs() / 10
-                terms["age"] = config.age_weight * age_share * error.mean()
+                losses["age"] = config.age_weight * age_share * error.mean()
+            mine = F.interpolate(weights * delta, teacher.size_px, mode="area")
+            error = (mine - weights_of(teacher.size_px, where) * teacher(x, source, target)).abs()
+            losses["teacher"] = config.teacher_weight * error.mean() / masks[0].mean()
             # Two of the terms need the U-Net once more: they take turns.
-            if steps % 2 == 0:
+            if is_warm:
+                pass
+            elif steps % 2 == 0:
                 moved = random_motion(count, where)
                 again = U(view(stored[:count], moved, side_px), source, target).float()
                 onto = view(delta, torch.linalg.solve(motion, moved), side_px)
-                terms["steady"] = config.steady_weight * ((again - onto).abs() * weights).mean() / weights.mean()
+                losses["steady"] = config.steady_weight * ((again - onto).abs() * weights).mean() / weights.mean()
             else:
                 back, _ = age_faces(U, aged, target, source)
-                terms["cycle"] = config.cycle_weight * (back - x).abs().mean() / weights.mean()
+                losses["cycle"] = config.cycle_weight * (back - x).abs().mean() / weights.mean()
             if pair_sampler is not None:
                 young, old, young_age, old_age = (t.to(where) for t in pair_sampler())
-                change, features = pair_losses(U, FR, young, old, young_age, old_age, config.side_px)
-                terms |= {"pair": config.pair_weight * change, "features": config.feature_weight * features}
-        terms["delta"] = config.delta_weight * (delta.abs() * weights).mean() / weights.mean()
+                change, features = pair_losses(U, FR, young, old, young_age, old_age, dims.sizes_px[0])
+                losses |= {"pair": config.pair_weight * change, "features": config.feature_weight * features}
+        losses["delta"] = config.delta_weight * (delta.abs() * weights).mean() / weights.mean()
         luma = (delta * luma_weights(x)).sum(1, keepdim=True)
-        terms["chroma"] = config.chroma_weight * ((delta - luma).abs() * weights).mean() / weights.mean()
+        losses["chroma"] = config.chroma_weight * ((delta - luma).abs() * weights).mean() / weights.mean()
         U_step.zero_grad()
-        sum(terms.values(), torch.zeros((), device=where)).backward()
+        sum(losses.values(), torch.zeros((), device=where)).backward()
         U_step.step()
         coarse.requires_grad_(True)
         fine.requires_grad_(True)
@@ -387,14 +405,13 @@ def main(
         steps += 1
         run.images_seen += config.batch  # a large step counts as a whole one: it costs as much
         U_ema.update(U, config.batch, run.images_seen)
-        terms |= {"loss_coarse": loss_coarse, "loss_fine": loss_fine}
-        for name, term in terms.items():
+        for name, term in (terms | losses).items():
             totals.setdefault(name, []).append(float(term.detach()))
 
         is_over = run.is_over  # read once a step: the last one must be saved
         if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
-            metrics = validate(U_ema.net, FR, readers, val, config.side_px, out / "sheet.png")
+            metrics = validate(U_ema.net, FR, readers, val, dims.sizes_px[0], out / "sheet.png")
             run.record(**{name: float(np.mean(values)) for name, values in totals.items()}, **metrics)
             totals = {}
             header = Header(

@@ -6,8 +6,8 @@
 
 Nothing is trained: the product optimizes each face's latent when it runs, with `faceage.agers.latent`. This script
 shows what the choices are worth: the paper's pixel-wise and identity-preserving objectives and the product's mix of
-both, by L-BFGS and by Adam, loss against time (`curves.png`, `latent.json`, `sheet.png`). Identity is judged by the
-teacher, which is in no loss here, but taught the identity network that is.
+both, by the product's step and by Adam, loss against time (`curves.png`, `latent.json`, `sheet.png`). Identity is
+judged by the teacher, which is in no loss here, but taught the identity network that is.
 
 Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.3.
 """
@@ -23,12 +23,12 @@ import click
 import numpy as np
 import torch
 
-from faceage.agers.latent import LatentConfig, Objective, optimize_latents
+from faceage.agers.latent import LatentConfig, optimize_latents
 from faceage.ages import age_to_classes
 from faceage.checkpoint import load
 from faceage.geometry import TEMPLATE_5, face_mask, similarity_to_template
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
-from faceage.networks.latent import LatentObjective
+from faceage.networks.latent import AutogradGradient, LatentObjective, LatentStep
 from train.data import load_faces, to_tensor
 from train.identity import load_identity
 from train.run import Script, sheet
@@ -43,19 +43,21 @@ CHOICES = {
 BUDGETS = (1, 2, 4, 8, 12, 16, 24)
 """Evaluations a face at which the loss is looked at."""
 ADAM_RATE = 0.1
-"""Step length of the Adam that L-BFGS is compared with; it was not tuned."""
+"""Step length of the Adam that the product's step is compared with; it was not tuned."""
 
 
-def adam(objective: Objective, start: np.ndarray, evaluations: int, after: list[tuple[float, float]]) -> np.ndarray:
-    """Minimise by Adam, all faces all the time; appends (seconds, mean loss) to `after` at each evaluation."""
-    z, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
-    rows, begin = np.arange(len(z)), perf_counter()
+def adam(
+    gradient_of: AutogradGradient, start: torch.Tensor, problem: tuple[torch.Tensor, ...], evaluations: int
+) -> list[tuple[float, float]]:
+    """Minimise by Adam, all faces all the time; return (seconds, mean loss) at each evaluation."""
+    z, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    begin, after = perf_counter(), []
     for step in range(1, evaluations + 1):
-        loss, gradient = objective(z, rows)
+        loss, gradient = gradient_of(z, *problem)
         after.append((perf_counter() - begin, float(loss.mean())))
         m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
-        z = z - ADAM_RATE * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.99**step)) + 1e-8)
-    return z
+        z = z - ADAM_RATE * (m / (1 - 0.9**step)) / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+    return after
 
 
 def teacher_view(faces: torch.Tensor) -> np.ndarray:
@@ -93,7 +95,8 @@ def main(
     val = load_faces(data, dims.size_px, cache).val
     faces = val.rows(np.random.default_rng(0).choice(len(val), count, replace=False))
     x, y = to_tensor(faces.pixels).contiguous(), torch.from_numpy(age_to_classes(faces.ages))
-    problem = LatentObjective(G, FR, torch.tensor(face_mask(dims.size_px))).requires_grad_(False)
+    gradient_of = AutogradGradient(LatentObjective(G, FR, torch.tensor(face_mask(dims.size_px))))
+    step = LatentStep(gradient_of)
     with torch.inference_mode():
         start, embedding = E(x).numpy(), FR(x)
         embedding = embedding.clone()
@@ -111,29 +114,27 @@ def main(
     results, rows, curves = {}, [x[:12]], {}
     made, results["encoder"] = describe(start)
     rows.append(made[:12])
+    problem = y.numpy(), x.numpy(), embedding.numpy()
+
+    def call(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(out.numpy() for out in step(*map(torch.from_numpy, arrays)))
+
     for name, config in CHOICES.items():
-        weight = torch.tensor([config.identity_weight, config.pixel_weight, config.prior_weight])
-
-        def objective(z: np.ndarray, which: np.ndarray, weight: torch.Tensor = weight) -> tuple[np.ndarray, np.ndarray]:
-            latents = torch.from_numpy(z).requires_grad_()
-            losses = problem(latents, y[which], x[which], embedding[which], weight)
-            (gradient,) = torch.autograd.grad(losses.sum(), latents)
-            return losses.detach().numpy(), gradient.numpy()
-
         begin = perf_counter()
-        fit = optimize_latents(objective, start, config, root=root)
+        fit = optimize_latents(call, start, problem, config, root=root)
         seconds = perf_counter() - begin
         made, figures = describe(fit.latents)
         rows.append(made[:12])
-        track: list[tuple[float, float]] = []
-        adam(objective, start, BUDGETS[-1], track)
-        # L-BFGS in steps of growing budgets: its faces stop one by one, so a mean over time needs separate runs.
+        weights = torch.tensor([config.identity_weight, config.pixel_weight, config.prior_weight])
+        track = adam(gradient_of, torch.from_numpy(start), (y, x, embedding, weights), BUDGETS[-1])
+        # In runs of growing budgets: faces stop one by one, so a mean over time needs separate runs.
         curves[name] = {"Adam": track}
-        for method, shape in (("L-BFGS in u (product)", root), ("L-BFGS in z", None)):
+        for method, shape in (("in u (product)", root), ("in z", np.eye(dims.latent, dtype=np.float32))):
             points = []
             for budget in BUDGETS:
                 begin = perf_counter()
-                partial = optimize_latents(objective, start, replace(config, max_evaluations=budget), root=shape)
+                within = replace(config, max_evaluations=budget)
+                partial = optimize_latents(call, start, problem, within, root=shape)
                 points.append((perf_counter() - begin, float(partial.losses.mean())))
             curves[name][method] = points
         results[name] = figures | {

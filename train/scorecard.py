@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,6 @@ import numpy as np
 
 from train.evaluate_faces import POOLED
 
-MODEL = "the model"
 NOTHING = "do nothing"
 MEAN_1, MEAN_2 = "mean difference x1", "mean difference x2"
 OTHER = "another face pasted"
@@ -25,22 +25,57 @@ BLUR = "blur"
 BLUR_ALL = "blur, of the whole picture"
 REAL = "real photos of that age"
 REAL_PAIR = "real against real"
-CYCLE = "the model, there and back"
+CYCLE = "{}, there and back"
 PAPER_VERIFIED = {"z0": 0.532, "pixel-wise": 0.598, "identity-preserving": 0.829}
 """Antipov et al. 2017, table 1: share of reconstructions that OpenFace took for the same person."""
 
-MAX_MAE_YEARS = 10.0
-MIN_R = 0.8
-MIN_VERIFIED = 0.9
-SHARPNESS = (0.9, 1.1)
-MAX_DEVIATION_YEARS = 2.0
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What a model of one architecture is to reach."""
+
+    max_mae_years: float
+    min_r: float
+    min_verified: float
+    sharpness: tuple[float, float]
+    max_no_years_codes: float
+    max_deviation_years: float
+    max_kid_ratio: float = math.inf
+    """Of the first Age-cGAN's on the card; so is the next."""
+    max_warp_ratio: float = math.inf
+
+
+TARGETS = {
+    "age-cgan": Targets(
+        max_mae_years=10,
+        min_r=0.8,
+        min_verified=0.9,
+        sharpness=(0.9, 1.1),
+        max_no_years_codes=0,
+        max_deviation_years=2,
+    ),
+    "facegan": Targets(
+        max_mae_years=8,
+        min_r=0.85,
+        min_verified=0.95,
+        sharpness=(0.95, 1.15),
+        max_no_years_codes=1,
+        max_deviation_years=1.5,
+        max_kid_ratio=1,
+        max_warp_ratio=0.5,
+    ),
+}
+"""By the model's architecture."""
 
 AGE_ERROR = f"age MAE, {POOLED} years"
 AGE_ORDER = "r of requested and judged age"
 VERIFIED = "verified at 1 % false matches"
 SHARP = "sharpness inside the mask, median"
 OUTSIDE = "largest change outside the mask, codes"
+NO_YEARS = "mean change for no years, codes"
+KID_RATIO = "KID, times that of {}"
 STEADY = "judged age over a track, deviation in years"
+WARP_RATIO = "warp error of the change, times that of {}"
 
 SAME_COSINE = 0.999
 """What the same picture must reach when it is embedded twice: the teacher runs in bfloat16."""
@@ -84,36 +119,84 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def headline(results: dict) -> list[dict]:
-    """Return a row a target: its limits, the figures of the model and of doing nothing, n, and whether it is met."""
+    """Return a row a target: what it is, n, the figure of doing nothing, and for each model its figure and limits.
+
+    Where a model has no limit, "low" and "high" are None; "is_met" is None there, and where there is no figure.
+    """
+    models = results["settings"]["models"]
     age, who, sharp = results["age"][POOLED], results["identity"][POOLED], results["sharpness"]
-    outside, video = results["outside"], results["video"]
-    n, inf = age[MODEL]["n"], math.inf
+    outside, kid, video = results["outside"], results["kid"], results["video"]
+    n = next(iter(age.values()))["n"]
+    reference = next((model for model, facts in models.items() if facts["architecture"] == "age-cgan"), None)
 
-    def row(what: str, low: float, high: float, n: int, values: dict[str, float], text: Callable[[float], str]) -> dict:
-        value = values[MODEL]
-        is_met = None if math.isnan(value) else low <= value <= high
-        shown = {"target": _target(low, high, text), "text": text(value), "nothing": text(values[NOTHING])}
-        return {"what": what, "low": low, "high": high, "n": n, "value": value, "is_met": is_met} | shown
+    def row(
+        what: str,
+        n: int,
+        figure: Callable[[str], float],
+        limits: Callable[[Targets], tuple[float, float]],
+        text: Callable[[float], str],
+        nothing: float | None,
+    ) -> dict:
+        cells = {}
+        for model, facts in models.items():
+            value, (low, high) = figure(model), limits(TARGETS[facts["architecture"]])
+            has_limit = math.isfinite(low) or math.isfinite(high)
+            cells[model] = {
+                "value": value,
+                "low": low if has_limit else None,
+                "high": high if has_limit else None,
+                "is_met": low <= value <= high if has_limit and not math.isnan(value) else None,
+                "target": _target(low, high, text) if has_limit else "",
+                "text": text(value),
+            }
+        return {"what": what, "n": n, "nothing": "-" if nothing is None else text(nothing), "models": cells}
 
-    def both(figures: dict, *keys: str) -> dict[str, float]:
-        found = {}
-        for method in (MODEL, NOTHING):
-            found[method] = figures[method]
-            for key in keys:
-                found[method] = found[method][key]
-        return found
-
+    up, down = partial(show, worse="up"), partial(show, digits=3, worse="down")
+    ratio = partial(show, worse="up")
+    inf = math.inf
     rows = [
-        row(AGE_ERROR, -inf, MAX_MAE_YEARS, n, both(age, "mae"), partial(show, worse="up")),
-        row(AGE_ORDER, MIN_R, inf, n, both(age, "r"), partial(show, digits=3, worse="down")),
-        row(VERIFIED, MIN_VERIFIED, inf, n, both(who, "verified_1"), percent),
-        row(SHARP, *SHARPNESS, n, both(sharp, "laplacian", "median"), _away_from_one),
-        row(OUTSIDE, 0, 0, outside[MODEL]["n"], both(outside, "max"), partial(show, digits=0, worse="up")),
-    ]
-    if video is not None:
-        steady = {MODEL: video["aged_deviation"], NOTHING: video["source_deviation"]}
-        count = len(video["tracks"])
-        rows.append(row(STEADY, -inf, MAX_DEVIATION_YEARS, count, steady, partial(show, worse="up")))
+        row(AGE_ERROR, n, lambda m: age[m]["mae"], lambda t: (-inf, t.max_mae_years), up, age[NOTHING]["mae"]),
+        row(AGE_ORDER, n, lambda m: age[m]["r"], lambda t: (t.min_r, inf), down, age[NOTHING]["r"]),
+        row(
+            VERIFIED, n, lambda m: who[m]["verified_1"], lambda t: (t.min_verified, inf), percent,
+            who[NOTHING]["verified_1"],
+        ),
+        row(
+            SHARP, n, lambda m: sharp[m]["laplacian"]["median"], lambda t: t.sharpness, _away_from_one,
+            sharp[NOTHING]["laplacian"]["median"],
+        ),
+        row(
+            OUTSIDE, next(iter(outside.values()))["n"], lambda m: outside[m]["max"], lambda t: (0, 0),
+            partial(show, digits=0, worse="up"), outside[NOTHING]["max"],
+        ),
+        row(
+            NO_YEARS, next(iter(results["no_years"].values()))["n"], lambda m: results["no_years"][m]["mean_codes"],
+            lambda t: (-inf, t.max_no_years_codes), up, 0,
+        ),
+    ]  # fmt: skip
+    if reference is not None:
+        rows.append(
+            row(
+                KID_RATIO.format(reference), kid[reference]["n"], lambda m: kid[m]["kid"] / kid[reference]["kid"],
+                lambda t: (-inf, t.max_kid_ratio), ratio, kid[NOTHING]["kid"] / kid[reference]["kid"],
+            )
+        )  # fmt: skip
+    if any(video.values()):
+        tracks = next(iter(video.values()))
+        rows.append(
+            row(
+                STEADY, len(tracks["tracks"]), lambda m: video[m]["aged_deviation"],
+                lambda t: (-inf, t.max_deviation_years), up, tracks["source_deviation"],
+            )
+        )  # fmt: skip
+        if reference is not None:
+            rows.append(
+                row(
+                    WARP_RATIO.format(reference), len(tracks["tracks"]),
+                    lambda m: video[m]["warp_error"] / video[reference]["warp_error"],
+                    lambda t: (-inf, t.max_warp_ratio), ratio, None,
+                )
+            )  # fmt: skip
     return rows
 
 
@@ -186,27 +269,31 @@ def render(results: dict) -> str:
         "## 2. Identity",
         *_identity(results),
         "## 3. Reconstructions (the Age-cGAN paper's table)",
-        _latent(results),
+        *_latent(results),
         "## 4. Pictures",
         *_pictures(results),
         f"## 5. Slices, {POOLED} years",
         *_slices(results),
         "## 6. Video",
-        _video(results),
+        *_video(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _settings(results: dict) -> str:
     counts, settings = results["counts"], results["settings"]
-    files = ", ".join(f"{role} `{digest}`" for role, digest in settings["files"].items())
+    models = "; ".join(
+        f"`{model}` ({', '.join(f'{role} `{digest}`' for role, digest in facts['files'].items())})"
+        for model, facts in settings["models"].items()
+    )
+    misread = " and ".join(show(years, 2, "up") for years in counts["source_mae"].values())
     return (
-        f"Model `{settings['model']}` ({files}); seed {settings['seed']}; {counts['faces']} validation faces, "
+        f"Models {models}; seed {settings['seed']}; {counts['faces']} validation faces, "
         f"{counts['requests']} requests, each face to its label ±10, 20, 30, 40 years within 15..80. In "
         f"{counts['not_found']} requests the product did not find the face, in {counts['left_alone']} it left it alone "
         f"(a profile, or a doubt): these are left out of **every** row, which leaves n = {counts['measured']}, "
         f"{counts['in_part']} of them aged in part only. A face counts up to eight times in n. The product reads the "
-        f"present ages of these faces itself, wrong by {show(counts['source_mae'], 2, 'up')} years in the mean. "
+        f"present ages of these faces itself, wrong by {misread} years in the mean. "
         f"Judged by {', '.join(f'{name} `{digest}`' for name, digest in settings['judges'].items())}; code at "
         f"{settings['commit'] or 'no commit'}; {settings['seconds']:.0f} s. "
         "All figures are rounded to the product's disadvantage."
@@ -215,10 +302,16 @@ def _settings(results: dict) -> str:
 
 def _headline(results: dict) -> str:
     words = {True: "met", False: "**not met**", None: "not measured"}
-    rows = [
-        (r["what"], r["target"], r["text"], words[r["is_met"]], r["nothing"], str(r["n"])) for r in results["headline"]
-    ]
-    return table(("what", "target", MODEL, "", NOTHING, "n"), rows)
+    header = ["what"]
+    for model in results["settings"]["models"]:
+        header += [model, "target", ""]
+    rows = []
+    for row in results["headline"]:
+        cells = [row["what"]]
+        for cell in row["models"].values():
+            cells += [cell["text"], cell["target"], words[cell["is_met"]] if cell["target"] else ""]
+        rows.append([*cells, row["nothing"], str(row["n"])])
+    return table([*header, NOTHING, "n"], rows)
 
 
 def _wrong(results: dict) -> str:
@@ -229,8 +322,8 @@ def _wrong(results: dict) -> str:
 
 
 def _age(results: dict) -> list[str]:
-    judge, age = results["judge"], results["age"]
-    methods = (MODEL, NOTHING, MEAN_1, MEAN_2, REAL)
+    judge, age, models = results["judge"], results["age"], results["settings"]["models"]
+    methods = (*models, NOTHING, MEAN_1, MEAN_2, REAL)
     figures: tuple[tuple[str, str, int, Worse], ...] = (
         ("mae", "Mean absolute error, years", 2, "up"),
         ("bias", "Bias (judged - requested), years", 2, "away"),
@@ -243,17 +336,17 @@ def _age(results: dict) -> list[str]:
     ]
     for key, title, digits, worse in figures:
         rows = [
-            (gap, str(by[MODEL]["n"]), *(show(by[m][key], digits, worse) for m in methods)) for gap, by in age.items()
+            (gap, str(by[NOTHING]["n"]), *(show(by[m][key], digits, worse) for m in methods)) for gap, by in age.items()
         ]
         parts.append(f"{title}:\n\n" + table(("years", "n", *methods), rows))
-    if results["fooled"]:
+    for model, gaps in (results["fooled"] or {}).items():
         rows = [
             (gap, str(f["n"]), *(show(f[k], 2, "exact") for k in ("composites", "untouched", "fooled")))
-            for gap, f in results["fooled"].items()
+            for gap, f in gaps.items()
         ]
         parts.append(
-            "How far the loss's estimators are fooled: their mean reading less the judge's, years; the last column is "
-            "the difference, in the direction that was asked for:\n\n"
+            f"How far the loss's estimators are fooled by {model}: their mean reading less the judge's, years; the "
+            "last column is the difference, in the direction that was asked for:\n\n"
             + table(("years", "n", "composites", "untouched", "fooled by"), rows)
         )
     return parts
@@ -269,7 +362,8 @@ def _identity(results: dict) -> list[str]:
     header = ("n", "mean cosine", "verified at 0.1 %", "verified at 1 %")
     rows = [(method, *cells(figures)) for method, figures in identity[POOLED].items()]
     cycle, strangers = results["cycle"], identity[POOLED][OTHER]
-    rows.append((f"{CYCLE}, ±30", *cells(cycle)))
+    rows += [(f"{CYCLE.format(model)}, ±30", *cells(figures)) for model, figures in cycle.items()]
+    errors = ", ".join(f"{show(figures['mae_codes'], 2, 'up')} ({model})" for model, figures in cycle.items())
     return [
         f"The teacher's cosine to the untouched picture. {limits['pairs']} pairs of different validation pictures "
         f"(15 years and older, n = {limits['n']}) exceed {limits['0.1']:.4f} in 0.1 % and {limits['1']:.4f} in 1 % of "
@@ -277,26 +371,33 @@ def _identity(results: dict) -> list[str]:
         f"{POOLED} years:\n\n" + table(("", *header), rows),
         f"A stranger's face in this person's hair and pose is verified in {percent(strangers['verified_0.1'])} and "
         f"{percent(strangers['verified_1'])} of cases: for composites, the thresholds let so much pass.",
-        f"There and back, the mean absolute error inside the mask is {show(cycle['mae_codes'], 2, 'up')} codes of 255.",
-        f"{MODEL.capitalize()}, gap by gap:\n\n"
-        + table(("years", *header), [(gap, *cells(by[MODEL])) for gap, by in identity.items()]),
+        f"There and back, the mean absolute error inside the mask is, in codes of 255: {errors}.",
+        *(
+            f"{model}, gap by gap:\n\n"
+            + table(("years", *header), [(gap, *cells(by[model])) for gap, by in identity.items()])
+            for model in results["settings"]["models"]
+        ),
     ]
 
 
-def _latent(results: dict) -> str:
-    latent = results["latent"]
-    if latent is None:
-        return "This model has no latents."
-    rows = [
-        (name, str(f["n"]), show(f["cosine"], 3, "down"), percent(f["verified_0.1"]), percent(f["verified_1"]),
-         percent(PAPER_VERIFIED.get(name)))
-        for name, f in latent.items()
-    ]  # fmt: skip
-    header = ("latent", "n", "mean cosine", "verified at 0.1 %", "verified at 1 %", "the paper")
-    return (
-        "Generated faces at the label's age against the untouched picture at full resolution. The paper's judge is "
-        "OpenFace at its own threshold, on IMDB-Wiki: its column is a mark, not a rival.\n\n" + table(header, rows)
-    )
+def _latent(results: dict) -> list[str]:
+    parts = []
+    for model, latent in results["latent"].items():
+        if latent is None:
+            parts.append(f"{model} has no latents.")
+            continue
+        rows = [
+            (name, str(f["n"]), show(f["cosine"], 3, "down"), percent(f["verified_0.1"]), percent(f["verified_1"]),
+             percent(PAPER_VERIFIED.get(name)))
+            for name, f in latent.items()
+        ]  # fmt: skip
+        header = ("latent", "n", "mean cosine", "verified at 0.1 %", "verified at 1 %", "the paper")
+        parts.append(
+            f"{model}: generated faces at the label's age against the untouched picture at full resolution. The "
+            "paper's judge is OpenFace at its own threshold, on IMDB-Wiki: its column is a mark, not a rival.\n\n"
+            + table(header, rows)
+        )
+    return parts
 
 
 def _pictures(results: dict) -> list[str]:
@@ -307,6 +408,10 @@ def _pictures(results: dict) -> list[str]:
         for method, f in results["sharpness"].items()
     ]
     outside = [(m, str(f["n"]), str(f["changed"]), str(f["max"])) for m, f in results["outside"].items()]
+    no_years = [
+        (model, str(f["n"]), show(f["mean_codes"], 3, "up"), show(f["max_codes"], 2, "up"))
+        for model, f in results["no_years"].items()
+    ]
     return [
         f"KID by the judge's features, {POOLED} years, the mean over the target's age groups weighted by n, against "
         f"{sets['real']} {sets['which']}; real against real: those and {sets['other']} validation pictures of the same "
@@ -315,6 +420,8 @@ def _pictures(results: dict) -> list[str]:
         + table(("", "n", "RMS Laplacian", "mean gradient"), sharp),
         "Outside the mask, all requests, or all drawn faces:\n\n"
         + table(("", "n", "pictures changed", "largest change, codes"), outside),
+        "Faces aged to the age that they are said to have, the mean absolute change inside the mask, codes:\n\n"
+        + table(("", "n", "mean", "of the face that changed most"), no_years),
     ]
 
 
@@ -323,28 +430,27 @@ def _range(figures: dict) -> str:
 
 
 def _slices(results: dict) -> list[str]:
-    slices = results["slices"]
-    rows = [
-        (
-            s["by"],
-            s["slice"],
-            str(s["n"]),
-            show(s["mae"], 2, "up"),
-            show(s["bias"], 2, "away"),
-            percent(s["verified_1"]),
-        )
-        for s in slices["rows"]
-    ]
-    return [
-        table(("by", "slice", "n", "MAE", "bias", "verified at 1 %"), rows),
-        slices["line"],
-    ]
+    parts = []
+    for model, slices in results["slices"].items():
+        rows = [
+            (
+                s["by"],
+                s["slice"],
+                str(s["n"]),
+                show(s["mae"], 2, "up"),
+                show(s["bias"], 2, "away"),
+                percent(s["verified_1"]),
+            )
+            for s in slices["rows"]
+        ]
+        parts += [
+            f"{model}:\n\n" + table(("by", "slice", "n", "MAE", "bias", "verified at 1 %"), rows),
+            slices["line"],
+        ]
+    return parts
 
 
-def _video(results: dict) -> str:
-    video = results["video"]
-    if video is None:
-        return "No clips were given."
+def _video(results: dict) -> list[str]:
     columns: tuple[tuple[str, str, int, Worse], ...] = (
         ("eyes_px", "eyes, px", 0, "exact"),
         ("n", "n", 0, "exact"),
@@ -357,18 +463,25 @@ def _video(results: dict) -> str:
         ("jitter_measured", "jitter measured", 4, "down"),
         ("jitter_smoothed", "smoothed", 4, "up"),
     )
-    rows = [
-        (t["clip"], str(t["track"]), *(show(t[key], digits, worse) for key, _, digits, worse in columns))
-        for t in video["tracks"]
-    ]
     header = ("clip", "track", *(title for _, title, _, _ in columns))
-    return (
-        f"Everybody {video['by']:+g} years, losslessly encoded; {video['left_out']} tracks aged in full for too few "
-        "frames are left out. Deviation: of the judged age over the n frames of a track, years; of the change: of the "
-        "judged age after less before, frame by frame. Warp error: what of "
-        "the change does not move with the source's optical flow, as a share of the change. Jitter: RMS second "
-        "difference of the landmarks in eye distances, true motion included.\n\n" + table(header, rows)
-    )
+    parts = []
+    for model, video in results["video"].items():
+        if video is None:
+            return ["No clips were given."]
+        rows = [
+            (t["clip"], str(t["track"]), *(show(t[key], digits, worse) for key, _, digits, worse in columns))
+            for t in video["tracks"]
+        ]
+        parts.append(
+            f"{model}, everybody {video['by']:+g} years, losslessly encoded; {video['left_out']} tracks aged in full "
+            "for too few frames are left out:\n\n" + table(header, rows)
+        )
+    return [
+        *parts,
+        "Deviation: of the judged age over the n frames of a track, years; of the change: of the judged age after less "
+        "before, frame by frame. Warp error: what of the change does not move with the source's optical flow, as a "
+        "share of the change. Jitter: RMS second difference of the landmarks in eye distances, true motion included.",
+    ]
 
 
 def plain(value: object) -> object:

@@ -15,6 +15,7 @@ Augmentation, NeurIPS 2020; Reed et al. 2016 (wrong labels as fakes).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from faceage.ages import OLDEST_YEARS, age_to_classes
 from faceage.checkpoint import Header, load, save
@@ -71,7 +72,7 @@ def load_stylegan(path: Path) -> StyleGenerator:
     return net.eval().requires_grad_(False)
 
 
-def r1_penalty(D: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def r1_penalty(D: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Return the mean squared gradient of the logits with respect to real faces (Mescheder et al., ICML 2018)."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)

@@ -15,7 +15,7 @@ from faceage.agers.latent import Fit, LatentConfig, optimize_latents
 from faceage.ages import age_to_classes
 from faceage.engines.base import Engine
 from faceage.geometry import face_mask, skin_mask
-from faceage.types import FloatArray, IntArray
+from faceage.types import FloatArray
 
 
 class AgeCGAN:
@@ -38,9 +38,9 @@ class AgeCGAN:
         Args:
             encoder: faces -> z.
             generator: (z, classes) -> faces.
-            latent: (z, classes, faces, embeddings, weights) -> (loss, gradient).
+            latent: the step of latent optimization, see `optimize_latents`.
             identity: faces -> embeddings.
-            root: see `optimize_latents`; the encoder's checkpoint has it.
+            root: see `optimize_latents`; the encoder's checkpoint has it; None: the identity.
             size_px: side of the faces.
             config: how latents are optimized.
             composite: "delta" adds the difference of two generated faces, so that reconstruction errors cancel;
@@ -53,9 +53,9 @@ class AgeCGAN:
         self._composite = composite
 
     @property
-    def size_px(self) -> int:
-        """Side of the aligned crops it takes."""
-        return self._size_px
+    def sizes_px(self) -> tuple[int, ...]:
+        """Side of the aligned crops it takes: one."""
+        return (self._size_px,)
 
     def fit(self, pixels: FloatArray, source_age: FloatArray, latents: FloatArray | None = None) -> Fit:
         """Find the latents that reconstruct faces at their source age; arguments as `age`."""
@@ -71,21 +71,24 @@ class AgeCGAN:
         start[is_new] = encoded
         if latents is not None:
             start[~is_new] = latents[~is_new]
-        classes = age_to_classes(source_age)
         config = self.config
-        weights = np.array([config.identity_weight, config.pixel_weight, config.prior_weight], np.float32)
-
-        def objective(z: FloatArray, rows: IntArray) -> tuple[FloatArray, FloatArray]:
-            loss, gradient = self._latent(z, classes[rows], pixels[rows], embeddings[rows], weights)
-            return loss, gradient
-
         budget = np.where(is_new, config.max_evaluations, config.max_evaluations_known)
-        return optimize_latents(objective, start, config, budget=budget, root=self._root)
+        root = np.eye(start.shape[1], dtype=np.float32) if self._root is None else self._root
+        problem = age_to_classes(source_age), pixels, embeddings
+        return optimize_latents(self._latent, start, problem, config, root=root, budget=budget)
 
     def age(
-        self, pixels: FloatArray, source_age: FloatArray, target_age: FloatArray, latents: FloatArray | None = None
+        self,
+        pixels: FloatArray,
+        landmarks: FloatArray,
+        source_age: FloatArray,
+        target_age: FloatArray,
+        latents: FloatArray | None = None,
     ) -> AgedFaces:
-        """Age a batch of faces; see `base.Ager.age`."""
+        """Age a batch of faces; see `base.Ager.age`.
+
+        The landmarks play no part: at 64 pixels the template's are as good, and the generator was taught with those.
+        """
         (embeddings,) = self._identity(pixels)
         z = self._fit(pixels, embeddings, source_age, latents).latents
         is_new = _is_new(pixels, latents)

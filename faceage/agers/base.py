@@ -15,9 +15,10 @@ class AgedFaces:
     """What was made of a batch of aligned faces."""
 
     deltas: FloatArray
-    """float32 [F, 3, S, S]: what to add to the crop, RGB in units of its [-1, 1] range; neither masked nor weighted."""
+    """float32 [F, 3, S, S]: what to add to the crop, RGB in units of its [-1, 1] range; neither weighted nor cut to
+    the blend mask."""
     latents: FloatArray
-    """float32 [F, Z]: start the same faces' next call from these. Z may be 0."""
+    """float32 [F, Z]: start the same faces' next call from these. Z is 0 where there are none."""
     identity: FloatArray
     """float32 [F], cosine in [-1, 1] between the crop's embedding and that of the crop plus its delta; NaN for faces
     that came with a latent, whose identity was measured when they came without."""
@@ -27,17 +28,23 @@ class Ager(Protocol):
     """Ages aligned faces. Calls are independent of one another and may come from several threads."""
 
     @property
-    def size_px(self) -> int:
-        """Side of the aligned crops it takes."""
+    def sizes_px(self) -> tuple[int, ...]:
+        """Sides of the aligned crops it takes, ascending; see `align.choose_size`."""
 
     def age(
-        self, pixels: FloatArray, source_age: FloatArray, target_age: FloatArray, latents: FloatArray | None = None
+        self,
+        pixels: FloatArray,
+        landmarks: FloatArray,
+        source_age: FloatArray,
+        target_age: FloatArray,
+        latents: FloatArray | None = None,
     ) -> AgedFaces:
-        """Age a batch of faces.
+        """Age a batch of faces in crops of one size.
 
         Args:
-            pixels: float32 [F, 3, S, S], RGB in [-1, 1], aligned. F may be 0.
+            pixels: float32 [F, 3, S, S], RGB in [-1, 1], aligned; S is one of `sizes_px`. F may be 0.
+            landmarks: float32 [F, 5, 2], the faces' own, in crop pixels: near the template's, but not on it.
             source_age: float32 [F], years.
             target_age: float32 [F], years.
-            latents: what an earlier call gave for the same people, to start from; NaN in rows that have none.
+            latents: what an earlier call gave for the same people, to start from; None for people seen first.
         """

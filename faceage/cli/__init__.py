@@ -16,6 +16,8 @@ COMMANDS = {
     "video": "Age every face in videos.",
     "images": "Age every face in photos and folders of photos.",
     "sheet": "Draw a photo's faces at several ages, in one picture.",
+    "compile": "Build the engines for a target, ahead of time.",
+    "engines": "List, verify and prune the engines that are stored.",
     "models": "List, describe, fetch and import models.",
     "doctor": "Say what works on this machine, and how to mend what does not.",
     "bench": "Measure speed on this machine, against baselines in the same run.",

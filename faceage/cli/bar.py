@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -26,3 +35,10 @@ def make_bar() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+def make_clock(title: str) -> Progress:
+    """Return a line on stderr with the time that has passed, which stays: for what has no known length."""
+    clock = Progress(TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=Console(stderr=True))
+    clock.add_task(title, total=None)
+    return clock

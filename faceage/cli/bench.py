@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import numpy as np
 
 from faceage.cli.encoding import encode_options
 from faceage.cli.environment import machine, versions
-from faceage.cli.options import AGE, NetworkOptions, network_options, output_options
+from faceage.cli.options import AGE, NetworkOptions, check_model, model_option, network_options, output_options
 from faceage.cli.output import Output
+from faceage.engines.store import BACKENDS, Backend, EngineStore, backends_for, best_precision
 from faceage.media.image import find_images
 from faceage.media.video import EncodeOptions, probe_video
-from faceage.pipeline.bench import LATENT_BATCH, bench_latent, bench_photos, bench_video, faces_of
+from faceage.pipeline.bench import (
+    LATENT_FACES,
+    age_cgan_of,
+    bench_follow,
+    bench_latent,
+    bench_photos,
+    bench_video,
+    faces_of,
+)
+from faceage.pipeline.bench_engines import bench_engines
 from faceage.pipeline.naive import generated_faces
 from faceage.pipeline.request import AgeRequest
 
@@ -46,7 +57,7 @@ def video_command(
     """Age a clip, against decoding and encoding it with the same settings and nothing else."""
     with out:
         info = probe_video(clip)
-        network.load(out)
+        _build_engines(network, out)
         result = bench_video(
             network.loader(), clip, AgeRequest(age=age), encode,
             repeats=repeats, against=against, loops=repeat_clip, notify=out.note,
@@ -82,7 +93,7 @@ def images_command(*, photos: tuple[Path, ...], age: float, repeats: int, networ
         raise click.UsageError("name photos or folders")
     with out:
         found = [path for path, _ in find_images(photos)[0]]
-        network.load(out)
+        _build_engines(network, out)
         result = bench_photos(network.loader(), found, AgeRequest(age=age), repeats=repeats, notify=out.note)
         _finish(out, result, *photos)
         for name in ("faceage", "naive"):
@@ -96,34 +107,89 @@ def images_command(*, photos: tuple[Path, ...], age: float, repeats: int, networ
 @command.command("latent")
 @photos_argument
 @click.option(
-    "--faces", type=click.IntRange(min=1), default=LATENT_BATCH, show_default=True,
+    "--faces", type=click.IntRange(min=1), default=LATENT_FACES, show_default=True,
     help="How many: from the photos, or generated if there are none.",
 )  # fmt: skip
+@click.option(
+    "--clip", type=click.Path(path_type=Path), help="Also follow the largest face of this clip from frame to frame."
+)
+@repeats_option
 @network_options
 @output_options
-def latent_command(*, photos: tuple[Path, ...], faces: int, network: NetworkOptions, out: Output) -> None:
-    """Optimize latents of faces: loss against time, one at a time against a batch, and against eager torch."""
+def latent_command(
+    *, photos: tuple[Path, ...], faces: int, clip: Path | None, repeats: int, network: NetworkOptions, out: Output
+) -> None:
+    """Optimize latents of faces in batches, against torch and autograd one face at a time, at equal loss."""
     with out:
         networks = network.load(out)
+        age_cgan_of(networks)  # before a face is looked for
         if photos:
             pixels = faces_of(networks, [path for path, _ in find_images(photos)[0]])[:faces]
         else:
             pixels = generated_faces(network.model, faces)
-        result = bench_latent(networks, pixels, notify=out.note)
+        result = bench_latent(networks, pixels, repeats=repeats, notify=out.note)
+        if clip:
+            result["follow"] = bench_follow(networks, clip, notify=out.note)
         _finish(out, result, *photos)
         losses = (
             f"{result['encoder_loss']:g} from the encoder, {result['loss']:g} after {result['evaluations_a_face']:g}"
         )
         share = f"lower for {result['share_below_encoder']:.1%}"
         out.line(f"{result['faces']} faces; loss {losses} evaluations; {share}")
-        out.line(f"batch of {LATENT_BATCH:<3}      {result['batch_ms_a_face']:8.2f} ms a face, "
-                 f"{result['batch_share_of_single']:g} of one at a time")  # fmt: skip
-        out.line(f"one at a time    {result['single_ms_a_face']:8.2f} ms a face")
-        out.line(f"eager torch      {result['naive_ms_a_face']:8.2f} ms a face, loss {result['naive_loss']:g}; "
-                 f"the batch takes {result['batch_share_of_naive']:g} of it")  # fmt: skip
-        out.line("evaluations  mean loss  ms a face")
-        for row in result["curve"]:
-            out.line(f"{row['evaluations']:11d}  {row['mean_loss']:9.4f}  {row['ms_a_face']:9.2f}")
+        out.line(f"torch, one by one  {result['naive_faces_per_second']:8.1f} faces/s   "
+                 f"loss {result['naive_loss']:g} after {result['naive_evaluations_a_face']} evaluations")  # fmt: skip
+        for row in result["batches"]:
+            speed = f"{row['faces_per_second']:8.1f} faces/s   {row['factor_over_naive']:g} times torch"
+            out.line(f"batches of {row['faces']:<6}  {speed}")
+        _loss_curve(out, result["curve"])
+        if clip:
+            follow = result["follow"]
+            out.line(f"{clip}: loss {follow['loss_anew']:g} after {follow['evaluations_anew']:g} evaluations a new "
+                     f"face; from the frame before, {follow['needed'] or 'more'} reach it")  # fmt: skip
+            _loss_curve(out, follow["curve"])
+
+
+def _loss_curve(out: Output, rows: list[dict]) -> None:
+    out.line("evaluations  mean loss")
+    for row in rows:
+        out.line(f"{row['evaluations']:11d}  {row['mean_loss']:9.4f}")
+
+
+@command.command("engines")
+@model_option
+@click.option(
+    "--backend", "backends", type=click.Choice(list(BACKENDS)), multiple=True,
+    help="May be given several times. Default: all that run on the device.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where they run.")
+@output_options
+def engines_command(*, model: str, backends: tuple[Backend, ...], device: str, out: Output) -> None:
+    """Run each network by each backend in batches of 1, 8 and 32, against eager torch.
+
+    Engines that are not built yet are built first; AOTInductor takes minutes.
+    """
+    check_model(model)
+    with out:
+        chosen: list[Backend] = ["torch", *(b for b in backends or backends_for(device) if b != "torch")]
+        pairs = [(backend, best_precision(backend, device)) for backend in chosen]
+        result = bench_engines(model, pairs, device, EngineStore(on_build=out.building), notify=out.note)
+        _finish(out, result)
+        out.line(f"{'network':20} batch  {'backend':12} {'':4}  median ms   faces/s  compile s")
+        for row in result["rows"]:
+            seconds = "" if row["compile_s"] is None else f"{row['compile_s']:9.1f}"
+            out.line(f"{row['network']:20} {row['batch']:5}  {row['backend']:12} {row['precision']:4}  "
+                     f"{row['median_ms']:9.2f} {row['faces_per_s']:9.1f}  {seconds}")  # fmt: skip
+        for backend, speedup in result["speedups"].items():
+            out.line(f"{backend:12} {speedup['total']:6.2f} times torch over all rows' time, "
+                     f"{speedup['mean']:.2f} in the geometric mean of the rows")  # fmt: skip
+
+
+def _build_engines(network: NetworkOptions, out: Output) -> None:
+    """Build what is not built yet, also the engines of the sizes that no face has asked for: none is measured."""
+    ager = network.load(out).ager
+    for size in ager.sizes_px:
+        shapes = ((0, 3, size, size), (0, 5, 2), (0,), (0,))
+        ager.age(*(np.zeros(shape, np.float32) for shape in shapes))
 
 
 def _finish(out: Output, result: dict, *inputs: Path) -> None:

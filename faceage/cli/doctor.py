@@ -17,18 +17,23 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from faceage.agers.programs import generator_program, latent_program, reader_program
 from faceage.cache import cache_root
 from faceage.cli.environment import machine, versions
 from faceage.cli.output import EXIT_ENVIRONMENT
-from faceage.engines.store import EngineStore
+from faceage.engines.store import BACKENDS, EngineStore
 from faceage.errors import FaceAgeError
 from faceage.models import find_model, list_models
 from faceage.models.fetch import facenet_file
-from faceage.networks.mtcnn import onet_program, pnet_program, rnet_program
+from faceage.pipeline.request import all_programs
 
 NEEDED_ENCODERS = ("libx264", "libx265")
 OTHER_ENCODERS = ("libsvtav1", "libvpx-vp9", "prores_ks", "ffv1", "h264_nvenc", "hevc_nvenc", "av1_nvenc")
+COMPILERS = (
+    ("TensorRT for RTX", "tensorrt", "portable", "portable, sm_75, sm_86, sm_89 and sm_120, with a GPU or without"),
+    ("Torch-TensorRT", "tensorrt", "cuda", "cuda, the GPU of this machine"),
+    ("AOTInductor", "aotinductor", "cpu", "cpu, and for cuda where there is a GPU"),
+)
+"""Name, backend, a target of it, and what it builds for."""
 MIN_FREE_GB = 1.0
 """The engines of one model take 0.1 GB; the rest is room for FaceNet and other models."""
 
@@ -49,7 +54,8 @@ class Check:
 @click.option("-v", "--verbose", is_flag=True, help="Also import torch, and ask it for GPUs.")
 def command(as_json: bool, verbose: bool) -> None:
     """Say what works on this machine, and how to mend what does not. Exit code 4 if something has to be mended."""
-    checks = [*_packages(), _encoders(), _gpu(), *([_torch()] if verbose else []), _cache(), *_models(), _facenet()]
+    by_torch = [_torch()] if verbose else []
+    checks = [*_packages(), _encoders(), _gpu(), *by_torch, *_backends(), _cache(), *_models(), _facenet()]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:
@@ -102,6 +108,16 @@ def _torch() -> Check:
     return Check(name="torch", state="note", found="sees no CUDA device")
 
 
+def _backends() -> Iterator[Check]:
+    """Say what engines can be built here, for which targets."""
+    for name, backend, target, builds in COMPILERS:
+        if reason := BACKENDS[backend].missing(target):
+            found, _, remedy = reason.partition("; ")
+            yield Check(name=name, state="note", found=found, remedy=remedy.removeprefix("run: "))
+        else:
+            yield Check(name=name, state="ok", found=f"builds engines for {builds}")
+
+
 def _cache() -> Check:
     folder = cache_root()
     remedy = "export FACEAGE_CACHE=/a/folder/that/can/be/written"
@@ -128,14 +144,9 @@ def _models() -> Iterator[Check]:
                 name=f"model {name}", state="fail", found=str(error), remedy="pip install --force-reinstall faceage"
             )
             continue
-        programs = [
-            *(reader_program(path) for path in (files.encoder, files.age, files.identity)),
-            generator_program(files.generator),
-            latent_program(files.generator, files.identity),
-            *(pnet_program(), rnet_program(), onet_program()),
-        ]
+        programs = all_programs(name)
         built = sum(store.contains(program) for program in programs)
-        found = f"{len(files.paths())} checkpoints; {built} of {len(programs)} engines built"
+        found = f"{len(files.paths)} checkpoints; {built} of {len(programs)} engines built"
         if built < len(programs):
             found += ", the others are built on first use"
         yield Check(name=f"model {name}", state="ok", found=found)

@@ -40,7 +40,7 @@ def _state(name: str) -> dict[str, str]:
         state = "ok"
     except CheckpointError as error:
         state = str(error)
-    return {"from": "bundled" if name == DEFAULT_MODEL else "imported", "state": state}
+    return {"from": "bundled" if name in ROLES else "imported", "state": state}
 
 
 @command.command("info")
@@ -50,7 +50,7 @@ def info_command(name: str, as_json: bool) -> None:
     """Describe a model: its files, what they were trained on, and how well they do."""
     _check_name(name)
     described = {}
-    for role, path in find_model(name).paths().items():
+    for role, path in find_model(name).paths.items():
         header = dataclasses.asdict(read_header(path))
         described[role] = {"file": str(path), "sha256": sha256_of(path), "bytes": path.stat().st_size, **header}
     if as_json:
@@ -73,12 +73,12 @@ def _check_name(name: str) -> None:
 @click.argument("name")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 def import_command(name: str, files: tuple[Path, ...]) -> None:
-    """Make a model of your own checkpoints: a generator and its encoder, and what else you have.
+    """Make a model of your own checkpoints: an Age-cGAN generator and its encoder, or a FaceGAN.
 
-    Roles that are not given are taken from the bundled model.
+    The networks that read ages and identities are the bundled ones, if you do not name your own as well.
     """
-    files_of = import_model(name, list(files))
-    click.echo(f"{name}: {', '.join(ROLES)} from {files_of.generator.parent}; use it with --model {name}")
+    made = import_model(name, list(files))
+    click.echo(f"{name}: {', '.join(made.paths)} from {made.generator.parent}; use it with --model {name}")
 
 
 @command.command("fetch")

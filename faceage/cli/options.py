@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
@@ -15,7 +15,9 @@ from faceage import __version__
 from faceage.checkpoint import sha256_of
 from faceage.cli.output import Output
 from faceage.detect import DetectConfig
-from faceage.engines.store import Backend
+from faceage.engines.base import Precision
+from faceage.engines.eager import has_gpu
+from faceage.engines.store import BACKENDS, Backend, best_backend, best_precision
 from faceage.models import DEFAULT_MODEL, find_model, list_models
 from faceage.pipeline.request import AGE_LIMITS_YEARS, AgeRequest, Networks, load_networks
 
@@ -75,58 +77,61 @@ request_options = group(
 )  # fmt: skip
 
 
+def check_model(name: str) -> None:
+    """Raise click.BadParameter if there is no such model."""
+    if name not in list_models():
+        raise click.BadParameter(
+            f'unknown model "{name}"; there are {", ".join(list_models())}; add one with `faceage models import`',
+            param_hint="--model",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """Which networks are used, and what runs them."""
 
     model: str
-    backend: Literal["auto", "onnxruntime", "torch"]
+    backend: Backend | Literal["auto"]
     device: str
+    precision: Precision | Literal["auto"]
     identity: Literal["compact", "facenet"]
     composite: Composite
     min_face: float | None
 
     def __post_init__(self) -> None:
-        if self.model not in list_models():
-            raise click.BadParameter(
-                f'unknown model "{self.model}"; there are {", ".join(list_models())}; '
-                "add one with `faceage models import`",
-                param_hint="--model",
-            )
+        check_model(self.model)
         DetectConfig(min_face_px=self.min_face)
 
-    def resolved(self) -> tuple[Backend, str]:
-        """Return the backend and the device: a GPU is used by the torch backend, or where it is named."""
-        backend: Backend = "torch" if self.device.startswith("cuda") else "onnxruntime"
-        if self.backend != "auto":
-            backend = self.backend
-        if self.device != "auto":
-            return backend, self.device
-        if backend == "onnxruntime":
-            return backend, "cpu"
-        import torch
-
-        return backend, "cuda" if torch.cuda.is_available() else "cpu"
+    def resolved(self) -> tuple[Backend, str, Precision]:
+        """Return the backend, the device and the precision: what is given, and the fastest here of what is not."""
+        device = self.device
+        if device == "auto":
+            cpu_only, gpu_only = self.backend == "onnxruntime", self.backend == "tensorrt"
+            device = "cuda" if gpu_only or (not cpu_only and has_gpu()) else "cpu"
+        backend = best_backend(device) if self.backend == "auto" else self.backend
+        return backend, device, best_precision(backend, device) if self.precision == "auto" else self.precision
 
     def loader(self) -> Callable[..., Networks]:
         """Return what loads the networks; another process can be given it too."""
-        backend, device = self.resolved()
+        backend, device, precision = self.resolved()
         return functools.partial(
             load_networks,
             model=self.model,
             identity=self.identity,
             backend=backend,
             device=device,
+            precision=precision,
             detect=DetectConfig(min_face_px=self.min_face),
             composite=self.composite,
         )
 
     def load(self, out: Output) -> Networks:
         """Load the networks, saying what is built."""
-        backend, device = self.resolved()
+        backend, device, precision = self.resolved()
         networks = self.loader()(on_build=out.building)
-        out.detail(f"model {self.model}, backend {backend} on {device}")
-        out.result("engines", {"model": self.model, "backend": backend, "device": device})
+        out.detail(f"model {self.model}, backend {backend} on {device} in {precision}")
+        engines = {"model": self.model, "backend": backend, "device": device, "precision": precision}
+        out.result("engines", engines)
         return networks
 
     def label(self, target: str) -> dict[str, str]:
@@ -139,22 +144,28 @@ class NetworkOptions:
         }
 
 
+model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="See `faceage models list`.")
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
+    help="What runs the networks. auto: onnxruntime on the CPU; on a GPU tensorrt if installed, else aotinductor.",
+)  # fmt: skip
 network_options = group(
     "network",
     NetworkOptions,
-    click.option("--model", default=DEFAULT_MODEL, show_default=True, help="See `faceage models list`."),
-    click.option(
-        "--backend", type=click.Choice(["auto", "onnxruntime", "torch"]), default="auto", show_default=True,
-        help="What runs the networks. auto: onnxruntime, or torch on a GPU.",
-    ),
+    model_option,
+    backend_option,
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where they run."),
+    click.option(
+        "--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True,
+        help="auto: fp32 on the CPU, fp16 on a GPU.",
+    ),
     click.option(
         "--identity", type=click.Choice(["compact", "facenet"]), default="compact", show_default=True,
         help="The network that keeps people recognisable; facenet is fetched by `faceage models fetch facenet`.",
     ),
     click.option(
         "--composite", type=click.Choice(["delta", "replace"]), default="delta", show_default=True,
-        help="delta adds the change to the face; replace pastes the generated face.",
+        help="delta adds the change to the face; replace pastes the generated face (Age-cGAN only).",
     ),
     click.option("--min-face", type=float, metavar="PX", help="Smallest face, in pixels. Default: by picture size."),
 )  # fmt: skip

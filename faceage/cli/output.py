@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -130,11 +131,22 @@ class Output:
         if self.verbosity > 0:
             self._say(f"faceage: {text}")
 
-    def building(self, engine: str) -> None:
-        """Say that an engine is being built: it takes seconds, once."""
+    @contextmanager
+    def building(self, engine: str) -> Iterator[None]:
+        """Say that an engine is being built, once, and how long that takes."""
         self.event("engine", name=engine)
-        if self.verbosity >= 0:
-            self._say(f"faceage: building engines (once): {engine} ...")
+        start = monotonic()
+        text = f"building engines (once): {engine}"
+        if self.is_interactive and self._bar is None:
+            from faceage.cli.bar import make_clock
+
+            with make_clock(f"faceage: {text}"):
+                yield
+        else:
+            if self.verbosity >= 0:
+                self._say(f"faceage: {text} ...")
+            yield
+        self.event("engine", name=engine, seconds=round(monotonic() - start, 2))
 
     def item(self, record: dict) -> None:
         """Count a file: a record with an "error" as failed, one with "damage" as done and failed, any other as done."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -16,6 +16,36 @@ from faceage.types import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+Precision = Literal["fp32", "fp16"]
+"""fp16: convolutions and matrix products in half precision, all else, inputs and outputs too, in float32."""
+
+TARGETS = {
+    "cpu": "the CPU of this machine",
+    "cuda": "the NVIDIA GPU of this machine",
+    "portable": "NVIDIA RTX GPUs from Ampere on",
+    "sm_75": "Turing, FP16 only",
+    "sm_86": "Ampere",
+    "sm_89": "Ada",
+    "sm_120": "Blackwell",
+}
+"""What engines can be built for."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an engine is built for."""
+
+    target: str = "cpu"
+    """A key of `TARGETS`."""
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise EngineError(f'unknown target "{self.target}"; use one of: {", ".join(TARGETS)}')
+        if self.precision not in ("fp32", "fp16"):
+            raise EngineError(f'unknown precision "{self.precision}"; use fp32 or fp16')
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,10 @@ class TensorSpec:
     shape: tuple[int | Axis, ...]
     """A number for a fixed axis, an `Axis` for one that may change."""
 
+    def sizes(self, which: Literal["min", "typical", "max"]) -> tuple[int, ...]:
+        """Return the smallest, the typical or the largest shape."""
+        return tuple(getattr(d, which) if isinstance(d, Axis) else d for d in self.shape)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
@@ -56,22 +90,23 @@ class Program:
     fingerprint: str
     """Hash over everything that decides the result: weights, dimensions, source; see `fingerprint`."""
     build: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
-    """Imports torch and returns the network, in eval mode on the CPU in float32, and example inputs."""
+    """Imports torch and returns the network, in eval mode on the CPU in float32, and example inputs: real faces
+    (`examples.example_faces`) where it takes faces, for engines are compared with torch on them."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     """An axis that no input has (it follows from the others) counts as 0 in an empty output."""
-    parity_floor_db: float = 60.0
-    """An engine whose PSNR against torch is lower than this is refused."""
 
-    def check(self, arrays: tuple[FloatArray, ...]) -> dict[str, int]:
-        """Return the sizes of the changing axes of `arrays`, the inputs of a call.
+    def check(self, arrays: Sequence[FloatArray | Tensor]) -> dict[str, int]:
+        """Return the sizes of the changing axes of `arrays`, the inputs of a call: arrays or tensors.
 
         Raises:
             ShapeError: if their number, a dtype or a shape differs from `inputs`.
         """
         sizes: dict[str, int] = {}
         shapes = [tuple(array.shape) for array in arrays]
-        if len(arrays) != len(self.inputs) or any(array.dtype != np.float32 for array in arrays):
+        if len(arrays) != len(self.inputs) or any(
+            str(array.dtype).removeprefix("torch.") != "float32" for array in arrays
+        ):
             raise ShapeError(f"{self.name} takes {len(self.inputs)} float32 arrays, got {shapes}")
         for shape, spec in zip(shapes, self.inputs, strict=True):
             fits = len(shape) == len(spec.shape)
@@ -102,6 +137,8 @@ class Engine(Protocol):
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network.
 
+        Engines on a GPU take and give CUDA tensors too, without a way through the host's memory.
+
         Args:
             *arrays: float32, shaped as the program's `inputs`. A batch of 0 gives empty outputs.
 
@@ -110,6 +147,51 @@ class Engine(Protocol):
 
         Raises:
             ShapeError: if an input does not fit.
+        """
+        ...
+
+
+class BackendModule(Protocol):
+    """What each backend's module has: how to build an engine's file, and how to run it."""
+
+    NAME: str
+
+    def suffix(self, target: str) -> str | None:
+        """Return the end of its files' names; None: there is nothing to build, and `load` takes no file."""
+        ...
+
+    def missing(self, target: str) -> str | None:
+        """Return why it cannot build for a target here and the command that mends it, or None."""
+        ...
+
+    def versions(self, spec: Spec) -> dict[str, str]:
+        """Return what the file depends on beside the program: versions, and the machine if it is for that one alone."""
+        ...
+
+    def check(self, spec: Spec) -> None:
+        """Raise EngineError if it builds nothing for `spec`."""
+        ...
+
+    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+        """Write the engine's file; `exported` lies on the GPU for the target "cuda", else on the CPU.
+
+        An engine that this machine may be unable to run leaves the graph it was built from beside it, as `.onnx`.
+        """
+        ...
+
+    def targets(self, device: str) -> list[str]:
+        """Return the targets whose engines run on a device, best first.
+
+        Raises:
+            EngineError: if there are none, or the device is not there.
+        """
+        ...
+
+    def load(self, program: Program, path: Path | None, device: str, threads: int) -> Engine:
+        """Open an engine's file on a device; `threads` is for the CPU.
+
+        Raises:
+            EngineError: if the file cannot be opened here.
         """
         ...
 

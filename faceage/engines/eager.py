@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faceage.engines.base import Program
+import numpy as np
+
+from faceage.engines.base import Program, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+    from torch.export import ExportedProgram
 
 NAME = "torch"
-SUFFIX = None
-"""Nothing is stored."""
 
 
-class EagerEngine:
-    """A torch module behind the engine protocol."""
+class TorchEngine:
+    """A function of torch tensors behind the engine protocol: this backend's, and every one that runs on a GPU."""
 
-    backend = NAME
-
-    def __init__(self, program: Program, module: torch.nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        program: Program,
+        run: Callable[..., Tensor | tuple[Tensor, ...]],
+        device: torch.device,
+        backend: str = NAME,
+    ) -> None:
+        """Wrap `run`, whose inputs and outputs lie on `device`."""
         self.name = program.name
+        self.backend = backend
         self._program = program
-        self._module = module.to(device)
+        self._run = run
         self._device = device
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
@@ -34,21 +44,63 @@ class EagerEngine:
         import torch
 
         sizes = self._program.check(arrays)
+        are_tensors = not isinstance(arrays[0], np.ndarray)
         if 0 in sizes.values():
-            return self._program.empty_outputs(sizes)
+            empty = self._program.empty_outputs(sizes)
+            return tuple(torch.tensor(array, device=self._device) for array in empty) if are_tensors else empty
         with torch.inference_mode():
-            outputs = self._module(*(torch.tensor(array, device=self._device) for array in arrays))
+            inputs = arrays if are_tensors else [torch.tensor(array, device=self._device) for array in arrays]
+            outputs = self._run(*inputs)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        return tuple(output.float().cpu().numpy() for output in outputs)
+        return tuple(outputs) if are_tensors else tuple(output.cpu().numpy() for output in outputs)
 
 
-def versions() -> dict[str, str]:
+def has_gpu() -> bool:
+    """Return whether torch can use a GPU. The driver is asked first: importing torch takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def suffix(target: str) -> None:
+    """Return None: nothing is stored."""
+    return None
+
+
+def missing(target: str) -> None:
+    """Return None: torch is always installed."""
+    return None
+
+
+def versions(spec: Spec) -> dict[str, str]:
     """Return the versions that the result depends on."""
     return {"torch": version("torch")}
 
 
-def check_device(device: str) -> None:
-    """Raise EngineError if `device` is not "cpu", "cuda" or "cuda:N", or is not in this machine."""
+def check(spec: Spec) -> None:
+    """Raise EngineError: it builds nothing in half precision."""
+    if spec.precision != "fp32":
+        raise EngineError(f"backend {NAME} is the reference, in fp32 only; found {spec.precision}: use another backend")
+
+
+def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+    """Raise EngineError: there is nothing to build."""
+    raise EngineError(f"backend {NAME} has no engines to build; use --backend auto")
+
+
+def targets(device: str) -> list[str]:
+    """Return the kind of a device, as a target.
+
+    Raises:
+        EngineError: if `device` is not "cpu", "cuda" or "cuda:N", or is not in this machine.
+    """
     import torch
 
     try:
@@ -62,14 +114,24 @@ def check_device(device: str) -> None:
             f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
             "use --device cpu, or check the driver with: faceage doctor"
         )
+    return [target.type]
 
 
-def load(program: Program, path: Path | None, device: str, threads: int) -> EagerEngine:
-    """Build the network on `device`; `path` plays no part, and `threads` is set for torch as a whole."""
+def prepare(device: str, threads: int) -> torch.device:
+    """Set up torch for engines on a device, and return it; `threads` is set for torch as a whole."""
     import torch
 
     target = torch.device(device)
     if target.type == "cpu":
         torch.set_num_threads(threads)
+    else:
+        # Convolutions in TF32, torch's own default, differ by 1e-3: fp32 is to mean fp32.
+        torch.backends.cudnn.allow_tf32 = False
+    return target
+
+
+def load(program: Program, path: Path | None, device: str, threads: int) -> TorchEngine:
+    """Build the network on `device`; `path` plays no part."""
+    target = prepare(device, threads)
     module, _ = program.build()
-    return EagerEngine(program, module, target)
+    return TorchEngine(program, module.to(target), target)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 
-from faceage.engines.base import Program
+from faceage.engines.base import Program, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 NAME = "onnxruntime"
-SUFFIX = ".onnx"
 
 OPSET = 20
 """The ONNX operator set of the files."""
 
-INPUT_PREFIX = "in_"
-"""Before the names of inputs in the file."""
+INPUT_PREFIX, OUTPUT_PREFIX = "in_", "out_"
+"""Before the names of inputs and outputs in the file."""
 
 ERRORS_ONLY = 3
 """ONNX Runtime's log severity; its warnings are about its own optimisations."""
@@ -49,12 +48,30 @@ class OrtEngine:
         return tuple(self._session.run(None, dict(zip(self._input_names, arrays, strict=True))))
 
 
-def versions() -> dict[str, str]:
+def suffix(target: str) -> str:
+    """Return the end of its files' names."""
+    return ".onnx"
+
+
+def missing(target: str) -> None:
+    """Return None: it is always installed."""
+    return None
+
+
+def versions(spec: Spec) -> dict[str, str]:
     """Return the versions that the result depends on; torch is the exporter."""
     return {"onnxruntime": version("onnxruntime"), "torch": version("torch"), "opset": str(OPSET)}
 
 
-def build(program: Program, exported: ExportedProgram, path: Path) -> None:
+def check(spec: Spec) -> None:
+    """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, for CPUs compute fp16 in fp32."""
+    if spec != Spec("cpu", "fp32"):
+        raise EngineError(
+            f"backend {NAME} builds for cpu in fp32, not for {spec.target} in {spec.precision}; use --backend auto"
+        )
+
+
+def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
     """Write `exported` to `path` as one ONNX file, weights inside."""
     import torch
 
@@ -69,7 +86,7 @@ def build(program: Program, exported: ExportedProgram, path: Path) -> None:
                 # With prefixes, because the exporter names values inside the graph after their operators, and
                 # an output called "mean" would meet one of those.
                 input_names=[INPUT_PREFIX + spec.name for spec in program.inputs],
-                output_names=["out_" + spec.name for spec in program.outputs],
+                output_names=[OUTPUT_PREFIX + spec.name for spec in program.outputs],
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -80,13 +97,14 @@ def build(program: Program, exported: ExportedProgram, path: Path) -> None:
     onnx_program.save(str(path), external_data=False)
 
 
-def check_device(device: str) -> None:
-    """Raise EngineError if this backend does not run on `device`."""
+def targets(device: str) -> list[str]:
+    """Return the targets whose engines run on a device: the CPU's."""
     if device != "cpu":
-        raise EngineError(f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend torch")
+        raise EngineError(f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend auto")
+    return ["cpu"]
 
 
-def load(program: Program, path: Path, device: str, threads: int) -> OrtEngine:
+def load(program: Program, path: Path | None, device: str, threads: int) -> OrtEngine:
     """Open the ONNX file at `path` on the CPU.
 
     Raises:

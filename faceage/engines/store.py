@@ -1,148 +1,396 @@
 """The engine store: builds an engine once, checks it against torch, and finds it again.
 
-An engine is a file named `<program>-<key>` with a JSON sidecar. The key hashes the program's fingerprint, the
-backend and its versions, so a change of any of them leads to another file; the sidecar repeats them with the
-file's own hash and its parity with torch. What does not agree with its sidecar is rebuilt, never used.
+An engine is a file named `<program>-<key>` with a JSON sidecar. The key hashes the program's fingerprint, its shapes,
+the backend and its versions, the target and the precision, so a change of any of them leads to another file; the
+sidecar repeats them with the file's own hash, its parity with torch, and the seconds that it took. What does not agree
+with its sidecar is rebuilt, never used.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import ModuleType
-from typing import Literal, get_args
+from time import perf_counter
+from typing import Literal, cast, get_args
 
 from faceage.cache import cache_root
-from faceage.engines import eager, ort
-from faceage.engines.base import Engine, Program, fingerprint
+from faceage.engines import aotinductor, eager, ort, tensorrt
+from faceage.engines.base import BackendModule, Engine, Precision, Program, Spec, fingerprint
 from faceage.engines.build import check_parity, export
+from faceage.engines.eager import TorchEngine
 from faceage.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["onnxruntime", "torch"]
-BACKENDS: dict[str, ModuleType] = {"onnxruntime": ort, "torch": eager}
+Backend = Literal["onnxruntime", "tensorrt", "aotinductor", "torch"]
+BACKENDS = {
+    "onnxruntime": cast(BackendModule, ort),
+    "tensorrt": cast(BackendModule, tensorrt),
+    "aotinductor": cast(BackendModule, aotinductor),
+    "torch": cast(BackendModule, eager),
+}
 
-FORMAT_VERSION = 1
+OnBuild = Callable[[str], AbstractContextManager | None]
+"""Called with an engine's name before it is built; what it returns, if anything, is entered for the time of it."""
+
+FORMAT_VERSION = 2
 """Version of the files and their sidecars; a change makes all stored engines stale."""
 
 KEY_DIGITS = 16
 """Hex digits of the key in a file name."""
 
+NOT_RUN = "there was no such GPU where it was built; it is compared with torch when it is first loaded on one"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An engine in the store, or what is left of one."""
+
+    path: Path
+    record: dict
+    """The sidecar; empty if it cannot be read."""
+    fault: str
+    """Why it cannot be used, or ""."""
+
 
 class EngineStore:
     """A folder of engines. Several processes may use the same folder."""
 
-    def __init__(self, root: Path | None = None, on_build: Callable[[str], None] | None = None) -> None:
+    def __init__(self, root: Path | None = None, on_build: OnBuild | None = None) -> None:
         """Use the folder `root`, by default `engines` in `cache_root()`.
 
         Args:
             root: the folder; made when something is stored.
-            on_build: called with a program's name before its engine is built, which takes seconds.
+            on_build: see `OnBuild`.
         """
         self.root = cache_root() / "engines" if root is None else root
-        self._on_build = on_build
+        self._on_build = on_build or (lambda name: None)
 
-    def load(self, program: Program, backend: Backend = "onnxruntime", device: str = "cpu", threads: int = 1) -> Engine:
+    def load(
+        self,
+        program: Program,
+        backend: Backend = "onnxruntime",
+        device: str = "cpu",
+        threads: int = 1,
+        precision: Precision = "fp32",
+    ) -> Engine:
         """Return the engine of `program`, building it first if the store has none that fits.
 
         Args:
             program: the network.
             backend: one of `BACKENDS`.
             device: "cpu", "cuda" or "cuda:N".
-            threads: threads of one call.
+            threads: threads of one call on the CPU.
+            precision: see `Precision`.
 
         Raises:
-            EngineError: for an unknown backend, a device that is not there, an engine that differs from
-                torch, or a folder that cannot be written.
+            EngineError: for a backend that is unknown or not installed, a device that is not there, an engine that
+                differs from torch, or a folder that cannot be written.
         """
-        module = _backend_module(backend)
-        module.check_device(device)
-        if module.SUFFIX is None:
+        module = backend_module(backend)
+        specs = [Spec(target, precision) for target in module.targets(device)]
+        if module.suffix(specs[0].target) is None:
+            module.check(specs[0])
             return module.load(program, None, device, threads)
-        path = self.path(program, backend)
-        if self._is_valid(path, program, backend):
-            try:
-                return module.load(program, path, device, threads)
-            except EngineError as error:
-                logger.warning("rebuilding an engine that does not load: %s", error)
-        return self._build(program, backend, path, device, threads)
-
-    def contains(self, program: Program, backend: Backend = "onnxruntime") -> bool:
-        """Return whether `load` needs no build."""
-        if _backend_module(backend).SUFFIX is None:
-            return True
-        return self._is_valid(self.path(program, backend), program, backend)
-
-    def path(self, program: Program, backend: Backend) -> Path:
-        """Return where the engine of `program` is, or would be."""
-        module = _backend_module(backend)
-        key = fingerprint(json.dumps(_identity(program, backend), sort_keys=True))[:KEY_DIGITS]
-        return self.root / f"{program.name}-{key}{module.SUFFIX}"
-
-    def _is_valid(self, path: Path, program: Program, backend: Backend) -> bool:
-        sidecar = path.with_suffix(".json")
-        if not path.exists() and not sidecar.exists():
-            return False
+        spec = next((spec for spec in specs if self.contains(program, backend, spec)), None)
+        if spec is None:
+            spec = specs[0]
+            self.build(program, backend, spec)
+        path = self.path(program, backend, spec)
         try:
-            record = json.loads(sidecar.read_text())
-            want = _identity(program, backend) | {"file_sha256": fingerprint(path)}
-        except (OSError, ValueError) as error:
-            logger.warning("rebuilding engine %s: it cannot be read (%s)", path.name, error)
-            return False
-        if not isinstance(record, dict) or {name: record.get(name) for name in want} != want:
-            logger.warning("rebuilding engine %s: it does not agree with its sidecar", path.name)
-            return False
-        return True
-
-    def _build(self, program: Program, backend: Backend, path: Path, device: str, threads: int) -> Engine:
-        if self._on_build is not None:
-            self._on_build(program.name)
-        module = _backend_module(backend)
-        with self._draft_folder() as folder:
-            draft = Path(folder) / path.name
-            network, examples = program.build()
-            module.build(program, export(program, network, examples), draft)
-            engine = module.load(program, draft, device, threads)
-            record = _identity(program, backend) | {
-                "file_sha256": fingerprint(draft),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "parity": check_parity(program, engine, network, examples),
-            }
-            draft.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-            # Another process may do the same now. Each file is replaced whole, and a sidecar beside the
-            # other process's engine is caught by the hash.
-            os.replace(draft, path)
-            os.replace(draft.with_suffix(".json"), path.with_suffix(".json"))
+            engine = module.load(program, path, device, threads)
+        except EngineError as error:
+            logger.warning("rebuilding an engine that does not load: %s", error)
+            path.unlink()
+            path.with_suffix(".json").unlink()
+            self.build(program, backend, spec)
+            engine = module.load(program, path, device, threads)
+        self._check_first_run(program, engine, path, precision)
         return engine
 
-    def _draft_folder(self) -> tempfile.TemporaryDirectory:
+    def build(self, program: Program, backend: Backend, spec: Spec) -> tuple[dict, bool]:
+        """Build and store an engine, unless the store has it.
+
+        Returns:
+            Its sidecar, and whether it had to be built.
+
+        Raises:
+            EngineError: if it cannot be built here, differs from torch, or cannot be stored.
+        """
+        module = backend_module(backend)
+        path = self.path(program, backend, spec)
+        identity = _identity(program, backend, spec)
+        record, fault = _look(path, identity)
+        if record is not None:
+            return record, False
+        with self._locked() as folder:
+            record, fault = _look(path, identity)  # another process may have built it while this one waited
+            if record is not None:
+                return record, False
+            if fault or (fault := self._older(identity)):
+                logger.warning("rebuilding engine %s: %s", path.name, fault)
+            with self._on_build(program.name) or nullcontext():
+                start = perf_counter()
+                draft = folder / path.name
+                network, examples = program.build()
+                if spec.target == "cuda":
+                    network, examples = network.to("cuda"), tuple(example.to("cuda") for example in examples)
+                exported = export(program, network, examples, spec.precision)
+                module.build(program, exported, spec, draft)
+                seconds = round(perf_counter() - start, 2)
+                network = network.to("cpu")
+                device = _device_for(module, spec)
+                record = identity | {"file_sha256": fingerprint(draft), "bytes": draft.stat().st_size}
+                record |= {"build_seconds": seconds, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+                if device is not None:
+                    engine = module.load(program, draft, device, 1)
+                    record["parity"] = check_parity(program, engine, network, examples, spec.precision)
+                else:
+                    # What went into the builder can be run here: by torch, which rounds to half precision as the graph
+                    # says, and as the ONNX file, whose casts ONNX Runtime may leave out.
+                    graphs = (
+                        TorchEngine(program, exported.module(), eager.prepare("cpu", 1)),
+                        ort.load(program, draft.with_suffix(".onnx"), "cpu", 1),
+                    )
+                    found = [check_parity(program, graph, network, examples, spec.precision) for graph in graphs]
+                    record |= {"parity": None, "parity_missing_because": NOT_RUN}
+                    record["graph_parity"] = {
+                        "max_abs_error": max(parity["max_abs_error"] for parity in found),
+                        "psnr_db": min(parity["psnr_db"] for parity in found),
+                    }
+                _write_json(draft.with_suffix(".json"), record)
+                os.replace(draft, path)
+                os.replace(draft.with_suffix(".json"), path.with_suffix(".json"))
+        return record, True
+
+    def contains(self, program: Program, backend: Backend = "onnxruntime", spec: Spec | None = None) -> bool:
+        """Return whether the store has an engine that fits; `spec` is for the CPU, in fp32, if there is none."""
+        spec = spec or Spec()
+        if backend_module(backend).suffix(spec.target) is None:
+            return True
+        record, _ = _look(self.path(program, backend, spec), _identity(program, backend, spec))
+        return record is not None
+
+    def path(self, program: Program, backend: Backend, spec: Spec | None = None) -> Path:
+        """Return where the engine of `program` is, or would be; `spec` as in `contains`."""
+        spec = spec or Spec()
+        key = fingerprint(json.dumps(_identity(program, backend, spec), sort_keys=True))[:KEY_DIGITS]
+        return self.root / f"{program.name}-{key}{backend_module(backend).suffix(spec.target)}"
+
+    def stored(self) -> list[Stored]:
+        """Return what the store holds, by name, each compared with its sidecar."""
+        found = []
+        suffixes = {module.suffix(target) for module in BACKENDS.values() for target in ("cpu", "cuda", "portable")}
+        files = list(self.root.iterdir()) if self.root.is_dir() else []
+        stems = {file.stem for file in files if file.suffix in {".json", *suffixes} and not file.name.startswith(".")}
+        for stem in sorted(stems):
+            path = next((self.root / f"{stem}{s}" for s in suffixes if (self.root / f"{stem}{s}").exists()), None)
+            sidecar = self.root / f"{stem}.json"
+            if path is None:
+                found.append(Stored(sidecar, _read_json(sidecar), "its engine is missing"))
+                continue
+            record, fault = _look(path, {})
+            found.append(Stored(path, record or _read_json(sidecar), fault))
+        return found
+
+    def prune(self, programs: list[Program]) -> list[Path]:
+        """Remove engines that are damaged, for other versions, or of none of `programs`, and what dead builders left.
+
+        Returns:
+            The files that were removed.
+        """
+        fingerprints = {program.fingerprint for program in programs}
+        removed = []
+        for engine in self.stored():
+            if engine.fault or engine.record.get("fingerprint") not in fingerprints or _is_old(engine.record):
+                files = sorted(self.root.glob(f"{engine.path.stem}.*"))
+                removed += files
+                for file in files:
+                    file.unlink(missing_ok=True)
+        if self.root.is_dir():
+            with self._locked():
+                pass  # drafts of a builder that died go with the next one's
+        return removed
+
+    @contextmanager
+    def _locked(self) -> Iterator[Path]:
+        """Wait until no other process builds anything; give a folder for drafts, and remove it after."""
+        folder = self.root / ".drafts"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            return tempfile.TemporaryDirectory(prefix=".build-", dir=self.root)
+            file = (self.root / ".lock").open("w")
         except OSError as error:
             raise EngineError(
                 f"engines cannot be stored in {self.root} ({error}); set FACEAGE_CACHE to a folder that can be written"
             ) from error
+        with file:
+            # The kernel releases the lock when its holder dies, so a dead builder is in nobody's way.
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("another process is building engines; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _older(self, identity: dict) -> str:
+        """Return which version changed since an engine of the same weights was built for the same purpose, or ""."""
+        same = ("fingerprint", "backend", "target", "precision")
+        for sidecar in self.root.glob(f"{identity['program']}-*.json"):
+            record = _read_json(sidecar)
+            if all(record.get(name) == identity[name] for name in same) and isinstance(record.get("versions"), dict):
+                changes = [
+                    f"{name} {record['versions'].get(name, 'none')} -> {now}"
+                    for name, now in identity["versions"].items()
+                    if record["versions"].get(name) != now
+                ]
+                return f"it was built with other versions ({', '.join(changes)})" if changes else ""
+        return ""
+
+    def _check_first_run(self, program: Program, engine: Engine, path: Path, precision: Precision) -> None:
+        """Compare an engine with torch that was built where it could not run."""
+        sidecar = path.with_suffix(".json")
+        record = _read_json(sidecar)
+        if record.get("parity") is not None:
+            return
+        logger.info("comparing %s with torch on this GPU, once", path.name)
+        try:
+            record["parity"] = check_parity(program, engine, *program.build(), precision)
+        except EngineError:
+            path.unlink()
+            sidecar.unlink()
+            raise
+        del record["parity_missing_because"]
+        draft = sidecar.with_suffix(f".{os.getpid()}.part")
+        _write_json(draft, record)
+        os.replace(draft, sidecar)
 
 
-def _backend_module(backend: str) -> ModuleType:
+def backend_module(backend: str) -> BackendModule:
+    """Return a backend's module.
+
+    Raises:
+        EngineError: if there is no such backend.
+    """
     if backend not in BACKENDS:
         raise EngineError(f'unknown backend "{backend}"; use one of: {", ".join(get_args(Backend))}')
     return BACKENDS[backend]
 
 
-def _identity(program: Program, backend: Backend) -> dict[str, object]:
-    """Return what an engine is identified by: all of it goes into the key."""
+def check_buildable(backend: str, spec: Spec) -> None:
+    """Raise EngineError if a backend builds nothing for `spec`, or lacks a package or a device for it here."""
+    module = backend_module(backend)
+    module.check(spec)
+    if reason := module.missing(spec.target):
+        raise EngineError(reason)
+
+
+def best_backend(device: str) -> Backend:
+    """Return the fastest backend that runs on a device here.
+
+    Raises:
+        EngineError: if the device is not there.
+    """
+    if device == "cpu":
+        return "onnxruntime"
+    eager.targets(device)
+    return "tensorrt" if tensorrt.is_for(device) else "aotinductor"
+
+
+def backends_for(device: str) -> list[Backend]:
+    """Return the backends that are installed and run on a device."""
+    found = []
+    for name, module in BACKENDS.items():
+        try:
+            if any(module.missing(target) is None for target in module.targets(device)):
+                found.append(cast(Backend, name))
+        except EngineError:
+            continue  # not on this device
+    return found
+
+
+def best_precision(backend: Backend, device: str) -> Precision:
+    """Return half precision where it is faster: in engines on a GPU."""
+    return "fp16" if device != "cpu" and backend != "torch" else "fp32"
+
+
+def _device_for(module: BackendModule, spec: Spec) -> str | None:
+    """Return where an engine for `spec` can be run on this machine, or None."""
+    device = "cpu" if spec.target == "cpu" else "cuda"
+    try:
+        return device if spec.target in module.targets(device) else None
+    except EngineError:
+        return None
+
+
+def _identity(program: Program, backend: Backend, spec: Spec) -> dict:
+    """Return what an engine is identified by: all of it goes into the key.
+
+    Raises:
+        EngineError: if the backend builds no such engine, or is not installed.
+    """
+    check_buildable(backend, spec)
     return {
         "format_version": FORMAT_VERSION,
         "program": program.name,
         "fingerprint": program.fingerprint,
         "backend": backend,
-        "versions": _backend_module(backend).versions(),
-    }
+        "versions": backend_module(backend).versions(spec),
+        "target": spec.target,
+        "precision": spec.precision,
+        "shapes": {tensor.name: [list(tensor.sizes(which)) for which in ("min", "typical", "max")]
+                   for tensor in program.inputs},
+    }  # fmt: skip
+
+
+def _look(path: Path, identity: dict) -> tuple[dict | None, str]:
+    """Return the sidecar of the engine at `path`, or None and what is wrong ("" if nothing is there)."""
+    sidecar = path.with_suffix(".json")
+    if not path.exists() and not sidecar.exists():
+        return None, ""
+    try:
+        record = json.loads(sidecar.read_text())
+        sha256 = fingerprint(path)
+    except (OSError, ValueError) as error:
+        return None, f"it cannot be read ({error})"
+    if not isinstance(record, dict) or record.get("file_sha256") != sha256:
+        return None, "it is damaged: its contents are not those that its sidecar names"
+    if {name: record.get(name) for name in identity} != identity:
+        return None, "its sidecar is another engine's"
+    return record, ""
+
+
+def _is_old(record: dict) -> bool:
+    """Return whether an engine was built with other versions than those that are installed now."""
+    try:
+        spec = Spec(record["target"], record["precision"])
+        return bool(record["versions"] != backend_module(record["backend"]).versions(spec))
+    except KeyError:
+        return True
+    except (EngineError, PackageNotFoundError):
+        return False  # built for another machine, or by what is not installed here: nobody can say
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _write_json(path: Path, record: dict) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n")

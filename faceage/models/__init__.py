@@ -1,7 +1,7 @@
 """The model files: bundled with the package, downloaded by `faceage models fetch`, or imported by the user.
 
-A *model* is a set of checkpoints, one a role. What a set lacks is taken from the bundled one, so an
-imported model may be no more than a generator and its encoder.
+A *model* is a set of checkpoints, one a role, of one of two architectures. What a set lacks is taken from the bundled
+one, so an imported model may be no more than a generator and its encoder, or a FaceGAN alone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from faceage.checkpoint import read_header, sha256_of
 from faceage.errors import CheckpointError
 
 DEFAULT_MODEL = "age-cgan"
+"""The bundled model that is used where none is named."""
 ROLES = {
-    "generator": "age-cgan-generator",
-    "encoder": "age-cgan-encoder",
-    "age": "age-estimator",
-    "identity": "identity",
+    "age-cgan": {
+        "generator": "age-cgan-generator",
+        "encoder": "age-cgan-encoder",
+        "age": "age-estimator",
+        "identity": "identity",
+    },
+    "facegan": {"generator": "facegan", "age": "age-estimator", "identity": "identity"},
 }
-"""Role to the architecture that fills it, which is also the stem of its file."""
+"""Architecture of a model, which is also the bundled model's name -> role -> architecture of the checkpoint that fills
+it, which is also the stem of its file."""
+SHARED = ("age", "identity")
+"""Roles of the networks that only look: a model that lacks them takes the bundled ones."""
 _BUNDLED = Path(__file__).parent
 
 
@@ -31,14 +38,30 @@ class ModelFiles:
     """One checkpoint a role."""
 
     name: str
-    generator: Path
-    encoder: Path
-    age: Path
-    identity: Path
+    architecture: str
+    """A key of `ROLES`."""
+    paths: dict[str, Path]
+    """Role to file."""
 
-    def paths(self) -> dict[str, Path]:
-        """Return role to file."""
-        return {role: getattr(self, role) for role in ROLES}
+    @property
+    def generator(self) -> Path:
+        """What draws the aged face."""
+        return self.paths["generator"]
+
+    @property
+    def encoder(self) -> Path:
+        """Of Age-cGAN alone."""
+        return self.paths["encoder"]
+
+    @property
+    def age(self) -> Path:
+        """What reads ages."""
+        return self.paths["age"]
+
+    @property
+    def identity(self) -> Path:
+        """What tells people apart."""
+        return self.paths["identity"]
 
 
 def user_folder() -> Path:
@@ -47,10 +70,10 @@ def user_folder() -> Path:
 
 
 def list_models() -> list[str]:
-    """Return the names that `find_model` knows, the bundled one first."""
-    folder = user_folder()
-    found = sorted(p.parent.name for p in folder.glob(f"*/{ROLES['generator']}.safetensors")) if folder.is_dir() else []
-    return [DEFAULT_MODEL, *found]
+    """Return the names that `find_model` knows, the bundled ones first."""
+    own = {roles["generator"] for roles in ROLES.values()}
+    found = {path.parent.name for stem in own for path in user_folder().glob(f"*/{stem}.safetensors")}
+    return [*ROLES, *sorted(found)]
 
 
 def find_model(name: str = DEFAULT_MODEL) -> ModelFiles:
@@ -63,41 +86,58 @@ def find_model(name: str = DEFAULT_MODEL) -> ModelFiles:
         raise CheckpointError(
             f'unknown model "{name}"; there are {", ".join(list_models())}; add one with `faceage models import`'
         )
-    files = {}
-    for role, arch in ROLES.items():
-        own = user_folder() / name / f"{arch}.safetensors"
-        path = own if name != DEFAULT_MODEL and own.exists() else _BUNDLED / f"{arch}.safetensors"
+    folder = _BUNDLED if name in ROLES else user_folder() / name
+    generators = {arch: _file(folder, roles["generator"]) for arch, roles in ROLES.items()}
+    architecture = name if name in ROLES else next(arch for arch, path in generators.items() if path.exists())
+    paths = {}
+    for role, arch in ROLES[architecture].items():
+        path = _file(folder, arch)
+        if not path.exists() and role in SHARED:
+            path = _file(_BUNDLED, arch)
         header = read_header(path)
         if header.arch != arch:
             raise CheckpointError(f"{path} holds {header.arch}, expected {arch}; import the model again")
-        files[role] = path
-    return ModelFiles(name, **files)
+        paths[role] = path
+    return ModelFiles(name, architecture, paths)
+
+
+def _file(folder: Path, arch: str) -> Path:
+    return folder / f"{arch}.safetensors"
 
 
 def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
-    """Copy checkpoints into the user's folder as a model of their own.
+    """Copy checkpoints into the user's folder as a model of their own, in the place of an earlier one of that name.
+
+    Its architecture is that of its generator.
 
     Raises:
-        CheckpointError: if the name is taken by the bundled model or no folder name, a file is no checkpoint, two have
-            the same role, or the generator or its encoder is missing.
+        CheckpointError: if the name is taken by a bundled model or no folder name, a file is no checkpoint, two have
+            the same role, one has no role beside the generator, or the generator or its encoder is missing.
     """
-    if name == DEFAULT_MODEL or not name.replace("-", "").replace("_", "").isalnum():
-        raise CheckpointError(f'"{name}" cannot name a model; use letters, digits and dashes, not "{DEFAULT_MODEL}"')
+    if name in ROLES or not name.replace("-", "").replace("_", "").isalnum():
+        taken = " or ".join(f'"{bundled}"' for bundled in ROLES)
+        raise CheckpointError(f'"{name}" cannot name a model; use letters, digits and dashes, not {taken}')
+    archs = [read_header(path).arch for path in checkpoints]
+    architecture = "facegan" if ROLES["facegan"]["generator"] in archs else "age-cgan"
+    known = ROLES[architecture].values()
     by_arch: dict[str, Path] = {}
-    for path in checkpoints:
-        arch = read_header(path).arch
-        if arch not in ROLES.values() or arch in by_arch:
-            raise CheckpointError(f"{path} holds {arch}; expected one checkpoint each of {', '.join(ROLES.values())}")
+    for arch, path in zip(archs, checkpoints, strict=True):
+        if arch not in known or arch in by_arch:
+            raise CheckpointError(f"{path} holds {arch}; expected one checkpoint each of {', '.join(known)}")
         by_arch[arch] = path
-    missing = [arch for arch in (ROLES["generator"], ROLES["encoder"]) if arch not in by_arch]
+    missing = [arch for role, arch in ROLES[architecture].items() if role not in SHARED and arch not in by_arch]
     if missing:
         raise CheckpointError(f"the model lacks {' and '.join(missing)}; name those checkpoints too")
-    generator = by_arch[ROLES["generator"]]
-    if read_header(by_arch[ROLES["encoder"]]).parents.get("gan") not in (None, sha256_of(generator)):
-        raise CheckpointError(f"the encoder was not trained for {generator}; name the generator it was trained for")
+    if architecture == "age-cgan":
+        generator, encoder = (by_arch[ROLES[architecture][role]] for role in ("generator", "encoder"))
+        if read_header(encoder).parents.get("gan") not in (None, sha256_of(generator)):
+            raise CheckpointError(f"the encoder was not trained for {generator}; name the generator it was trained for")
     folder = user_folder() / name
     folder.mkdir(parents=True, exist_ok=True)
     for arch, path in by_arch.items():
-        shutil.copyfile(path, folder / f"{arch}.safetensors.part")
-        os.replace(folder / f"{arch}.safetensors.part", folder / f"{arch}.safetensors")
+        part = folder / f"{arch}.safetensors.part"
+        shutil.copyfile(path, part)
+        os.replace(part, _file(folder, arch))
+    for stale in {_file(folder, arch) for roles in ROLES.values() for arch in roles.values() if arch not in by_arch}:
+        stale.unlink(missing_ok=True)  # of the earlier model
     return find_model(name)

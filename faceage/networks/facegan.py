@@ -20,12 +20,17 @@ from faceage.geometry import face_mask
 
 MULTIPLE_PX = 32
 """The side of a crop is a multiple of this: the stem halves it, and four levels below halve it again."""
+CHROMA_LIMIT = 0.05
+"""Largest change of a channel by chroma, in units of [-1, 1]: some six codes of 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaceGANDims:
     """Dimensions of the U-Net and its discriminator."""
 
+    sizes_px: tuple[int, ...] = (128, 192)
+    """Sides of the crops that it is trained at, ascending, and the product uses: on crops a third larger it was seen to
+    change next to nothing. UTKFace's pictures, of 200 pixels, do not show what is finer."""
     widths: tuple[int, ...] = (24, 40, 96, 160, 192)
     """Channels at S/2, S/4, S/8, S/16 and S/32."""
     head: int = 8
@@ -36,10 +41,20 @@ class FaceGANDims:
     classes: int = 6
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))  # JSON gives lists
+        object.__setattr__(self, "sizes_px", tuple(self.sizes_px))  # JSON gives lists
+        object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "discriminator_widths", tuple(self.discriminator_widths))
+        if not self.sizes_px or any(size % MULTIPLE_PX for size in self.sizes_px):
+            raise ValueError(f"sides must be multiples of {MULTIPLE_PX}, got {self.sizes_px}")
         if len(self.widths) != 5:
             raise ValueError(f"five widths are needed, S/2 to S/32, got {self.widths}")
+
+
+class _Conv(nn.Sequential):
+    """A 3x3 convolution and its norm, which engines fold into it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
 
 
 class _Residual(nn.Module):
@@ -50,10 +65,9 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int, ages: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = _Conv(channels, channels)
         self.ages = nn.Linear(ages, channels)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.second.weight)  # no norms: a block starts as the identity
+        self.second = _Conv(channels, channels)
 
     def forward(self, x: Tensor, ages: Tensor) -> Tensor:
         inner = F.leaky_relu(self.first(x) + self.ages(ages)[:, :, None, None], 0.2)
@@ -69,7 +83,8 @@ class UNet(nn.Module):
 
     - luma, at full resolution, without its mean inside the blend mask: old and young faces were not photographed in the
       same light, and age lightens no skin;
-    - chroma, drawn at S/8 and interpolated, so that it cannot be sharper than skin tones are;
+    - chroma, drawn at S/8 and interpolated: no sharper than skin tones are, and at most `CHROMA_LIMIT`, for
+      with more of it estimators and adversaries are pleased by green lips and violet beards;
     - both in proportion to tanh((target - source) / 20): where nothing is asked for, nothing is changed.
     """
 
@@ -77,16 +92,16 @@ class UNet(nn.Module):
         super().__init__()
         W = dims.widths
         self.embed = nn.Sequential(nn.Linear(4, dims.ages), nn.LeakyReLU(0.2), nn.Linear(dims.ages, dims.ages))
-        self.stem = nn.Conv2d(12, W[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(W))
+        self.stem = _Conv(12, W[0])
+        self.down = nn.ModuleList(_Conv(a, b) for a, b in pairwise(W))
         self.encoder = nn.ModuleList(_Residual(width, dims.ages) for width in W[1:])
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in reversed(list(pairwise(W))))
+        self.up = nn.ModuleList(_Conv(b, a) for a, b in reversed(list(pairwise(W))))
         # The lowest level of the decoder has two convolutions after its sum, the others one: most of the cost is there.
         self.low = _Residual(W[3], dims.ages)
-        self.decoder = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in reversed(W[:3]))
+        self.decoder = nn.ModuleList(_Conv(width, width) for width in reversed(W[:3]))
         self.decoder_ages = nn.ModuleList(nn.Linear(dims.ages, width) for width in reversed(W[:3]))
         self.to_chroma = nn.Conv2d(W[2], 3, 3, padding=1)
-        self.head = nn.Conv2d(W[0] + 3, dims.head, 3, padding=1)
+        self.head = _Conv(W[0] + 3, dims.head)
         self.to_luma = nn.Conv2d(dims.head, 1, 3, padding=1)
         for last in (self.to_chroma, self.to_luma):
             nn.init.zeros_(last.weight)
@@ -115,7 +130,7 @@ class UNet(nn.Module):
             x = _double(up(x)) + skips.pop()
             x = F.leaky_relu(conv(x) + bias(ages)[:, :, None, None], 0.2)
             if chroma is None:
-                chroma = self.to_chroma(x)
+                chroma = CHROMA_LIMIT * torch.tanh(self.to_chroma(x))
         x = F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2)
         luma = self.to_luma(x)
         assert chroma is not None  # the loop's first level has drawn it

@@ -1,9 +1,9 @@
-"""The objective of latent optimization and its gradient, as feed-forward networks.
+"""The step of latent optimization, as one feed-forward network: loss, gradient and update.
 
 Legend: N faces, Z latent width, K age classes, S side in pixels, D embedding width.
 
 Compiled engines have no autograd. With frozen weights the gradient with respect to z is itself a feed-forward network
-of convolutions, so it is traced once (`gradient_network`) and exported like any other.
+of convolutions, so it is traced once (`gradient_network`) and exported, inside `LatentStep`, like any other network.
 
 Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.3 (pixel-wise and identity-preserving optimization).
 """
@@ -50,10 +50,112 @@ class LatentObjective(nn.Module):
             weights_3: identity, pixel and prior weight.
         """
         made = self.generator(z_NZ, y_NK)
-        identity = (self.identity(made) - e_ND).square().sum(1)
-        pixel = ((made - x_N3SS).square() * self.pixel_weights).mean((1, 2, 3))
-        prior = z_NZ.square().mean(1)
+        off, apart = made - x_N3SS, self.identity(made) - e_ND
+        # x * x, not a power: that is a slow general one in ONNX Runtime.
+        identity = (apart * apart).sum(1)
+        pixel = (off * off * self.pixel_weights).mean((1, 2, 3))
+        prior = (z_NZ * z_NZ).mean(1)
         return weights_3[0] * identity + weights_3[1] * pixel + weights_3[2] * prior
+
+
+class LatentStep(nn.Module):
+    """One evaluation of loss and gradient at each face's trial point, and what follows from it: the next trial.
+
+    The unknown is u, with z = start + root u: `root` makes all directions about equally curved, so that down the
+    gradient is nearly straight to the minimum already. What curvature is left is seen in the last step alone
+    (memoryless BFGS); more history gains nothing here. A trial that does not lower the loss enough is halved.
+
+    Faces do not mix, each has its own step length and its own stop, and every shape is fixed: a stopped face stays as
+    it is, so a CUDA graph can replay any number of steps without asking the host, and on a CPU the caller may leave
+    stopped faces out of the next call.
+
+    The state, first and last of all (N faces): u [N, Z] the best point, loss [N] and gradient [N, Z] (for u) there,
+    direction [N, Z] and length [N] of the trial, left [N] the evaluations that the face may still have: 0 is stopped.
+    It begins as `first_state`.
+
+    Reference: Nocedal and Wright, Numerical Optimization, 2nd edition: algorithm 7.4 (here with one pair) and 3.1
+    (backtracking).
+    """
+
+    FIRST_CURVATURE = 3.0
+    """Curvature in u along a step down the gradient. `root` makes it 1 on average, but there it is larger: 3 gains most
+    on validation faces. A fixed length instead overshoots for a latent that only has to follow a moving face."""
+    FIRST_LONGEST = 0.5
+    """Longest step down the gradient, in units of u."""
+    GUESS = 2.0
+    """Length of the first step, which marks it: to gain little by it says that the curvature is not the above (no
+    `root` was measured), not that the face has converged."""
+    SLIGHTEST = 1e-3
+    """Cosine between a step and the gradient's change from which on they tell of the curvature."""
+    ARMIJO = 1e-4
+    """Share of the linear decrease that a trial must bring (Nocedal and Wright, section 3.1)."""
+    SHORTEST = 2.0**-6
+    """A face whose trials were refused down to this length has converged as far as float32 goes."""
+
+    def __init__(self, loss_and_gradient: nn.Module) -> None:
+        """Take a `gradient_network`, or an `AutogradGradient`."""
+        super().__init__()
+        self.loss_and_gradient = loss_and_gradient
+
+    def forward(
+        self, u: Tensor, loss: Tensor, gradient: Tensor, direction: Tensor, length: Tensor, left: Tensor,
+        start: Tensor, y: Tensor, x: Tensor, e: Tensor, settings: Tensor, root: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Return the next state.
+
+        Args:
+            u: with `loss`, `gradient`, `direction`, `length` and `left` the state, see above.
+            loss: see u.
+            gradient: see u.
+            direction: see u.
+            length: see u.
+            left: see u.
+            start: [N, Z], where z began.
+            y: [N, K], the age classes at which the faces are reconstructed.
+            x: [N, 3, S, S], the wanted faces.
+            e: [N, D], their embeddings.
+            settings: [4], identity, pixel and prior weight, and the tolerance: a face has converged when a step
+                lowers its loss by less than this share of it.
+            root: [Z, Z].
+        """
+        step = length[:, None] * direction
+        new_loss, slope_z = self.loss_and_gradient(start + (u + step) @ root.T, y, x, e, settings[:3])
+        new_gradient = slope_z @ root
+        going = left > 0
+        enough = new_loss <= loss + self.ARMIJO * length * (gradient * direction).sum(1)
+        accepted = going & enough
+        # ONNX Runtime knows no `where` of two masks.
+        gained_little = accepted & (length < self.GUESS) & (loss - new_loss <= settings[3] * new_loss.abs())
+        converged = gained_little | (~accepted & (length <= self.SHORTEST))
+        next_length = torch.where(loss > 1e30, self.GUESS, 1.0)  # infinite before the start was evaluated
+        new_direction = self._direction(new_gradient, step, new_gradient - gradient)
+        rows = accepted[:, None]
+        return (
+            torch.where(rows, u + step, u),
+            torch.where(accepted, new_loss, loss),
+            torch.where(rows, new_gradient, gradient),
+            torch.where(rows, new_direction, direction),
+            torch.where(accepted, next_length, torch.where(going, 0.5 * length, length)),
+            torch.where(going & ~converged, left - 1, 0.0),
+        )
+
+    def _direction(self, g: Tensor, s: Tensor, c: Tensor) -> Tensor:
+        """Return -H g: the two-loop recursion with one pair, of step s and the gradient's change c, written out.
+
+        Before the first step s is 0, and the pair is not used.
+        """
+        curved, moved, changed = ((a * b).sum(1, keepdim=True) for a, b in ((s, c), (s, s), (c, c)))
+        # Where the gradient hardly turns against the step, the pair would throw the face far away.
+        usable = curved > self.SLIGHTEST * (moved * changed).sqrt()
+        rho = torch.where(usable, 1 / torch.where(usable, curved, 1.0), 0.0)
+        # What the inverse of the curvature is like in all directions: between the two usual guesses, s.s / s.c and
+        # s.c / c.c; it takes fewer evaluations than either.
+        scale = (moved / torch.where(usable, changed, 1.0)).sqrt()
+        size = (g * g).sum(1, keepdim=True).clamp(min=1e-20).sqrt()
+        scale = torch.where(usable, scale, (self.FIRST_LONGEST / size).clamp(max=1 / self.FIRST_CURVATURE) / self.GUESS)
+        alpha = rho * (s * g).sum(1, keepdim=True)
+        q = scale * (g - alpha * c)
+        return -(q + (alpha - rho * (c * q).sum(1, keepdim=True)) * s)
 
 
 class AutogradGradient(nn.Module):
@@ -80,10 +182,6 @@ def gradient_network(objective: LatentObjective, examples: tuple[Tensor, ...]) -
         examples: inputs whose batch differs from every other axis, for only then is it told apart and stays free.
     """
     _fold_batch_norms(objective)
-    for module in list(objective.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Upsample):
-                setattr(module, name, _OpaqueDouble())
     objective.requires_grad_(False)
 
     def loss_and_gradient(z: Tensor, y: Tensor, x: Tensor, e: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,44 +197,24 @@ def gradient_network(objective: LatentObjective, examples: tuple[Tensor, ...]) -
     ])  # fmt: skip
     table[aten.convolution_backward.default] = _convolution_backward
     trace = make_fx(loss_and_gradient, table, tracing_mode="symbolic", _allow_non_fake_inputs=True)
-    graph_module = trace(*examples)
-    for node in graph_module.graph.nodes:
-        if node.target == torch.ops.faceage.double.default:
-            node.target, node.args = aten.upsample_nearest2d.vec, (node.args[0], None, [2.0, 2.0])
-    graph_module.recompile()
-    return graph_module
-
-
-@torch.library.custom_op("faceage::double", mutates_args=())
-def _double(x: Tensor) -> Tensor:
-    """Double by nearest upsampling, in one step: traced with free sizes, torch's own falls apart into gathers."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-@_double.register_fake
-def _(x: Tensor) -> Tensor:
-    count, channels, height, width = x.shape
-    return x.new_empty(count, channels, 2 * height, 2 * width)
-
-
-# Each source pixel was copied to 2x2 of them, so its gradient is their sum.
-_double.register_autograd(lambda _, grad: F.avg_pool2d(grad, 2) * 4)
-
-
-class _OpaqueDouble(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _double(x)
+    return trace(*examples)
 
 
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, stride: list[int], padding: list[int],
     dilation: list[int], transposed: bool, output_padding: list[int], groups: int, output_mask: list[bool],
 ) -> tuple[Tensor | None, None, None]:  # fmt: skip
-    """Return only the gradient of the input: a transposed convolution, or for stride 1 one with the kernel turned."""
-    if transposed or groups != 1 or any(d != 1 for d in dilation):
+    """Return only the gradient of the input.
+
+    Of a transposed convolution it is the plain one; of a plain one the transposed one, or for stride 1 the plain one
+    with the kernel turned.
+    """
+    if groups != 1 or any(d != 1 for d in dilation):
         raise NotImplementedError("only plain convolutions are used by the networks that are optimized through")
     if not output_mask[0]:
         return None, None, None
+    if transposed:
+        return F.conv2d(grad, weight, stride=stride, padding=padding), None, None
     kernel = weight.shape[2:]
     if all(s == 1 for s in stride):
         turned = weight.transpose(0, 1).flip(2, 3)

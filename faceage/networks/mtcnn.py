@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from faceage.engines.base import BATCH, Axis, Program, TensorSpec, fingerprint, module_file
+from faceage.engines.examples import example_faces
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,6 +29,7 @@ PNET_MIN_PX = 14
 PNET_MAX_PX = 16386
 """A pyramid's level has a pixel more than the frame at its scale, and one more to be even."""
 
+_FRAMES = Axis("batch", typical=2, max=16)
 _HEIGHT = Axis("height", min=PNET_MIN_PX, typical=360, max=PNET_MAX_PX, multiple=2)
 _WIDTH = Axis("width", min=PNET_MIN_PX, typical=640, max=PNET_MAX_PX, multiple=2)
 _ROWS, _COLUMNS = Axis("rows"), Axis("columns")
@@ -37,12 +39,12 @@ def pnet_program() -> Program:
     """Return P-Net: pixels [B, 3, H, W], H and W even, to offsets [B, 4, h, w] and scores [B, 1, h, w]."""
     return _program(
         "PNet",
-        inputs=(TensorSpec("pixels", (Axis("batch", typical=2), 3, _HEIGHT, _WIDTH)),),
+        inputs=(TensorSpec("pixels", (_FRAMES, 3, _HEIGHT, _WIDTH)),),
         outputs=(
             TensorSpec("offsets", (BATCH, 4, _ROWS, _COLUMNS)),
             TensorSpec("probability", (BATCH, 1, _ROWS, _COLUMNS)),
         ),
-        example_shape=(2, 3, 30, 42),
+        example_shape=(5, 30, 42),
     )
 
 
@@ -52,7 +54,7 @@ def rnet_program() -> Program:
         "RNet",
         inputs=(TensorSpec("pixels", (BATCH, 3, RNET_SIZE_PX, RNET_SIZE_PX)),),
         outputs=(TensorSpec("offsets", (BATCH, 4)), TensorSpec("probabilities", (BATCH, 2))),
-        example_shape=(2, 3, RNET_SIZE_PX, RNET_SIZE_PX),
+        example_shape=(5, RNET_SIZE_PX, RNET_SIZE_PX),
     )
 
 
@@ -69,7 +71,7 @@ def onet_program() -> Program:
             TensorSpec("landmarks", (BATCH, 10)),
             TensorSpec("probabilities", (BATCH, 2)),
         ),
-        example_shape=(2, 3, ONET_SIZE_PX, ONET_SIZE_PX),
+        example_shape=(5, ONET_SIZE_PX, ONET_SIZE_PX),
     )
 
 
@@ -77,7 +79,7 @@ def _program(
     network: str,
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
-    example_shape: tuple[int, ...],
+    example_shape: tuple[int, int, int],
 ) -> Program:
     package = module_file("facenet_pytorch").parent
     weights = package / "data" / f"{network.lower()}.pt"
@@ -93,8 +95,7 @@ def _program(
             from faceage.networks.pnet import FastPNet
 
             module = FastPNet(module)
-        generator = torch.Generator().manual_seed(0)
-        return module.eval(), (torch.rand(example_shape, generator=generator) * 2 - 1,)
+        return module.eval(), (torch.from_numpy(example_faces(*example_shape)),)
 
     return Program(
         name=f"mtcnn-{network.lower()}",

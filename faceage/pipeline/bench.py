@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -22,13 +23,12 @@ import av
 import numpy as np
 
 from faceage.agers.age_cgan import AgeCGAN
-from faceage.agers.latent import Fit
 from faceage.align import align_faces
 from faceage.errors import MediaError, NoFaceError, UnsupportedError
 from faceage.kernels import gather_crops
 from faceage.media.image import read_image
 from faceage.media.probe import open_input, video_stream
-from faceage.media.video import EncodeOptions, transcode
+from faceage.media.video import EncodeOptions, VideoReader, transcode
 from faceage.pipeline.naive import naive_evaluations, naive_fit, naive_photos
 from faceage.pipeline.photos import age_photos
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer
@@ -40,9 +40,14 @@ Load = Callable[[], Networks]
 Notify = Callable[[str], None]
 """Told in one line what is measured now."""
 
-EVALUATION_STEPS = (1, 2, 4, 8, 12, 16, 24, 32)
+EVALUATION_STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Budgets at which the loss of latent optimization is looked at."""
-LATENT_BATCH = 32
+LATENT_BATCHES = (1, 8, 32, 128)
+"""Faces at once in latent optimization."""
+LATENT_FACES = 32
+"""Faces that latent optimization is timed on; more for larger batches."""
+FOLLOWED_FRAMES = 40
+"""Frames of a clip that a latent is followed through."""
 PROBE_PHOTOS = 8
 """Photos on which the number of evaluations a face is counted."""
 
@@ -196,7 +201,7 @@ def loop_clip(clip: Path, target: Path, loops: int) -> Path:
 def bench_photos(load: Load, photos: list[Path], request: AgeRequest, *, repeats: int = 2, notify: Notify) -> dict:
     """Measure `age_photos` against a naive loop with the same networks; see `naive.naive_photos`.
 
-    The naive loop's plain L-BFGS gets as many evaluations as it needs for the loss that ours reaches.
+    For an Age-cGAN, the naive loop's plain L-BFGS gets as many evaluations as it needs for the loss that ours reaches.
 
     Args:
         load: its engines are built already.
@@ -209,11 +214,14 @@ def bench_photos(load: Load, photos: list[Path], request: AgeRequest, *, repeats
     faces = faces_of(networks, photos[:PROBE_PHOTOS])
     if not len(faces):
         raise NoFaceError(f"the first {len(photos[:PROBE_PHOTOS])} photos show no face; name photos with faces")
-    (ages,) = networks.age_reader(faces)
-    ager = _ager(networks)
-    fit = ager.fit(faces, ages)
-    notify("evaluations that the naive loop needs for the same loss")
-    evaluations = naive_evaluations(networks.model, faces, ages, ager.config, float(fit.losses.mean()))
+    evaluations, ours = 0, 0.0
+    if isinstance(networks.ager, AgeCGAN):
+        (ages,) = networks.age_reader(faces)
+        fit = networks.ager.fit(faces, ages)
+        ours = round(float(fit.evaluations.mean()), 1)
+        notify("evaluations that the naive loop needs for the same loss")
+        config, loss = networks.ager.config, float(fit.losses.mean())
+        evaluations = naive_evaluations(networks.model, faces, ages, config, loss)
     runs: dict[str, list[dict]] = {"faceage": [], "naive": []}
     with tempfile.TemporaryDirectory(prefix="faceage-bench-") as folder:
         for number in range(1, repeats + 1):
@@ -227,7 +235,7 @@ def bench_photos(load: Load, photos: list[Path], request: AgeRequest, *, repeats
     speeds = [result[name]["photos_per_second"] for name in ("faceage", "naive")]
     return result | {
         "factor_over_naive": round(speeds[0] / speeds[1], 2),
-        "evaluations_a_face": round(float(fit.evaluations.mean()), 1),
+        "evaluations_a_face": ours,
         "naive_evaluations_a_face": evaluations,
         "runs": runs,
     }
@@ -250,71 +258,132 @@ def _age_photos(load: Load, photos: list[Path], folder: Path, request: AgeReques
 
 
 def faces_of(networks: Networks, photos: list[Path]) -> FloatArray:
-    """Return the aligned faces of photos: float32 [F, 3, S, S]."""
+    """Return the aligned faces of photos, in the smallest size the ager takes: float32 [F, 3, S, S]."""
     crops = []
+    size = networks.ager.sizes_px[0]
     for photo in photos:
         frames = [read_image(photo).frame]
         faces = networks.detector.detect(frames)
-        matrices = align_faces(faces.landmarks, networks.ager.size_px)
-        crops.append(gather_crops(frames, faces.frame_index, matrices, networks.ager.size_px))
+        crops.append(gather_crops(frames, faces.frame_index, align_faces(faces.landmarks, size), size))
     return np.concatenate(crops)
 
 
-def bench_latent(networks: Networks, faces: FloatArray, *, notify: Notify) -> dict:
-    """Measure latent optimization: one face at a time, a batch at once, and eager torch one at a time.
+def bench_latent(networks: Networks, faces: FloatArray, *, repeats: int = 2, notify: Notify) -> dict:
+    """Measure latent optimization: batches of several sizes against eager torch and autograd, one face at a time.
+
+    Torch's L-BFGS gets as many evaluations as it needs for the mean loss that ours reaches.
 
     Args:
         networks: from `load_networks`.
-        faces: float32 [F, 3, S, S], RGB in [-1, 1], aligned.
+        faces: float32 [F, 3, S, S], RGB in [-1, 1], aligned. A batch that is larger has faces more than once.
+        repeats: runs of each side.
         notify: told what runs.
     """
-    ager, wanted = _ager(networks), _ager(networks).config
+    ager, wanted = age_cgan_of(networks), age_cgan_of(networks).config
     (ages,) = networks.age_reader(faces)
-    batches = [slice(i, i + LATENT_BATCH) for i in range(0, len(faces), LATENT_BATCH)]
-    singles = [slice(i, i + 1) for i in range(len(faces))]
-    ager.fit(faces[:1], ages[:1])  # the first call of an engine is slower
-    notify(f"{len(faces)} faces in batches of {LATENT_BATCH}")
-    batched, batched_ms = _fit(ager, faces, ages, batches)
-    notify(f"{len(faces)} faces one at a time")
-    single, single_ms = _fit(ager, faces, ages, singles)
-    notify(f"{len(faces)} faces one at a time, eager torch")
-    evaluations = naive_evaluations(networks.model, faces, ages, wanted, float(single.losses.mean()))
-    naive_losses, naive_ms = naive_fit(networks.model, faces, ages, wanted, evaluations)
+    fit = ager.fit(faces, ages)
+    loss = float(fit.losses.mean())
+    notify("evaluations that eager torch needs for the same loss")
+    evaluations = naive_evaluations(networks.model, faces, ages, wanted, loss)
+    milliseconds: dict[int, list[float]] = {count: [] for count in LATENT_BATCHES}
+    naive_milliseconds = []
+    some = slice(LATENT_FACES)
+    for number in range(1, repeats + 1):
+        for count in LATENT_BATCHES:
+            notify(f"batches of {count}, {number} of {repeats}")
+            rows = np.arange(max(count, LATENT_FACES)) % len(faces)
+            milliseconds[count].append(_fit_ms(ager, faces[rows], ages[rows], count))
+        notify(f"eager torch, one face at a time, {number} of {repeats}")
+        naive_milliseconds.append(naive_fit(networks.model, faces[some], ages[some], wanted, evaluations)[1])
+    naive_ms = median(naive_milliseconds)
+    batches = []
+    for count, runs in milliseconds.items():
+        ms = median(runs)
+        row = {"ms_a_face": round(ms, 2), "faces_per_second": round(1e3 / ms, 1)}
+        batches.append({"faces": count, **row, "factor_over_naive": round(naive_ms / ms, 2)})
     curve = []
     for budget in EVALUATION_STEPS:
-        notify(f"at most {budget} evaluations")
         ager.config = replace(wanted, max_evaluations=budget, tolerance=0)
-        fit, milliseconds = _fit(ager, faces, ages, batches)
-        loss = round(float(fit.losses.mean()), 4)
-        curve.append({"evaluations": budget, "mean_loss": loss, "ms_a_face": round(milliseconds, 2)})
+        curve.append({"evaluations": budget, "mean_loss": round(float(ager.fit(faces, ages).losses.mean()), 4)})
     ager.config = wanted
+    naive_losses, _ = naive_fit(networks.model, faces, ages, wanted, evaluations)
     return {
         "faces": len(faces),
-        "encoder_loss": round(float(batched.first_losses.mean()), 4),
-        "loss": round(float(batched.losses.mean()), 4),
-        "share_below_encoder": round(float((batched.losses < batched.first_losses).mean()), 3),
-        "evaluations_a_face": round(float(batched.evaluations.mean()), 1),
-        "batch_ms_a_face": round(batched_ms, 2),
-        "single_ms_a_face": round(single_ms, 2),
-        "batch_share_of_single": round(batched_ms / single_ms, 3),
-        "naive_ms_a_face": round(naive_ms, 2),
-        "naive_evaluations_a_face": evaluations,
-        "batch_share_of_naive": round(batched_ms / naive_ms, 3),
+        "encoder_loss": round(float(fit.first_losses.mean()), 4),
+        "loss": round(loss, 4),
+        "share_below_encoder": round(float((fit.losses < fit.first_losses).mean()), 3),
+        "evaluations_a_face": round(float(fit.evaluations.mean()), 1),
         "naive_loss": round(float(naive_losses.mean()), 4),
+        "naive_evaluations_a_face": evaluations,
+        "naive_ms_a_face": round(naive_ms, 2),
+        "naive_faces_per_second": round(1e3 / naive_ms, 1),
+        "batches": batches,
         "curve": curve,
     }
 
 
-def _fit(ager: AgeCGAN, faces: FloatArray, ages: FloatArray, parts: list[slice]) -> tuple[Fit, float]:
-    """Optimize in the given parts; return the whole, and milliseconds a face."""
+def _fit_ms(ager: AgeCGAN, faces: FloatArray, ages: FloatArray, count: int) -> float:
+    """Optimize latents, `count` at once; return milliseconds a face."""
     start = perf_counter()
-    fits = [ager.fit(faces[part], ages[part]) for part in parts]
-    milliseconds = 1e3 * (perf_counter() - start) / len(faces)
-    names = ("latents", "first_losses", "losses", "evaluations")
-    return Fit(**{name: np.concatenate([getattr(fit, name) for fit in fits]) for name in names}), milliseconds
+    for i in range(0, len(faces), count):
+        ager.fit(faces[i : i + count], ages[i : i + count])
+    return 1e3 * (perf_counter() - start) / len(faces)
 
 
-def _ager(networks: Networks) -> AgeCGAN:
+def bench_follow(networks: Networks, clip: Path, *, notify: Notify) -> dict:
+    """Measure how many evaluations a face needs whose latent begins at the one of the frame before.
+
+    The largest face of each of the first `FOLLOWED_FRAMES` frames is fitted anew, from the encoder, and then from the
+    frame before with every budget up to the one of a new face.
+
+    Args:
+        networks: from `load_networks`.
+        clip: of one person.
+        notify: told what runs.
+    """
+    ager, wanted = age_cgan_of(networks), age_cgan_of(networks).config
+    size = ager.sizes_px[0]
+    notify(f"the faces of {clip}")
+    crops = []
+    with VideoReader(clip) as reader:
+        for frame in islice(reader, FOLLOWED_FRAMES):
+            found = networks.detector.detect([frame])
+            if len(found.boxes):
+                sides = found.boxes[:, 2:] - found.boxes[:, :2]
+                largest = [int(sides.prod(1).argmax())]
+                matrix = align_faces(found.landmarks[largest], size)
+                crops.append(gather_crops([frame], found.frame_index[largest], matrix, size))
+    if len(crops) < 2:
+        raise NoFaceError(
+            f"{clip} shows a face in {len(crops)} of its first {FOLLOWED_FRAMES} frames; use another clip"
+        )
+    faces = np.concatenate(crops)
+    age = np.median(networks.age_reader(faces)[0], keepdims=True).astype(np.float32)
+    anew = ager.fit(faces, np.repeat(age, len(faces)))
+    target = float(anew.losses[1:].mean())
+    curve = []
+    for budget in range(1, wanted.max_evaluations + 1):
+        notify(f"from the frame before, {budget} evaluations")
+        ager.config = replace(wanted, max_evaluations_known=budget)
+        latents, losses = anew.latents[:1], []
+        for i in range(1, len(faces)):
+            fit = ager.fit(faces[i : i + 1], age, latents)
+            latents = wanted.memory * latents + (1 - wanted.memory) * fit.latents
+            losses.append(fit.losses[0])
+        curve.append({"evaluations": budget, "mean_loss": round(float(np.mean(losses)), 4)})
+    ager.config = wanted
+    return {
+        "frames": len(faces),
+        "loss_anew": round(target, 4),
+        "evaluations_anew": round(float(anew.evaluations[1:].mean()), 1),
+        "encoder_loss": round(float(anew.first_losses[1:].mean()), 4),
+        "needed": next((row["evaluations"] for row in curve if row["mean_loss"] <= target), None),
+        "curve": curve,
+    }
+
+
+def age_cgan_of(networks: Networks) -> AgeCGAN:
+    """Return the ager, which must be an Age-cGAN; UnsupportedError if it has no latents."""
     if not isinstance(networks.ager, AgeCGAN):
         raise UnsupportedError(f"model {networks.model} has no latents to optimize; choose an Age-cGAN model")
     return networks.ager

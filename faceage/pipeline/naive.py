@@ -5,6 +5,7 @@ facenet-pytorch's MTCNN photo by photo, eager torch face by face, autograd for t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -13,13 +14,14 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from faceage.agers.facegan import feature_shares
 from faceage.agers.latent import LatentConfig
-from faceage.agers.programs import generator_program, reader_program
+from faceage.agers.programs import reader_program, unet_program
 from faceage.ages import age_to_classes
-from faceage.align import align_faces
-from faceage.checkpoint import read_header
-from faceage.geometry import face_mask
-from faceage.models import find_model
+from faceage.align import align_faces, choose_size
+from faceage.checkpoint import load, read_header
+from faceage.geometry import apply_affine, face_mask, template_5
+from faceage.models import ModelFiles, find_model
 from faceage.pipeline.request import AgeRequest
 from faceage.types import FloatArray
 
@@ -31,62 +33,116 @@ NAIVE_STEPS = (*range(2, 20), *range(20, 65, 4))
 """Evaluations a face that the baseline may take: no coarser, or it would be made to do more than it needs."""
 
 
-class _Networks:
-    """A model's networks in eager torch."""
+LBFGS_HISTORY = 8
+"""Steps that torch's L-BFGS keeps. It searches along each: without its line search it needed more evaluations here."""
 
-    def __init__(self, model: str) -> None:
+
+def _generator(checkpoint: Path) -> nn.Module:
+    """Return a generator as it was trained, without what is rewritten for speed."""
+    from faceage.networks.age_cgan import AgeCGANDims, Generator
+
+    header, weights = load(checkpoint, "age-cgan-generator")
+    generator = Generator(AgeCGANDims(**header.dims)).eval().requires_grad_(False)
+    generator.load_state_dict(weights)
+    return generator
+
+
+class _AgeCGAN:
+    """The networks of an Age-cGAN in eager torch."""
+
+    def __init__(self, files: ModelFiles, evaluations: int = 0) -> None:
+        """Take `evaluations` of loss and gradient a face in `delta`."""
         import torch
 
         from faceage.networks.latent import LatentObjective
 
-        files = find_model(model)
-        self.generator: nn.Module = generator_program(files.generator).build()[0]
-        self.encoder, self.age, self.identity = (
-            reader_program(path).build()[0] for path in (files.encoder, files.age, files.identity)
-        )
+        self.generator = _generator(files.generator)
+        self.encoder, self.identity = (reader_program(path).build()[0] for path in (files.encoder, files.identity))
         self.size_px = read_header(files.generator).dims["size_px"]
+        self.sizes_px = (self.size_px,)
         mask = torch.tensor(face_mask(self.size_px))
         self.objective = LatentObjective(self.generator, self.identity, mask).eval()
+        self._evaluations = evaluations
 
-    def fit(self, face: Tensor, age: float, config: LatentConfig, evaluations: int) -> tuple[Tensor, Tensor]:
-        """Optimize one face's latent with torch's own L-BFGS; return it and its loss."""
+    def delta(self, face: Tensor, landmarks: FloatArray, source: float, target: float) -> FloatArray:
+        """Return the change of one face [1, 3, S, S]: float32 [3, S, S]."""
         import torch
 
-        weights = torch.tensor([config.identity_weight, config.pixel_weight, config.prior_weight])
-        classes = torch.from_numpy(age_to_classes(np.array([age])))
+        z = self.fit(face, source, LatentConfig(), self._evaluations)
         with torch.no_grad():
-            z, embedding = self.encoder(face), self.identity(face)
+            aged, reference = (
+                self.generator(z, torch.from_numpy(age_to_classes(np.array([age])))) for age in (target, source)
+            )
+        return (aged - reference)[0].numpy()
+
+    def fit(self, face: Tensor, age: float, config: LatentConfig, evaluations: int) -> Tensor:
+        """Optimize one face's latent with torch's own L-BFGS; return it."""
+        import torch
+
+        with torch.no_grad():
+            z = self.encoder(face)
+        loss_of = self._losses(face, age, config)
         z.requires_grad_()
         optimizer = torch.optim.LBFGS(
             [z],
             max_iter=evaluations,
             max_eval=evaluations,
-            history_size=config.history,
+            history_size=LBFGS_HISTORY,
             line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = self.objective(z, classes, face, embedding, weights).sum()
+            loss = loss_of(z)
             loss.backward()
             return loss
 
         optimizer.step(closure)
+        return z.detach()
+
+    def loss(self, z: Tensor, face: Tensor, age: float, config: LatentConfig) -> float:
+        """Return the loss of one face's latent."""
+        import torch
+
         with torch.no_grad():
-            return z.detach(), self.objective(z, classes, face, embedding, weights)[0]
+            return float(self._losses(face, age, config)(z))
+
+    def _losses(self, face: Tensor, age: float, config: LatentConfig) -> Callable[[Tensor], Tensor]:
+        import torch
+
+        weights = torch.tensor([config.identity_weight, config.pixel_weight, config.prior_weight])
+        classes = torch.from_numpy(age_to_classes(np.array([age])))
+        with torch.no_grad():
+            embedding = self.identity(face)
+        return lambda z: self.objective(z, classes, face, embedding, weights).sum()
 
 
-def _choose_threads(networks: _Networks) -> None:
-    """Give torch one thread or all, whichever is faster here now: on a busy machine all can be far slower."""
+class _FaceGAN:
+    """The U-Net of a FaceGAN in eager torch."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self.sizes_px = tuple(read_header(files.generator).dims["sizes_px"])
+        self.unet: nn.Module = unet_program(files.generator, self.sizes_px[0]).build()[0]  # the same at every size
+
+    def delta(self, face: Tensor, landmarks: FloatArray, source: float, target: float) -> FloatArray:
+        """Return the change of one face [1, 3, S, S] with its landmarks [5, 2]: float32 [3, S, S]."""
+        import torch
+
+        with torch.no_grad():
+            change = self.unet(face, torch.tensor([source]), torch.tensor([target]))
+        return (change.numpy() * feature_shares(landmarks[None], face.shape[-1]))[0]
+
+
+def _choose_threads(work: Callable[[], object]) -> None:
+    """Give torch one thread or all, whichever does some work faster now: on a busy machine all can be far slower."""
     import torch
 
-    face = torch.zeros(1, 3, networks.size_px, networks.size_px)
     seconds = {}
     for threads in (1, torch.get_num_threads()):
         torch.set_num_threads(threads)
-        networks.fit(face, 40.0, LatentConfig(), 2)  # the first call is slower
+        work()  # the first call is slower
         start = perf_counter()
-        networks.fit(face, 40.0, LatentConfig(), 3)
+        work()
         seconds[threads] = perf_counter() - start
     torch.set_num_threads(min(seconds, key=lambda threads: seconds[threads]))
 
@@ -100,7 +156,7 @@ def generated_faces(model: str, count: int) -> FloatArray:
     latents = random.standard_normal((count, read_header(path).dims["latent"])).astype(np.float32)
     classes = age_to_classes(np.linspace(15, 75, count, dtype=np.float32))
     with torch.no_grad():
-        return generator_program(path).build()[0](torch.from_numpy(latents), torch.from_numpy(classes)).numpy()
+        return _generator(path)(torch.from_numpy(latents), torch.from_numpy(classes)).numpy()
 
 
 def naive_fit(
@@ -109,12 +165,15 @@ def naive_fit(
     """Optimize faces one at a time in eager torch; return the losses, and milliseconds a face."""
     import torch
 
-    networks = _Networks(model)
-    _choose_threads(networks)
+    networks = _AgeCGAN(find_model(model))
     pixels = torch.from_numpy(faces)
+    _choose_threads(lambda: networks.fit(pixels[:1], 40.0, config, 3))
+    parts = [(pixels[i : i + 1], float(age)) for i, age in enumerate(ages)]
     start = perf_counter()
-    losses = [float(networks.fit(pixels[i : i + 1], float(age), config, evaluations)[1]) for i, age in enumerate(ages)]
-    return np.array(losses, np.float32), 1e3 * (perf_counter() - start) / len(faces)
+    latents = [networks.fit(face, age, config, evaluations) for face, age in parts]
+    milliseconds = 1e3 * (perf_counter() - start) / len(faces)
+    losses = [networks.loss(z, face, age, config) for z, (face, age) in zip(latents, parts, strict=True)]
+    return np.array(losses, np.float32), milliseconds
 
 
 def naive_evaluations(model: str, faces: FloatArray, ages: FloatArray, config: LatentConfig, loss: float) -> int:
@@ -134,13 +193,32 @@ def naive_photos(model: str, photos: list[Path], folder: Path, request: AgeReque
         photos: files.
         folder: of the outputs.
         request: whom to age.
-        evaluations: of loss and gradient a face, as many as it needs for our loss.
+        evaluations: of loss and gradient a face, as many as it needs for our loss; of Age-cGAN only.
     """
+    import torch
     from facenet_pytorch import MTCNN
 
-    networks = _Networks(model)
-    _choose_threads(networks)
+    files = find_model(model)
+    ager = _FaceGAN(files) if files.architecture == "facegan" else _AgeCGAN(files, evaluations)
+    age_reader, age_px = reader_program(files.age).build()[0], read_header(files.age).dims["size_px"]
+    size = ager.sizes_px[0]
+    _choose_threads(lambda: ager.delta(torch.zeros(1, 3, size, size), template_5(size), 40.0, 70.0))
     detector = MTCNN(keep_all=True)
+
+    def age_face(picture: FloatArray, points: FloatArray) -> FloatArray:
+        if request.source_age is None:
+            with torch.no_grad():
+                source = float(age_reader(_crop(picture, points, age_px)))
+        else:
+            source = request.source_age
+        target = float(request.target_ages(np.array([source], np.float32))[0])
+        side = choose_size(points[None], ager.sizes_px)
+        (matrix,) = align_faces(points[None], side)
+        delta = ager.delta(_crop(picture, points, side), apply_affine(matrix, points), source, target)
+        delta = delta.transpose(1, 2, 0) * 127.5 * face_mask(side)[..., None] * request.strength
+        size = (picture.shape[1], picture.shape[0])
+        return picture + cv2.warpAffine(delta, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
     folder.mkdir(parents=True, exist_ok=True)
     faces = 0
     start = perf_counter()
@@ -149,30 +227,17 @@ def naive_photos(model: str, photos: list[Path], folder: Path, request: AgeReque
         boxes, _, landmarks = detector.detect(image, landmarks=True)
         picture = np.asarray(image).astype(np.float32)
         for points in landmarks if boxes is not None else ():
-            picture = _age_face(networks, picture, points, request, evaluations)
+            picture = age_face(picture, np.asarray(points, np.float32))
             faces += 1
         Image.fromarray(picture.round().clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=95)
     seconds = perf_counter() - start
     return {"photos": len(photos), "faces": faces, "seconds": seconds, "photos_per_second": len(photos) / seconds}
 
 
-def _age_face(
-    networks: _Networks, picture: FloatArray, points: FloatArray, request: AgeRequest, evaluations: int
-) -> FloatArray:
+def _crop(picture: FloatArray, points: FloatArray, side: int) -> Tensor:
+    """Return one aligned face of a picture [H, W, 3]: float32 [1, 3, side, side]."""
     import torch
 
-    side = networks.size_px
-    (matrix,) = align_faces(np.asarray(points, np.float32)[None], side)
+    (matrix,) = align_faces(points[None], side)
     crop = cv2.warpAffine(picture, matrix, (side, side), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REPLICATE)
-    face = torch.from_numpy(crop.transpose(2, 0, 1)[None] / 127.5 - 1)
-    with torch.no_grad():
-        source = float(networks.age(face)) if request.source_age is None else request.source_age
-    z, _ = networks.fit(face, source, LatentConfig(), evaluations)
-    target = request.target_ages(np.array([source], np.float32))
-    with torch.no_grad():
-        aged, reference = (
-            networks.generator(z, torch.from_numpy(age_to_classes(ages))) for ages in (target, np.array([source]))
-        )
-    delta = (aged - reference)[0].permute(1, 2, 0).numpy() * 127.5 * face_mask(side)[..., None] * request.strength
-    size = (picture.shape[1], picture.shape[0])
-    return picture + cv2.warpAffine(delta, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return torch.from_numpy(crop.transpose(2, 0, 1)[None] / 127.5 - 1)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from faceage.align import align_faces, pose_weights
+from faceage.align import align_faces, choose_size, pose_weights
 from faceage.blend import blend_faces
 from faceage.errors import FaceAgeError
+from faceage.geometry import apply_affine
 from faceage.kernels import gather_crops
 from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer
 from faceage.pipeline.threads import WriteBehind, map_ahead, read_ahead
-from faceage.types import Faces, FloatArray, Frame
+from faceage.types import Faces, FloatArray, Frame, IntArray
 
 MIN_PHOTO_SCORE = 0.85
 """Confidence below which a photo's face is taken for a false alarm: it has no other frames to confirm it."""
@@ -47,6 +48,8 @@ class AgedPhoto:
     target_ages: FloatArray
     identity: FloatArray
     frame_to_crop: FloatArray
+    sizes_px: IntArray
+    """int64 [F], sides of the crops."""
     weights: FloatArray
     """float32 [F], the share of the change that was applied: 0 for a profile."""
 
@@ -87,30 +90,41 @@ def age_frames(
         faces = faces[faces.scores >= MIN_PHOTO_SCORE]
     if request.faces == "largest":
         faces = _largest(faces)
-    size = networks.ager.size_px
-    with timer("gather"):
-        matrices = align_faces(faces.landmarks, size)
-        pixels = gather_crops(frames, faces.frame_index, matrices, size)
-    with timer("age"):
+    with timer("source age"):
         if request.source_age is None:
-            (source,) = networks.age_reader(pixels)
+            source = networks.read_ages(frames, faces)
         else:
             source = np.full(len(faces), request.source_age, np.float32)
-        target = request.target_ages(source)
-        aged = networks.ager.age(pixels, source, target)
+    target = request.target_ages(source)
     weights = pose_weights(faces.landmarks, faces.scores) * request.strength
+    sizes = np.array([choose_size(points[None], networks.ager.sizes_px) for points in faces.landmarks], np.int64)
+    matrices = np.empty((len(faces), 2, 3), np.float32)
+    identity = np.empty(len(faces), np.float32)
+    deltas: dict[int, FloatArray] = {}
+    for size in np.unique(sizes):
+        rows = np.flatnonzero(sizes == size)
+        some = faces[rows]
+        with timer("gather"):
+            matrices[rows] = align_faces(some.landmarks, size)
+            pixels = gather_crops(frames, some.frame_index, matrices[rows], size)
+        with timer("age"):
+            landmarks = apply_affine(matrices[rows], some.landmarks)
+            aged = networks.ager.age(pixels, landmarks, source[rows], target[rows])
+        identity[rows] = aged.identity
+        deltas |= zip(rows.tolist(), aged.deltas, strict=True)
     results = []
     with timer("blend"):
         for i, frame in enumerate(frames):
             rows = np.flatnonzero(faces.frame_index == i)
-            blend_faces(frame, aged.deltas[rows], weights[rows], matrices[rows])
+            blend_faces(frame, [deltas[int(row)] for row in rows], weights[rows], matrices[rows])
             results.append(
                 AgedPhoto(
                     faces=faces[rows],
                     source_ages=source[rows],
                     target_ages=target[rows],
-                    identity=aged.identity[rows],
+                    identity=identity[rows],
                     frame_to_crop=matrices[rows],
+                    sizes_px=sizes[rows],
                     weights=weights[rows],
                 )
             )

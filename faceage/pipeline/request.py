@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -14,17 +14,20 @@ import numpy as np
 
 from faceage.agers.age_cgan import AgeCGAN
 from faceage.agers.base import Ager, Composite
+from faceage.agers.facegan import FaceGAN
 from faceage.agers.latent import LatentConfig
-from faceage.agers.programs import generator_program, latent_program, reader_program
+from faceage.agers.programs import model_programs
 from faceage.ages import OLDEST_YEARS
+from faceage.align import align_faces
 from faceage.checkpoint import read_array, read_header
-from faceage.detect import DetectConfig, Detector, load_detector
-from faceage.engines.base import Engine, Program
-from faceage.engines.store import Backend, EngineStore
-from faceage.errors import CheckpointError
+from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
+from faceage.engines.base import Engine, Precision, Program
+from faceage.engines.store import Backend, EngineStore, OnBuild
+from faceage.errors import CheckpointError, UnsupportedError
+from faceage.kernels import gather_crops
 from faceage.models import DEFAULT_MODEL, find_model
 from faceage.models.fetch import facenet_file
-from faceage.types import FloatArray
+from faceage.types import Faces, FloatArray, Frame
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +97,28 @@ class Networks:
     model: str
     detector: Detector
     age_reader: Engine
+    age_reader_px: int
+    """Side of the aligned crops that `age_reader` takes."""
     ager: Ager
+
+    def read_ages(self, frames: Sequence[Frame], faces: Faces) -> FloatArray:
+        """Return the ages that faces of a batch of frames seem to have: float32 [F], years."""
+        matrices = align_faces(faces.landmarks, self.age_reader_px)
+        (ages,) = self.age_reader(gather_crops(frames, faces.frame_index, matrices, self.age_reader_px))
+        return ages
+
+
+def all_programs(model: str) -> list[Program]:
+    """Return every network that a run with a model may need and a backend can build, FaceNet too if it was fetched.
+
+    Raises:
+        CheckpointError: for an unknown model or a damaged file.
+    """
+    files = find_model(model)
+    programs = [*model_programs(files).values(), *detector_programs()]
+    if facenet_file().exists():
+        programs.append(model_programs(files, facenet_file())["identity"])
+    return programs
 
 
 def load_networks(
@@ -104,50 +128,71 @@ def load_networks(
     backend: Backend = "onnxruntime",
     device: str = "cpu",
     threads: int = 1,
+    precision: Precision = "fp32",
     detect: DetectConfig | None = None,
     latent: LatentConfig | None = None,
     composite: Composite = "delta",
-    on_build: Callable[[str], None] | None = None,
+    on_build: OnBuild | None = None,
 ) -> Networks:
     """Load (and on the first run build) the engines of a model.
 
+    Those of FaceGAN are loaded when the first face of their size comes.
+
     Args:
         model: a name that `faceage models list` shows.
-        identity: the network of the identity-preserving term; FaceNet is slower and must have been fetched.
+        identity: the network that keeps people recognisable; FaceNet is slower and must have been fetched.
         backend: what runs the engines.
         device: "cpu", "cuda" or "cuda:N".
         threads: threads of one engine call.
+        precision: "fp32" or, on a GPU, "fp16".
         detect: what to look for.
-        latent: how latents are optimized.
-        composite: see `AgeCGAN`.
-        on_build: called with a program's name before its engine is built.
+        latent: how latents are optimized; for Age-cGAN only.
+        composite: see `AgeCGAN`; FaceGAN has "delta" only.
+        on_build: called with an engine's name before it is built; see `engines.store.OnBuild`.
 
     Raises:
         CheckpointError: for an unknown model or a damaged file.
         EngineError: if an engine cannot be built or run here.
+        UnsupportedError: if the model has no such thing as is asked for.
     """
     files = find_model(model)
-    size_px = read_header(files.generator).dims["size_px"]
     is_facenet = identity == "facenet"
     if is_facenet and not facenet_file().exists():
         raise CheckpointError("FaceNet is not on this machine; run `faceage models fetch facenet` once, with a network")
-    who = facenet_file() if is_facenet else files.identity
     store = EngineStore(on_build=on_build)
+    programs = model_programs(files, facenet_file() if is_facenet else None)
 
-    def engine(program: Program) -> Engine:
-        return store.load(program, backend, device, threads)
+    def engine(role: str) -> Engine:
+        # The latent's program may be one that only torch can differentiate.
+        if role == "latent" and is_facenet:
+            return store.load(programs[role], "torch", device, threads)
+        return store.load(programs[role], backend, device, threads, precision)
 
-    # FaceNet's pooling and resizing have no exported gradient, so torch differentiates it, whatever runs the rest.
-    fit = latent_program(files.generator, who, autograd=is_facenet)
-    ager = AgeCGAN(
-        encoder=engine(reader_program(files.encoder, size_px)),
-        generator=engine(generator_program(files.generator)),
-        latent=store.load(fit, "torch", device, threads) if is_facenet else engine(fit),
-        identity=engine(reader_program(who, size_px)),
-        root=read_array(files.encoder, "latent_root"),
-        size_px=size_px,
-        config=latent,
-        composite=composite,
+    ager: Ager
+    if files.architecture == "facegan":
+        if composite != "delta" or latent is not None:
+            raise UnsupportedError(f"model {model} adds its change to the face, without latents; use --composite delta")
+        ager = FaceGAN(
+            unet=lambda size_px: engine(f"unet-{size_px}"),
+            sizes_px=read_header(files.generator).dims["sizes_px"],
+            identity=engine("identity"),
+            identity_px=read_header(files.identity).dims["size_px"],
+        )
+    else:
+        ager = AgeCGAN(
+            encoder=engine("encoder"),
+            generator=engine("generator"),
+            latent=engine("latent"),
+            identity=engine("identity"),
+            root=read_array(files.encoder, "latent_root"),
+            size_px=read_header(files.generator).dims["size_px"],
+            config=latent,
+            composite=composite,
+        )
+    return Networks(
+        model=model,
+        detector=load_detector(store, detect, backend=backend, device=device, threads=threads, precision=precision),
+        age_reader=engine("age"),
+        age_reader_px=read_header(files.age).dims["size_px"],
+        ager=ager,
     )
-    detector = load_detector(store, detect, backend=backend, device=device, threads=threads)
-    return Networks(model=model, detector=detector, age_reader=engine(reader_program(files.age, size_px)), ager=ager)

@@ -67,10 +67,10 @@ def _cells(frame: Frame, photo: AgedPhoto) -> list[np.ndarray]:
     picture = plane if plane.dtype == np.uint8 else (plane >> 8).astype(np.uint8)
     picture = picture[..., :3] if picture.ndim == 3 else cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB)
     cells = []
-    for crop_to_frame in invert_affine(photo.frame_to_crop):
-        # The cell's pixels to the crop's, whose side is 64 in its own pixels, and on to the frame's.
-        scale = 64 * (1 + 2 * _CONTEXT) / CELL_PX
-        offset = -64 * _CONTEXT
+    for crop_to_frame, size in zip(invert_affine(photo.frame_to_crop), photo.sizes_px, strict=True):
+        # The cell's pixels to the crop's, and on to the frame's.
+        scale = size * (1 + 2 * _CONTEXT) / CELL_PX
+        offset = -size * _CONTEXT
         linear = crop_to_frame[:, :2] * scale
         shift = crop_to_frame[:, :2] @ np.array([offset, offset]) + crop_to_frame[:, 2]
         matrix = np.column_stack([linear, shift])

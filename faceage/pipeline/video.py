@@ -16,9 +16,9 @@ from time import perf_counter
 
 import numpy as np
 
-from faceage.align import align_faces, face_weights, pose_weights
+from faceage.align import align_faces, choose_size, face_weights, pose_weights
 from faceage.blend import blend_faces
-from faceage.engines.base import Engine
+from faceage.geometry import apply_affine
 from faceage.kernels import gather_crops
 from faceage.media.rotation import upright
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, writable
@@ -49,6 +49,8 @@ class Person:
     track: Track
     source_age: float
     target_age: float
+    size_px: int
+    """Side of the crops that the person is aged in."""
     frame_to_crop: FloatArray
     """float32 [T, 2, 3]."""
     weights: FloatArray
@@ -173,17 +175,17 @@ def scan(
         if window is None:
             break
         with timer("source age"):
-            _read_ages(networks.age_reader, networks.ager.size_px, window, samples)
+            _read_ages(networks, window, samples)
         notify("scan", window.first_frame + len(window.frames), total)
         del window
     tracks = tracker.tracks()
     if request.faces == "largest":
         tracks = _most_prominent(tracks)
     rate = float(reader.info.average_rate or 25)
-    return [_person(t, samples.get(t.track_id, []), request, networks.ager.size_px, rate) for t in tracks]
+    return [_person(t, samples.get(t.track_id, []), request, networks.ager.sizes_px, rate) for t in tracks]
 
 
-def _read_ages(age_reader: Engine, size_px: int, window: Window, samples: dict[int, list[float]]) -> None:
+def _read_ages(networks: Networks, window: Window, samples: dict[int, list[float]]) -> None:
     """Read the age of each track of the window on its best faces there."""
     faces, ids = window.faces, window.track_ids
     quality = pose_weights(faces.landmarks, faces.scores) + 1e-3 * faces.scores
@@ -192,9 +194,7 @@ def _read_ages(age_reader: Engine, size_px: int, window: Window, samples: dict[i
         for track_id in np.unique(ids)
         for row in sorted(np.flatnonzero(ids == track_id), key=lambda r: -quality[r])[:AGE_SAMPLES_PER_WINDOW]
     ]
-    chosen = faces[np.array(rows, np.int64)]
-    matrices = align_faces(chosen.landmarks, size_px)
-    (ages,) = age_reader(gather_crops(window.frames, chosen.frame_index, matrices, size_px))
+    ages = networks.read_ages(window.frames, faces[np.array(rows, np.int64)])
     for row, age in zip(rows, ages, strict=True):
         samples.setdefault(int(ids[row]), []).append(float(age))
 
@@ -210,7 +210,8 @@ def _most_prominent(tracks: list[Track]) -> list[Track]:
     return [max(group, key=size) for _, group in by_shot]
 
 
-def _person(track: Track, ages: list[float], request: AgeRequest, size_px: int, rate: float) -> Person:
+def _person(track: Track, ages: list[float], request: AgeRequest, sizes_px: tuple[int, ...], rate: float) -> Person:
+    size = choose_size(track.landmarks, sizes_px)
     source = request.source_age if request.source_age is not None else float(np.median(ages))
     weights = face_weights(
         track.landmarks, track.scores, fade_in=not track.starts_shot, fade_out=not track.ends_shot, frame_rate=rate
@@ -219,7 +220,8 @@ def _person(track: Track, ages: list[float], request: AgeRequest, size_px: int, 
         track=track,
         source_age=source,
         target_age=float(request.target_ages(np.array([source], np.float32))[0]),
-        frame_to_crop=align_faces(track.landmarks, size_px),
+        size_px=size,
+        frame_to_crop=align_faces(track.landmarks, size),
         weights=weights * request.strength,
     )
 
@@ -284,30 +286,39 @@ class Renderer:
             chunk = rest + list(itertools.islice(frames, KEY_EVERY_FRAMES + 1 - len(rest)))
 
     def _age_key_frames(self, frames: list[Frame], first: int) -> None:
-        """Compute the change of every person at the key frames among `frames`, those of one frame as a batch."""
+        """Compute the change of every person at the key frames among `frames`, in batches of one of each person."""
         last = first + len(frames) - 1
         self._in_view = [p for p in self._in_view if p.track.last_frame >= first]
         while self._waiting and self._waiting[0].track.first_frame <= last:
             self._in_view.append(self._waiting.pop(0))
-        wanted: dict[int, list[Person]] = {}
+        wanted: list[tuple[Person, list[int]]] = []
         for person in self._in_view:
             keys = self._keys[person.track.track_id]
             keys.frames, keys.deltas = keys.frames[-1:], keys.deltas[-1:]
-            for frame in self._key_frames(person, first, last):
-                if frame not in keys.frames:
-                    wanted.setdefault(frame, []).append(person)
-        for frame in sorted(wanted):  # in order: each key frame starts from the one before
-            self._age_key_frame(frames[frame - first], frame, wanted[frame])
+            wanted.append((person, [f for f in self._key_frames(person, first, last) if f not in keys.frames]))
+        while wanted := [(person, rest) for person, rest in wanted if rest]:
+            # In order: each key frame of a person starts from the one before.
+            batches: dict[tuple[int, bool], list[tuple[Person, int]]] = {}
+            for person, rest in wanted:
+                kind = person.size_px, self._keys[person.track.track_id].latents is None
+                batches.setdefault(kind, []).append((person, rest.pop(0)))
+            for batch in batches.values():
+                self._age(frames, first, batch)
 
-    def _age_key_frame(self, picture: Frame, frame: int, people: list[Person]) -> None:
+    def _age(self, frames: list[Frame], first: int, batch: list[tuple[Person, int]]) -> None:
+        """Compute the change of people at a key frame each; all have one size, and all have latents or none has."""
+        size = batch[0][0].size_px
         with self._timer("gather"):
-            matrices = np.stack([p.frame_to_crop[frame - p.track.first_frame] for p in people])
-            pixels = gather_crops([picture], np.zeros(len(people), np.int64), matrices, self._networks.ager.size_px)
+            at = [(person, frame - person.track.first_frame) for person, frame in batch]
+            matrices = np.stack([person.frame_to_crop[i] for person, i in at])
+            landmarks = apply_affine(matrices, np.stack([person.track.landmarks[i] for person, i in at]))
+            pixels = gather_crops(frames, np.array([frame - first for _, frame in batch]), matrices, size)
         with self._timer("age"):
-            source = np.array([p.source_age for p in people], np.float32)
-            target = np.array([p.target_age for p in people], np.float32)
-            aged = self._networks.ager.age(pixels, source, target, self._known_latents(people))
-        for i, person in enumerate(people):
+            source = np.array([person.source_age for person, _ in batch], np.float32)
+            target = np.array([person.target_age for person, _ in batch], np.float32)
+            known = [z for person, _ in batch if (z := self._keys[person.track.track_id].latents) is not None]
+            aged = self._networks.ager.age(pixels, landmarks, source, target, np.stack(known) if known else None)
+        for i, (person, frame) in enumerate(batch):
             keys = self._keys[person.track.track_id]
             keys.frames.append(frame)
             keys.deltas.append(aged.deltas[i])
@@ -334,13 +345,6 @@ class Renderer:
             return bool(visible[max(0, at - KEY_EVERY_FRAMES) : at + KEY_EVERY_FRAMES + 1].any())
 
         return [frame for frame in wanted if matters(frame)]
-
-    def _known_latents(self, people: list[Person]) -> FloatArray | None:
-        known = [self._keys[p.track.track_id].latents for p in people]
-        width = next((len(z) for z in known if z is not None), None)
-        if width is None:
-            return None
-        return np.stack([np.full(width, np.nan, np.float32) if z is None else z for z in known])
 
     def _blend(self, frame: Frame, index: int, rotation: int) -> Frame:
         """Return the frame with everybody's change added."""

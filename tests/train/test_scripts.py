@@ -324,7 +324,7 @@ def test_latent_measures_every_choice(runs, archive, cache, teacher, tmp_path, m
             assert figures["loss"] < figures["loss_at_encoder"]
             adam = report["curves"][name]["Adam"]
             assert adam[-1][1] < adam[0][1]
-            losses = [loss for _, loss in report["curves"][name]["L-BFGS in z"]]
+            losses = [loss for _, loss in report["curves"][name]["in z"]]
             assert losses == sorted(losses, reverse=True)
     assert drawn == [({"pixel-wise", "identity-preserving", "both (product)"}, "curves.png")]
     assert cv2.imread(str(tmp_path / "latent" / "sheet.png")).shape == (5 * 128, 4 * 128, 3)
@@ -340,10 +340,12 @@ def test_curves_are_plotted(tmp_path):
 
 
 @pytest.fixture
-def finished(runs, archive, cache, tmp_path):
-    """Run folders as bundle wants them: the aged generator, and the encoder with the curvature."""
+def finished(runs, archive, cache, facegan_checkpoint, tmp_path):
+    """Run folders as bundle wants them: the aged generator, the encoder with the curvature, and a FaceGAN."""
     folder = tmp_path / "runs"
     shutil.copytree(runs, folder)
+    (folder / "facegan").mkdir()
+    shutil.copy(facegan_checkpoint, folder / "facegan")
     reader = folder / "reader"
     invoke("age_estimator", "--data", archive, "--cache", cache, "--out", reader, "--minutes", 0.01, "--half", 0)
     readers = ("--reader", reader / FILES["age_estimator"])
@@ -365,9 +367,10 @@ def test_curvature_is_stored_in_a_copy_of_the_encoder(finished):
 def test_bundle_halves_weights_and_renames_parents(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("train.bundle.TARGET", tmp_path / "models")
     result = invoke("bundle", "--runs", finished)
-    assert len(result.stdout.splitlines()) == 4
     models = tmp_path / "models"
-    assert {file.name for file in models.iterdir()} == {f"{arch}.safetensors" for arch, *_ in SCRIPTS.values()}
+    archs = {"facegan", *(arch for arch, *_ in SCRIPTS.values())}
+    assert len(result.stdout.splitlines()) == len(archs)
+    assert {file.name for file in models.iterdir()} == {f"{arch}.safetensors" for arch in archs}
     folders = FOLDERS | {"gan": "aging", "encoder": "curvature"}
     for script, (arch, *_) in SCRIPTS.items():
         original, bundled = finished / folders[script] / FILES[script], models / f"{arch}.safetensors"
@@ -385,6 +388,17 @@ def test_bundle_halves_weights_and_renames_parents(finished, tmp_path, monkeypat
     parents = read_header(models / "age-cgan-generator.safetensors").parents
     assert parents.keys() == {"gan", "discriminator", "encoder", "identity", "reader0"}
     assert parents["identity"] == hashes["identity"]
+
+
+def test_one_network_is_bundled_alone(facegan_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.bundle.TARGET", tmp_path / "models")
+    (tmp_path / "facegan").mkdir()
+    shutil.copy(facegan_checkpoint, tmp_path / "facegan")
+    result = invoke("bundle", "--runs", tmp_path, "facegan")
+    assert result.stdout.startswith("facegan.safetensors: ")
+    assert [file.name for file in (tmp_path / "models").iterdir()] == ["facegan.safetensors"]
+    _, halved = load(tmp_path / "models" / "facegan.safetensors", "facegan")
+    assert halved["to_luma.weight"].abs().max() > 0
 
 
 def test_bundle_refuses_a_checkpoint_in_the_wrong_place(finished, tmp_path, monkeypatch):

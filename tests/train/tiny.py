@@ -14,8 +14,13 @@ SMALL_GAN = {
 }
 SMALL_TRUNK = {"widths": (8, 8, 12, 16), "blocks": (1, 1, 1, 1)}
 SMALL_STYLES = {"latent": 16, "style": 16, "mapping_layers": 2}
-SMALL_FACEGAN = {"widths": (8, 8, 8, 8, 8), "head": 4, "ages": 8, "discriminator_widths": (8, 8, 8, 8)}
-SMALL_SIDES = {"side_px": 64, "large_px": 96}
+SMALL_FACEGAN = {
+    "sizes_px": (64, 96),
+    "widths": (8, 8, 8, 8, 8),
+    "head": 4,
+    "ages": 8,
+    "discriminator_widths": (8, 8, 8, 8),
+}
 FILES = {
     "identity": "identity.safetensors",
     "gan": "generator.safetensors",
@@ -69,8 +74,7 @@ def shrink_steps(patch):
     """Give every script a small batch, and a tick every third step."""
     for script in FILES:
         config = importlib.import_module(f"train.{script}").Config
-        sides = SMALL_SIDES if script == "facegan" else {}
-        patch.setattr(f"train.{script}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES, **sides))
+        patch.setattr(f"train.{script}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))
 
 
 def main(validation_file, script, *args):

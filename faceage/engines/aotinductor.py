@@ -1,0 +1,100 @@
+"""The AOTInductor backend: torch's own ahead-of-time compiler, for any CUDA GPU and for CPUs.
+
+An engine is a `.pt2` package of machine code, made for the machine that it was built on.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from faceage.engines import eager
+from faceage.engines.base import Program, Spec, fingerprint
+from faceage.errors import EngineError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+NAME = "aotinductor"
+
+_CONFIG = {"aot_inductor.use_runtime_constant_folding": True}
+"""Weights are turned and cast once, when an engine is opened."""
+
+
+def suffix(target: str) -> str:
+    """Return the end of its files' names."""
+    return ".pt2"
+
+
+def missing(target: str) -> str | None:
+    """Return why it cannot build here, or None: it writes C++."""
+    if shutil.which("g++") or shutil.which("clang++"):
+        return None
+    return f"backend {NAME} needs a C++ compiler, found no g++; install one (Debian: apt install g++)"
+
+
+def versions(spec: Spec) -> dict[str, str]:
+    """Return the version of torch, and the processor that the code is for."""
+    return {"torch": version("torch"), "machine": _cpu() if spec.target == "cpu" else gpu()}
+
+
+def gpu(device: str = "cuda") -> str:
+    """Return the name and the compute capability of a GPU: engines for it run on no other kind.
+
+    Raises:
+        EngineError: if there is none.
+    """
+    import torch
+
+    eager.targets(device)
+    return f"{torch.cuda.get_device_name(device)} sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}"
+
+
+def _cpu() -> str:
+    """Return what the compiler makes its code for: the processor's instruction sets, as a hash."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return fingerprint(next((line for line in lines if line.startswith("flags")), platform.processor()))[:16]
+
+
+def check(spec: Spec) -> None:
+    """Raise EngineError unless `spec` is what it builds: for the processor or the GPU of this machine."""
+    if spec.target not in ("cpu", "cuda"):
+        raise EngineError(f"backend {NAME} builds for cpu or cuda, not for {spec.target}; use --backend tensorrt")
+    if spec.target == "cuda":
+        eager.targets("cuda")
+
+
+def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+    """Compile `exported` to a package at `path`."""
+    import torch
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_CONFIG)
+
+
+def targets(device: str) -> list[str]:
+    """Return the targets whose engines run on a device: its own."""
+    return eager.targets(device)
+
+
+def load(program: Program, path: Path | None, device: str, threads: int) -> eager.TorchEngine:
+    """Open the package at `path` on `device`.
+
+    Raises:
+        EngineError: if torch refuses the file.
+    """
+    import torch
+
+    target = eager.prepare(device, threads)
+    index = -1 if target.type == "cpu" else target.index or 0
+    try:
+        run = torch._inductor.aoti_load_package(str(path), device_index=index)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise EngineError(f"torch cannot open {path}: {error}") from error
+    return eager.TorchEngine(program, run, target, NAME)
