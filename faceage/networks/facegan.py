@@ -20,6 +20,8 @@ from faceage.geometry import face_mask
 
 MULTIPLE_PX = 32
 """The side of a crop is a multiple of this: the stem halves it, and four levels below halve it again."""
+_LIGHT_CELLS = 8
+"""Cells along a side of the crop, in which light from a side is looked for: the finer ones hold folds."""
 CHROMA_LIMIT = 0.05
 """Largest change of a channel by chroma, in units of [-1, 1]: some six codes of 255."""
 
@@ -85,6 +87,7 @@ class UNet(nn.Module):
       same light, and age lightens no skin;
     - chroma, drawn at S/8 and interpolated: no sharper than skin tones are, and at most `CHROMA_LIMIT`, for
       with more of it estimators and adversaries are pleased by green lips and violet beards;
+    - both without what is soft and differs between left and right, for age does not move the lamp either;
     - both in proportion to tanh((target - source) / 20): where nothing is asked for, nothing is changed.
     """
 
@@ -137,8 +140,11 @@ class UNet(nn.Module):
         luma_of_chroma = (chroma * self.luma[:, None, None]).sum(1, keepdim=True)
         chroma = _double(_double(_double(chroma - luma_of_chroma)))
         mask = torch.from_numpy(face_mask(x_N3SS.shape[-1]).copy()).to(x_N3SS.device)
-        luma = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum()
-        return (luma + chroma) * gate[:, None, None, None]
+        delta = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum() + chroma
+        soft = F.avg_pool2d(delta, delta.shape[-1] // _LIGHT_CELLS)
+        side_light = (soft - soft.flip(3)) / 2
+        delta = delta - F.interpolate(side_light, delta.shape[-2:], mode="bilinear", align_corners=False)
+        return delta * gate[:, None, None, None]
 
 
 class PatchDiscriminator(nn.Module):

@@ -130,6 +130,14 @@ def test_the_change_has_no_exposure_and_smooth_colour():
     assert roughness(chroma) < 0.3 * roughness(luma)
 
 
+def test_the_change_brings_no_light_from_a_side():
+    net, x = stirred_unet(), torch.rand(2, 3, 128, 128) * 2 - 1
+    delta = net(x, torch.tensor([20.0, 60.0]), torch.tensor([70.0, 20.0]))
+    left, right = delta[..., :64].mean((2, 3)), delta[..., 64:].mean((2, 3))
+    assert (left - right).abs().max() < 0.02 * delta.abs().mean()
+    assert (delta - delta.flip(3)).abs().mean() > 0.1 * delta.abs().mean()  # folds may differ
+
+
 def test_who_z_is_does_not_depend_on_age_in_the_coarse_layers():
     torch.manual_seed(0)
     dims = StyleGANDims(size_px=16, widths=(8, 8, 8), latent=8, style=8, identity_px=16)
