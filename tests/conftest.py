@@ -71,7 +71,6 @@ def facegan_checkpoint(tmp_path_factory):
     network = UNet(dims)
     with torch.no_grad():
         network.to_luma.weight.normal_(std=0.3)
-        network.to_chroma.weight.normal_(std=0.1)
     path = tmp_path_factory.mktemp("facegan") / "facegan.safetensors"
     save(path, network.state_dict(), Header(arch="facegan", dims=dataclasses.asdict(dims), stage="test", images_seen=0))
     return path

@@ -92,8 +92,6 @@ class Config:
     """Share of the budget after that beginning, in which the age loss grows to its weight."""
     delta_weight: float = 0.1
     """Weight of the mean absolute change."""
-    chroma_weight: float = 3.0
-    """Weight of that of the change of colour: ages differ in it least, and photographs most."""
     steady_weight: float = 2.0
     """Weight of the mean absolute difference between the changes of two views, one moved onto the other."""
     cycle_weight: float = 1.0
@@ -394,8 +392,6 @@ def main(
                 change, features = pair_losses(U, FR, young, old, young_age, old_age, dims.sizes_px[0])
                 losses |= {"pair": config.pair_weight * change, "features": config.feature_weight * features}
         losses["delta"] = config.delta_weight * (delta.abs() * weights).mean() / weights.mean()
-        luma = (delta * luma_weights(x)).sum(1, keepdim=True)
-        losses["chroma"] = config.chroma_weight * ((delta - luma).abs() * weights).mean() / weights.mean()
         U_step.zero_grad()
         sum(losses.values(), torch.zeros((), device=where)).backward()
         U_step.step()

@@ -22,8 +22,6 @@ MULTIPLE_PX = 32
 """The side of a crop is a multiple of this: the stem halves it, and four levels below halve it again."""
 _LIGHT_CELLS = 8
 """Cells along a side of the crop, in which light from a side is looked for: the finer ones hold folds."""
-CHROMA_LIMIT = 0.05
-"""Largest change of a channel by chroma, in units of [-1, 1]: some six codes of 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +79,13 @@ class UNet(nn.Module):
 
     Fully convolutional: one set of weights serves crops of any side that is a multiple of `MULTIPLE_PX`. The stem takes
     blocks of 2x2 pixels as channels, so that a crop of 256 pixels costs what one of 128 would; the last step has whole
-    resolution, and sees the crop's own pixels again: wrinkles can be taken away only where they are. What comes out:
+    resolution, and sees the crop's own pixels again: wrinkles can be taken away only where they are. The change
 
-    - luma, at full resolution, without its mean inside the blend mask: old and young faces were not photographed in the
-      same light, and age lightens no skin;
-    - chroma, drawn at S/8 and interpolated: no sharper than skin tones are, and at most `CHROMA_LIMIT`, for
-      with more of it estimators and adversaries are pleased by green lips and violet beards;
-    - both without what is soft and differs between left and right, for age does not move the lamp either;
-    - both in proportion to tanh((target - source) / 20): where nothing is asked for, nothing is changed.
+    - has one value a pixel, its luma: whatever the U-Net was let do to colours pleased estimators that were in its loss
+      (grey beards on everybody, red cheeks), and left the one that was not unmoved;
+    - has no mean inside the blend mask (young and old faces were not photographed in the same light; age lightens no
+      skin), and nothing soft that differs between left and right, for age does not move the lamp either;
+    - is in proportion to tanh((target - source) / 20): where nothing is asked for, nothing is changed.
     """
 
     def __init__(self, dims: FaceGANDims) -> None:
@@ -103,13 +100,10 @@ class UNet(nn.Module):
         self.low = _Residual(W[3], dims.ages)
         self.decoder = nn.ModuleList(_Conv(width, width) for width in reversed(W[:3]))
         self.decoder_ages = nn.ModuleList(nn.Linear(dims.ages, width) for width in reversed(W[:3]))
-        self.to_chroma = nn.Conv2d(W[2], 3, 3, padding=1)
         self.head = _Conv(W[0] + 3, dims.head)
         self.to_luma = nn.Conv2d(dims.head, 1, 3, padding=1)
-        for last in (self.to_chroma, self.to_luma):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-        self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]), persistent=False)
+        nn.init.zeros_(self.to_luma.weight)
+        nn.init.zeros_(self.to_luma.bias)
 
     def forward(self, x_N3SS: Tensor, source_N: Tensor, target_N: Tensor) -> Tensor:
         """Return what to add to the faces: RGB [N, 3, S, S] in units of their [-1, 1] range, not masked.
@@ -128,23 +122,16 @@ class UNet(nn.Module):
             skips.append(x)
             x = block(F.leaky_relu(down(_halve(x)), 0.2), ages)
         x = self.low(_double(self.up[0](x)) + skips.pop(), ages)
-        chroma = None
         for up, conv, bias in zip(list(self.up)[1:], self.decoder, self.decoder_ages, strict=True):
             x = _double(up(x)) + skips.pop()
             x = F.leaky_relu(conv(x) + bias(ages)[:, :, None, None], 0.2)
-            if chroma is None:
-                chroma = CHROMA_LIMIT * torch.tanh(self.to_chroma(x))
-        x = F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2)
-        luma = self.to_luma(x)
-        assert chroma is not None  # the loop's first level has drawn it
-        luma_of_chroma = (chroma * self.luma[:, None, None]).sum(1, keepdim=True)
-        chroma = _double(_double(_double(chroma - luma_of_chroma)))
+        luma = self.to_luma(F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2))
         mask = torch.from_numpy(face_mask(x_N3SS.shape[-1]).copy()).to(x_N3SS.device)
-        delta = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum() + chroma
-        soft = F.avg_pool2d(delta, delta.shape[-1] // _LIGHT_CELLS)
+        luma = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum()
+        soft = F.avg_pool2d(luma, luma.shape[-1] // _LIGHT_CELLS)
         side_light = (soft - soft.flip(3)) / 2
-        delta = delta - F.interpolate(side_light, delta.shape[-2:], mode="bilinear", align_corners=False)
-        return delta * gate[:, None, None, None]
+        luma = luma - F.interpolate(side_light, luma.shape[-2:], mode="bilinear", align_corners=False)
+        return (luma * gate[:, None, None, None]).expand(-1, 3, -1, -1)
 
 
 class PatchDiscriminator(nn.Module):

@@ -97,12 +97,11 @@ def test_the_unet_keeps_to_its_budget():
 
 
 def stirred_unet(dims=None):
-    """A U-Net whose last layers, zero before training, say something."""
+    """A U-Net whose last layer, zero before training, says something."""
     torch.manual_seed(1)
     net = UNet(dims or small_facegan())
     with torch.no_grad():
-        for layer in (net.to_luma, net.to_chroma):
-            layer.weight.normal_(0, 0.2)
+        net.to_luma.weight.normal_(0, 0.2)
     return net.eval().requires_grad_(False)
 
 
@@ -115,19 +114,14 @@ def test_a_face_at_its_own_age_is_not_changed(side):
     assert not net(x, age, age).any()
 
 
-def test_the_change_has_no_exposure_and_smooth_colour():
+def test_the_change_has_no_colour_and_no_exposure():
     net, x = stirred_unet(), torch.rand(2, 3, 128, 128) * 2 - 1
     delta = net(x, torch.tensor([20.0, 60.0]), torch.tensor([70.0, 20.0]))
-    luma = (delta * net.luma[:, None, None]).sum(1)
+    assert torch.equal(delta[:, 0], delta[:, 1])
+    assert torch.equal(delta[:, 0], delta[:, 2])
     mask = torch.from_numpy(face_mask(128).copy())
-    assert (luma * mask).sum((1, 2)).abs().max() / mask.sum() < 1e-5
-    chroma = delta - luma[:, None]
-    assert chroma.abs().mean() > 1e-3
-
-    def roughness(x):
-        return float((x[..., 1:] - x[..., :-1]).abs().mean() / x.abs().mean())
-
-    assert roughness(chroma) < 0.3 * roughness(luma)
+    assert (delta * mask).sum((2, 3)).abs().max() / mask.sum() < 1e-5
+    assert delta.abs().mean() > 1e-3
 
 
 def test_the_change_brings_no_light_from_a_side():
@@ -327,7 +321,7 @@ def test_aging_changes_nothing_outside_the_mask():
 
 GOLDEN = {
     "stylegan": {"loss_D": 1.38289, "loss_G": 0.75234, "identity": 0.011, "age": 2.55833},
-    "facegan": {"loss_coarse": 1.99374, "loss_fine": 1.99313, "age": 1.50563, "pair": 0.09566, "teacher": 0.00311},
+    "facegan": {"loss_coarse": 1.99828, "loss_fine": 1.98869, "age": 1.50625, "pair": 0.09562, "teacher": 0.00304},
 }
 """The last logged losses of `runs`. A change of the recipe changes them: write the new ones down with it."""
 
