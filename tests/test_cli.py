@@ -323,7 +323,7 @@ class TestImages:
         assert label.encode() in (tmp_path / "face.png").read_bytes()
         refused = faceage("images", face_photo, *options, "--overwrite", "--composite", "replace")
         assert refused.exit_code == 3
-        assert error_of(refused).endswith("adds its change to the face, without latents; use --composite delta")
+        assert error_of(refused).endswith("without latents; use --composite delta, or --model age-cgan")
 
     def test_bad_files_do_not_stop_the_others(self, images, face_photo, tmp_path):
         (tmp_path / "empty.jpg").touch()

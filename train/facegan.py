@@ -14,7 +14,8 @@ What a real face looks like at another age nobody knows, so it is taught by
   resolution. They also see faces with a wrong age as fakes, the unchanged source face among them;
 - estimators and an identity network, behind random shifts, brightness and blur. They read 64 pixels and fewer: what is
   finer than that only the second adversary sees, so that it cannot be bent to fool them;
-- two views of one face, moved and zoomed: the change must move with the skin;
+- two views of one face, moved, zoomed and mirrored: the change must move with the skin, and be mirrored too, else one
+  cheek gets darker than the other;
 - the way back: aged and made young again, it must be the same picture.
 
 Synthetic pairs (`train.make_pairs`) show the same person at two ages: there the change itself is known. Writes
@@ -92,7 +93,7 @@ class Config:
     """Share of the budget after that beginning, in which the age loss grows to its weight."""
     delta_weight: float = 0.1
     """Weight of the mean absolute change."""
-    steady_weight: float = 2.0
+    steady_weight: float = 4.0
     """Weight of the mean absolute difference between the changes of two views, one moved onto the other."""
     cycle_weight: float = 1.0
     """Weight of the mean absolute difference between a face and itself after there and back."""
@@ -381,7 +382,8 @@ def main(
                 pass
             elif steps % 2 == 0:
                 moved = random_motion(count, where)
-                again = U(view(stored[:count], moved, side_px), source, target).float()
+                mirrored = view(stored[:count], moved, side_px).flip(3)
+                again = U(mirrored.contiguous(memory_format=torch.channels_last), source, target).float().flip(3)
                 onto = view(delta, torch.linalg.solve(motion, moved), side_px)
                 losses["steady"] = config.steady_weight * ((again - onto).abs() * weights).mean() / weights.mean()
             else:

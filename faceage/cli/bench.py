@@ -104,7 +104,8 @@ def images_command(*, photos: tuple[Path, ...], age: float, repeats: int, networ
         out.line(f"factor     {result['factor_over_naive']:8.2f}")
 
 
-@command.command("latent")
+# The default model has no latents.
+@command.command("latent", context_settings={"default_map": {"model": "age-cgan"}})
 @photos_argument
 @click.option(
     "--faces", type=click.IntRange(min=1), default=LATENT_FACES, show_default=True,

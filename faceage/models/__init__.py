@@ -15,7 +15,8 @@ from faceage.cache import cache_root
 from faceage.checkpoint import read_header, sha256_of
 from faceage.errors import CheckpointError
 
-DEFAULT_MODEL = "age-cgan"
+DEFAULT_MODEL = "facegan"
+"""The scorecard's choice: see MODEL_CARD.md."""
 """The bundled model that is used where none is named."""
 ROLES = {
     "age-cgan": {
