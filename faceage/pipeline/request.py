@@ -171,7 +171,10 @@ def load_networks(
     ager: Ager
     if files.architecture == "facegan":
         if composite != "delta" or latent is not None:
-            raise UnsupportedError(f"model {model} adds its change to the face, without latents; use --composite delta, or --model age-cgan")
+            raise UnsupportedError(
+                f"model {model} adds its change to the face, without latents; "
+                "use --composite delta, or --model age-cgan"
+            )
         ager = FaceGAN(
             unet=lambda size_px: engine(f"unet-{size_px}"),
             sizes_px=read_header(files.generator).dims["sizes_px"],
