@@ -33,6 +33,16 @@ from train.run import EMA, Run, Script, device, git_commit, run_options
 LOSS_HALF = 0
 """The half of the training pictures for estimators that are in a loss; `train.judge` learns from the other."""
 
+reader_option = click.option(
+    "--reader",
+    "reader_files",
+    type=click.Path(exists=True, path_type=Path),
+    multiple=True,
+    required=True,
+    help="From train.age_estimator --half 0; several.",
+)
+"""The estimators of a loss, for `load_reader`."""
+
 
 @dataclass(frozen=True)
 class Config:

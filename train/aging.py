@@ -38,9 +38,9 @@ from faceage.errors import CheckpointError
 from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Encoder, Generator
 from faceage.networks.regressors import AgeEstimator
-from train.age_estimator import load_reader
+from train.age_estimator import load_reader, reader_option
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
-from train.identity import degrade, load_identity
+from train.identity import degrade, identity_option, load_identity
 from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 SHEET_AGES = (20, 40, 60, 80)
@@ -138,15 +138,8 @@ def validate(
 @run_options(minutes=60.0)
 @click.option("--gan", type=click.Path(exists=True, path_type=Path), required=True, help="Run folder of train.gan.")
 @click.option("--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.encoder.")
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
-@click.option(
-    "--reader",
-    "reader_files",
-    type=click.Path(exists=True, path_type=Path),
-    multiple=True,
-    required=True,
-    help="From train.age_estimator --half 0; several.",
-)
+@identity_option
+@reader_option
 def main(
     data: Path,
     out: Path,

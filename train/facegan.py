@@ -44,10 +44,10 @@ from faceage.geometry import face_mask, skin_mask
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Encoder, Generator
 from faceage.networks.facegan import FaceGANDims, PatchDiscriminator, UNet
 from faceage.networks.regressors import AgeEstimator, IdentityNet
-from train.age_estimator import load_reader
+from train.age_estimator import load_reader, reader_option
 from train.aging import calm, read_by_all
 from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
-from train.identity import degrade, load_identity
+from train.identity import degrade, identity_option, load_identity
 from train.make_pairs import PairSampler, load_pairs
 from train.run import EMA, Part, Run, Script, device, git_commit, run_options, sheet
 from train.stylegan import r1_penalty
@@ -240,15 +240,8 @@ def pair_losses(
 @run_options(minutes=120.0)
 @click.option("--aging", type=click.Path(exists=True, path_type=Path), required=True, help="Run folder of train.aging.")
 @click.option("--pairs", type=click.Path(exists=True, path_type=Path), help="Folder of train.make_pairs.")
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
-@click.option(
-    "--reader",
-    "reader_files",
-    type=click.Path(exists=True, path_type=Path),
-    multiple=True,
-    required=True,
-    help="From train.age_estimator --half 0; several.",
-)
+@identity_option
+@reader_option
 @click.option(
     "--start", type=click.Path(exists=True, path_type=Path), help="A U-Net to start from, with its adversary."
 )

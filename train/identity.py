@@ -26,6 +26,11 @@ from train.data import DATASET, FaceSet, Sampler, load_faces, read_archive, shif
 from train.run import EMA, Run, Script, device, git_commit, run_options
 from train.teacher import TEMPLATE_96X112, embed, load_teacher
 
+identity_option = click.option(
+    "--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity."
+)
+"""The identity network of a loss, for `load_identity`."""
+
 
 @dataclass(frozen=True)
 class Config:

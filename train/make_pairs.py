@@ -24,10 +24,10 @@ from torch import Tensor
 from faceage.ages import age_to_classes
 from faceage.checkpoint import sha256_of
 from faceage.errors import CheckpointError
-from train.age_estimator import load_reader
+from train.age_estimator import load_reader, reader_option
 from train.aging import read_by_all
 from train.data import to_tensor
-from train.identity import load_identity
+from train.identity import identity_option, load_identity
 from train.run import Script, device, sheet
 from train.stylegan import load_stylegan
 
@@ -95,15 +95,8 @@ class PairSampler:
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.stylegan.")
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
-@click.option(
-    "--reader",
-    "reader_files",
-    type=click.Path(exists=True, path_type=Path),
-    multiple=True,
-    required=True,
-    help="From train.age_estimator --half 0; several.",
-)
+@identity_option
+@reader_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the pairs.")
 @click.option("--people", type=click.IntRange(1), default=4000, help="Identities drawn, before the filter.")
 @click.option("--min-cosine", type=click.FloatRange(-1, 1), default=0.5, help="To the mean of the person's pictures.")

@@ -28,10 +28,10 @@ from torch import Tensor
 from faceage.ages import OLDEST_YEARS, age_to_classes
 from faceage.checkpoint import Header, load, save
 from faceage.networks.stylegan import StyleDiscriminator, StyleGANDims, StyleGenerator
-from train.age_estimator import load_reader
+from train.age_estimator import load_reader, reader_option
 from train.aging import read_by_all
 from train.data import DATASET, Sampler, load_faces, shift_and_jitter
-from train.identity import degrade, load_identity
+from train.identity import degrade, identity_option, load_identity
 from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 SHEET_AGES = (10, 20, 30, 40, 50, 60, 70, 80)
@@ -81,15 +81,8 @@ def r1_penalty(D: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> T
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @run_options(minutes=60.0)
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
-@click.option(
-    "--reader",
-    "reader_files",
-    type=click.Path(exists=True, path_type=Path),
-    multiple=True,
-    required=True,
-    help="From train.age_estimator --half 0; several.",
-)
+@identity_option
+@reader_option
 @click.option("--size", "size_px", type=click.Choice([str(s) for s in WIDTHS]), default="128", help="Side, px.")
 def main(
     data: Path,
