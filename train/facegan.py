@@ -303,6 +303,7 @@ def main(
         parts["pair_sampler"] = pair_sampler
     run.load_state(parts)
 
+    larger_px = dims.sizes_px[1:] or dims.sizes_px
     warm_share = 0.0 if start is not None else config.warm_share
     totals: dict[str, list[float]] = {}
     ticks, steps = run.images_seen // config.tick_images, run.images_seen // config.batch
@@ -314,7 +315,7 @@ def main(
             config.fine_rate * decay,
         )
         is_large = steps % config.large_every_steps == config.large_every_steps - 1
-        large_px = dims.sizes_px[1:][steps // config.large_every_steps % (len(dims.sizes_px) - 1)]
+        large_px = larger_px[steps // config.large_every_steps % len(larger_px)]
         side_px, count = (large_px, config.batch // 2) if is_large else (dims.sizes_px[0], config.batch)
         pixels, ages = sampler.draw()
         stored = to_tensor(pixels).to(where)
@@ -371,15 +372,13 @@ def main(
             error = (mine - weights_of(teacher.size_px, where) * teacher(x, source, target)).abs()
             losses["teacher"] = config.teacher_weight * error.mean() / masks[0].mean()
             # Two of the terms need the U-Net once more: they take turns.
-            if is_warm:
-                pass
-            elif steps % 2 == 0:
+            if not is_warm and steps % 2 == 0:
                 moved = random_motion(count, where)
                 mirrored = view(stored[:count], moved, side_px).flip(3)
                 again = U(mirrored.contiguous(memory_format=torch.channels_last), source, target).float().flip(3)
                 onto = view(delta, torch.linalg.solve(motion, moved), side_px)
                 losses["steady"] = config.steady_weight * ((again - onto).abs() * weights).mean() / weights.mean()
-            else:
+            elif not is_warm:
                 back, _ = age_faces(U, aged, target, source)
                 losses["cycle"] = config.cycle_weight * (back - x).abs().mean() / weights.mean()
             if pair_sampler is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from faceage.agers.base import AgedFaces, Composite
 from faceage.agers.latent import Fit, LatentConfig, optimize_latents
@@ -65,14 +64,9 @@ class AgeCGAN:
     def _fit(
         self, pixels: FloatArray, embeddings: FloatArray, source_age: FloatArray, latents: FloatArray | None
     ) -> Fit:
-        is_new = _is_new(pixels, latents)
-        (encoded,) = self._encoder(pixels[is_new])
-        start = np.empty((len(pixels), encoded.shape[1]), np.float32)
-        start[is_new] = encoded
-        if latents is not None:
-            start[~is_new] = latents[~is_new]
         config = self.config
-        budget = np.where(is_new, config.max_evaluations, config.max_evaluations_known)
+        start = self._encoder(pixels)[0] if latents is None else latents
+        budget = np.full(len(pixels), config.max_evaluations if latents is None else config.max_evaluations_known)
         root = np.eye(start.shape[1], dtype=np.float32) if self._root is None else self._root
         problem = age_to_classes(source_age), pixels, embeddings
         return optimize_latents(self._latent, start, problem, config, root=root, budget=budget)
@@ -91,10 +85,9 @@ class AgeCGAN:
         """
         (embeddings,) = self._identity(pixels)
         z = self._fit(pixels, embeddings, source_age, latents).latents
-        is_new = _is_new(pixels, latents)
         if latents is not None:
-            memory = np.where(is_new, 0, self.config.memory)[:, None].astype(np.float32)
-            z = memory * np.where(is_new[:, None], 0, latents) + (1 - memory) * z
+            memory = np.float32(self.config.memory)
+            z = memory * latents + (1 - memory) * z
         (aged,) = self._generator(z, age_to_classes(target_age))
         if self._composite == "delta":
             (reference,) = self._generator(z, age_to_classes(source_age))
@@ -102,8 +95,9 @@ class AgeCGAN:
         else:
             deltas = aged - pixels
         identity = np.full(len(pixels), np.nan, np.float32)
-        (after,) = self._identity(np.clip(pixels[is_new] + deltas[is_new], -1, 1))
-        identity[is_new] = (embeddings[is_new] * after).sum(1)
+        if latents is None:
+            (after,) = self._identity(np.clip(pixels + deltas, -1, 1))
+            identity = (embeddings * after).sum(1)
         return AgedFaces(deltas=deltas, latents=z, identity=identity)
 
 
@@ -156,10 +150,3 @@ def feature_shares(size_px: int) -> FloatArray:
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Rec. 601 weights: which standard's hardly matters to what is weakened here."""
-
-
-def _is_new(pixels: FloatArray, latents: FloatArray | None) -> npt.NDArray[np.bool_]:
-    """Return which faces have no latent yet."""
-    if latents is None:
-        return np.ones(len(pixels), bool)
-    return np.asarray(np.isnan(latents).any(1), bool)

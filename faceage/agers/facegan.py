@@ -17,7 +17,7 @@ from faceage.geometry import skin_masks
 from faceage.types import FloatArray
 
 BATCH_PIXELS = 4 * 512**2
-"""Pixels of one call of the U-Net at most: 4, 16 or 64 faces. It bounds the memory; a CPU gains nothing from more."""
+"""Pixels of one call of the U-Net at most: 64 faces of 128. It bounds the memory; a CPU gains nothing from more."""
 FEATURE_SHARE = np.float32(0.0)
 """Share of the change that is kept on eyeballs and teeth: neither gets older."""
 

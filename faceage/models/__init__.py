@@ -16,8 +16,7 @@ from faceage.checkpoint import read_header, sha256_of
 from faceage.errors import CheckpointError
 
 DEFAULT_MODEL = "facegan"
-"""The scorecard's choice: see MODEL_CARD.md."""
-"""The bundled model that is used where none is named."""
+"""The bundled model that is used where none is named: the scorecard's choice, see MODEL_CARD.md."""
 ROLES = {
     "age-cgan": {
         "generator": "age-cgan-generator",
