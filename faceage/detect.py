@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from faceage.engines.base import Engine, Precision, Program
-from faceage.engines.store import Backend, EngineStore
+from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore
 from faceage.kernels.color import color_of, yuv_to_rgb
 from faceage.kernels.gather import gather_crops
 from faceage.networks.mtcnn import (
@@ -325,7 +325,7 @@ def load_detector(
     store: EngineStore,
     config: DetectConfig | None = None,
     *,
-    backend: Backend = "onnxruntime",
+    backend: Backend = DEFAULT_BACKEND,
     device: str = "cpu",
     threads: int = 1,
     precision: Precision = "fp32",

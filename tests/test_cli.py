@@ -15,6 +15,7 @@ from PIL import Image
 
 from faceage.checkpoint import sha256_of
 from faceage.cli import main
+from faceage.engines.store import best_precision
 from faceage.media.xmp import SOURCE_TYPE
 
 FAST = ["--preset", "ultrafast"]
@@ -151,13 +152,14 @@ class TestVideo:
         assert record["exit_code"] == 0
         assert record["options"]["age"] == 70
         assert record["versions"]["faceage"] == "0.1.0"
-        assert record["engines"] == {"model": "tiny", "backend": "onnxruntime", "device": "cpu", "precision": "fp32"}
+        precision = best_precision("openvino", "cpu")
+        assert record["engines"] == {"model": "tiny", "backend": "openvino", "device": "cpu", "precision": precision}
 
     def test_quiet_says_nothing_and_verbose_more(self, video, face_clip, tmp_path):
         quiet = video(face_clip, "-o", tmp_path / "a.mp4", "--end", 0.2, "-q")
         assert (quiet.stdout, quiet.stderr) == ("", "")
         verbose = video(face_clip, "-o", tmp_path / "b.mp4", "--end", 0.2, "-v")
-        assert "faceage: model tiny, backend onnxruntime on cpu" in verbose.stderr
+        assert "faceage: model tiny, backend openvino on cpu" in verbose.stderr
         assert "encoder libx264 yuv420p" in verbose.stderr
         assert "milliseconds a frame, overlapping: decode " in verbose.stderr
         assert logging.getLogger("faceage").handlers == []

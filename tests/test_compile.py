@@ -168,6 +168,7 @@ def test_a_run_on_the_cpu_imports_no_torch(networks, tiny_model, face_photo, tmp
     import subprocess
     import sys
 
+    assert faceage("compile", "--target", "cpu", "--model", tiny_model).exit_code == 0
     args = ["images", str(face_photo), "-o", str(tmp_path), "--age", "70", "--model", tiny_model, "--device", "cpu"]
     code = (
         "import sys; from faceage.cli import main\n"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from faceage.cache import cache_root
-from faceage.engines import build, ort, tensorrt
+from faceage.engines import build, openvino, tensorrt
 from faceage.engines.base import BATCH, Axis, Program, Spec, TensorSpec, fingerprint
 from faceage.engines.examples import example_faces
 from faceage.engines.store import BACKENDS, EngineStore, best_backend, best_precision
@@ -45,6 +45,33 @@ def blur_program(weight: float = 0.5) -> Program:
     )
 
 
+def there_and_back_program() -> Program:
+    """A convolution, and back by the transposed one with the same weights: a gradient looks like this."""
+
+    def build():
+        import torch
+        from torch.nn.functional import conv2d, conv_transpose2d, leaky_relu
+
+        class ThereAndBack(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("weight", torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
+
+            def forward(self, x, gain):
+                y = leaky_relu(conv2d(x, self.weight, stride=2, padding=1), 0.2) * gain[0]
+                return conv_transpose2d(y, self.weight, stride=2, padding=1, output_padding=1), y.mean((2, 3))
+
+        return ThereAndBack().eval(), (torch.rand(3, 8, 16, 16), torch.rand(2))
+
+    return Program(
+        name="there-and-back",
+        fingerprint=fingerprint("there and back"),
+        build=build,
+        inputs=(TensorSpec("x", (BATCH, 8, 16, 16)), TensorSpec("gain", (2,))),
+        outputs=(TensorSpec("back", (BATCH, 8, 16, 16)), TensorSpec("mean", (BATCH, 8))),
+    )
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A store that holds the engine of `blur_program()`."""
@@ -72,18 +99,19 @@ def inputs(batch=3, width=14):
     return random.random((batch, 3, 8, width), np.float32), random.random((batch, 1), np.float32)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_engine_runs_the_network(stored, backend):
     engine = stored.load(blur_program(), backend)
     x, gain = inputs()
     y, mean = engine(x, gain)
-    assert (engine.name, engine.backend) == ("blur", backend)
+    # OpenVINO leaves what takes pictures of any width to ONNX Runtime.
+    assert (engine.name, engine.backend) == ("blur", "onnxruntime" if backend == "openvino" else backend)
     np.testing.assert_allclose(y, x.reshape(3, 3, 4, 2, 7, 2).mean((3, 5)) * 0.5, atol=1e-6)
     np.testing.assert_allclose(mean, x.mean((2, 3)) * gain, atol=1e-6)
     assert y.dtype == mean.dtype == np.float32
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_empty_batch_and_wrong_shapes(stored, backend):
     engine = stored.load(blur_program(), backend)
     y, mean = engine(*inputs(batch=0))
@@ -100,27 +128,59 @@ def test_empty_batch_and_wrong_shapes(stored, backend):
         engine(x.astype(np.float64), gain)
 
 
-def test_engine_from_several_threads(stored):
-    engine = stored.load(blur_program())
-    x, gain = inputs(batch=16)
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("count", [1, 7, 8, 19])
+def test_batches_of_any_size(stored, backend, count):
+    x, gain = np.random.default_rng(count).random((count, 8, 16, 16), np.float32), np.float32([0.5, 0])
+    want = stored.load(there_and_back_program(), "torch")(x, gain)
+    for got, wanted in zip(stored.load(there_and_back_program(), backend)(x, gain), want, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_engine_from_several_threads(stored, backend):
+    engine = stored.load(there_and_back_program(), backend)
+    x, gain = np.random.default_rng(0).random((19, 8, 16, 16), np.float32), np.float32([0.5, 0])
     want = engine(x, gain)
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: engine(x, gain), range(16)):
             np.testing.assert_array_equal(got[0], want[0])
 
 
+def test_openvino_tells_nobody_that_it_is_used():
+    """Importing it alone sends a message, by a package that is shut out first."""
+    code = (
+        "import sys; from faceage.engines.openvino import has_bf16; has_bf16()\n"
+        "print('openvino' in sys.modules, sys.modules['openvino_telemetry'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "None"]
+
+
+def test_bf16_is_for_cpus_that_have_it_and_networks_that_do_not_measure(stored, programs, monkeypatch):
+    monkeypatch.setattr(openvino, "has_bf16", lambda: False)
+    assert best_precision("openvino", "cpu") == "fp32"
+    with pytest.raises(EngineError, match="this CPU does not compute in bf16; use --precision fp32"):
+        stored.load(there_and_back_program(), precision="bf16")
+    monkeypatch.setattr(openvino, "has_bf16", lambda: True)
+    assert best_precision("openvino", "cpu") == "bf16"
+    in_bf16 = {name for name, program in programs.items() if program.spec("cpu", "bf16").precision == "bf16"}
+    assert in_bf16 == {"age-cgan-generator", "age-cgan-latent"}
+    assert programs["mtcnn-pnet"].spec("portable", "fp16").precision == "fp16"
+
+
 def test_sidecar_records_what_the_engine_is(stored):
-    path = stored.path(blur_program(), "onnxruntime")
+    path = stored.path(blur_program(), "openvino")
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["fingerprint"] == blur_program().fingerprint
-    assert record["backend"] == "onnxruntime"
+    assert record["backend"] == "openvino"
     assert record["file_sha256"] == fingerprint(path)
-    assert set(record["versions"]) == {"onnxruntime", "torch", "opset"}
+    assert set(record["versions"]) == {"openvino", "onnxruntime", "torch", "opset"}
     assert record["parity"]["psnr_db"] > 100
     assert (record["target"], record["precision"]) == ("cpu", "fp32")
     assert record["shapes"]["gain"] == [[1, 1], [8, 1], [1024, 1]]
     assert record["build_seconds"] > 0
-    assert sorted(file.suffix for file in files_of(stored)) == [".json", ".onnx"]
+    assert sorted(file.suffix for file in files_of(stored) if file.stem == path.stem) == [".json", ".onnx"]
     assert [file.name for file in stored.root.iterdir() if file.name.startswith(".")] == [".lock"]
 
 
@@ -141,7 +201,7 @@ def test_stored_engine_is_not_rebuilt_and_other_weights_are_another_file(copied)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no sidecar", "not json", "other fingerprint", "no engine"])
 def test_damaged_engine_is_rebuilt_with_a_warning(copied, caplog, damage):
     store, built = copied
-    path = store.path(blur_program(), "onnxruntime")
+    path = store.path(blur_program(), "openvino")
     sidecar = path.with_suffix(".json")
     data = path.read_bytes()
     if damage == "truncated":
@@ -172,7 +232,7 @@ def test_damaged_engine_is_rebuilt_with_a_warning(copied, caplog, damage):
 
 def test_file_that_the_runtime_refuses_is_rebuilt(copied, caplog):
     store, built = copied
-    path = store.path(blur_program(), "onnxruntime")
+    path = store.path(blur_program(), "openvino")
     path.write_bytes(b"not a model")
     sidecar = path.with_suffix(".json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"file_sha256": fingerprint(path)}))
@@ -183,12 +243,12 @@ def test_file_that_the_runtime_refuses_is_rebuilt(copied, caplog):
 
 def test_a_new_version_of_the_backend_is_a_reason_to_rebuild(copied, caplog, monkeypatch):
     store, built = copied
-    monkeypatch.setattr(ort, "version", lambda name: "99.0")
+    monkeypatch.setattr(openvino, "version", lambda name: "99.0")
     store.load(blur_program())
     assert built == ["blur"]
     (line,) = [message for message in caplog.messages if message.startswith("rebuilding")]
-    assert "it was built with other versions (onnxruntime 1." in line
-    assert " -> 99.0, torch " in line
+    assert "it was built with other versions (openvino 20" in line
+    assert " -> 99.0, onnxruntime 1." in line
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", "MAX_ABS_ERROR"), ("fp16", "MIN_PSNR_DB")])
@@ -236,8 +296,8 @@ def test_a_builder_that_was_killed_is_in_nobodys_way(tmp_path):
 
 
 def test_refusals_say_what_to_do(stored, tmp_path):
-    with pytest.raises(EngineError, match=r"unknown backend .*onnxruntime, tensorrt, aotinductor, torch"):
-        stored.load(blur_program(), "openvino")
+    with pytest.raises(EngineError, match=r"unknown backend .*openvino, onnxruntime, tensorrt, aotinductor, torch"):
+        stored.load(blur_program(), "tvm")
     with pytest.raises(EngineError, match="runs on the CPU"):
         stored.load(blur_program(), "onnxruntime", "cuda")
     with pytest.raises(EngineError, match='unknown device "meta"'):
@@ -254,6 +314,12 @@ def test_refusals_say_what_to_do(stored, tmp_path):
         stored.load(blur_program(), "torch", precision="fp16")
     with pytest.raises(EngineError, match="builds for cpu in fp32, not for cpu in fp16"):
         stored.load(blur_program(), "onnxruntime", precision="fp16")
+    with pytest.raises(EngineError, match="bf16 is for the CPU, not for sm_86; use --precision fp16"):
+        Spec("sm_86", "bf16")
+    with pytest.raises(EngineError, match="aotinductor builds nothing in bf16; use --backend openvino"):
+        stored.build(blur_program(), "aotinductor", Spec("cpu", "bf16"))
+    with pytest.raises(EngineError, match="openvino builds for cpu in fp32 or bf16, not for cpu in fp16"):
+        stored.load(blur_program(), "openvino", precision="fp16")
     with pytest.raises(EngineError, match="aotinductor builds for cpu or cuda, not for sm_86"):
         stored.build(blur_program(), "aotinductor", Spec("sm_86"))
     with pytest.raises(EngineError, match="tensorrt runs on NVIDIA GPUs, not on the CPU"):
@@ -275,9 +341,9 @@ def test_cache_root(monkeypatch, tmp_path):
 
 
 def test_versions_are_in_the_key(stored, monkeypatch):
-    path = stored.path(blur_program(), "onnxruntime")
-    monkeypatch.setattr(ort, "version", lambda name: "0.0")
-    assert stored.path(blur_program(), "onnxruntime") != path
+    path = stored.path(blur_program(), "openvino")
+    monkeypatch.setattr(openvino, "version", lambda name: "0.0")
+    assert stored.path(blur_program(), "openvino") != path
     assert not stored.contains(blur_program())
 
 
@@ -307,7 +373,7 @@ def test_the_matrix_names_every_network(programs):
 @pytest.mark.parametrize(
     ("backend", "device", "precision"),
     [
-        ("onnxruntime", "cpu", "fp32"),
+        ("openvino", "cpu", "fp32"), ("openvino", "cpu", "bf16"), ("onnxruntime", "cpu", "fp32"),
         ("aotinductor", "cpu", "fp32"),
         *(pytest.param(*case, marks=pytest.mark.gpu) for case in [
             ("torch", "cuda", "fp32"),
@@ -317,13 +383,16 @@ def test_the_matrix_names_every_network(programs):
     ],
 )  # fmt: skip
 def test_every_backend_agrees_with_torch(programs, network, backend, device, precision):
-    """Max abs 1e-3 in fp32, 45 dB in fp16, on real faces: `EngineStore.load` refuses what does not."""
+    """Max abs 1e-3 in fp32, 45 dB in fp16 and bf16, on real faces: `EngineStore.load` refuses what does not."""
     if backend == "aotinductor" and device == "cpu" and network != "age-cgan-generator":
         pytest.skip("AOTInductor compiles for ten seconds a network on a CPU; there one is enough")
     require_gpu(backend, device)
+    if precision == "bf16" and not openvino.has_bf16():
+        pytest.skip("this CPU does not compute in bf16")
     program = programs[network]
     engine = EngineStore().load(program, backend, device, precision=precision)
     network_, examples = program.build()
+    precision = program.spec("cpu" if device == "cpu" else "cuda", precision).precision
     parity = build.check_parity(program, engine, network_, examples, precision)
     assert parity["max_abs_error"] <= 1e-3 if precision == "fp32" else parity["psnr_db"] >= 45
 
@@ -352,7 +421,7 @@ def _no_device(device):
 
 
 def test_the_best_of_what_is_here():
-    assert best_backend("cpu") == "onnxruntime"
+    assert best_backend("cpu") == "openvino"
     with pytest.raises(EngineError, match="cuda:99 is not there"):
         best_backend("cuda:99")
     assert best_precision("onnxruntime", "cpu") == best_precision("torch", "cuda") == "fp32"

@@ -35,7 +35,7 @@ def test_both_backends_agree(tiny_facegan):
     assert list(programs) == ["unet-128", "unet-192", "identity", "age"]
     pixels, _, now, wanted = faces(3)
     changes = [EngineStore().load(programs["unet-128"], backend)(pixels, now, wanted)[0] for backend in
-               ("onnxruntime", "torch")]  # fmt: skip
+               ("openvino", "torch")]  # fmt: skip
     assert changes[0].shape == pixels.shape
     assert np.abs(changes[0]).max() > 0.05
     np.testing.assert_allclose(changes[0], changes[1], atol=1e-5)

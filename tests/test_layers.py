@@ -37,7 +37,7 @@ TRAIN_MAY_USE = {name for name, layer in LAYERS.items() if layer <= 2} | {
     "agers.age_cgan",
     "agers.facegan",
 }
-HEAVY = ("torch", "cv2", "av", "onnxruntime", "numpy", "rich")
+HEAVY = ("torch", "cv2", "av", "onnxruntime", "openvino", "numpy", "rich")
 
 
 def sources():

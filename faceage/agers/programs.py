@@ -117,6 +117,7 @@ def reader_program(checkpoint: Path, size_px: int | None = None) -> Program:
         build=build,
         inputs=(TensorSpec("faces", (BATCH, 3, size, size)),),
         outputs=(TensorSpec("read", (BATCH,) if width is None else (BATCH, width)),),
+        exact=True,
     )
 
 

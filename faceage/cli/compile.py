@@ -11,7 +11,7 @@ from faceage.cli.options import backend_option, check_model, model_option, outpu
 from faceage.cli.output import Output
 from faceage.engines import tensorrt
 from faceage.engines.base import TARGETS, Precision, Spec
-from faceage.engines.store import Backend, EngineStore, check_buildable
+from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, best_precision, check_buildable
 from faceage.errors import EngineError
 from faceage.pipeline.request import all_programs
 
@@ -23,7 +23,7 @@ from faceage.pipeline.request import all_programs
 )  # fmt: skip
 @click.option(
     "--precision", "precisions", type=click.Choice(get_args(Precision)), multiple=True,
-    help="May be given twice. Default: fp32 for the CPU, fp16 for sm_75, both for other GPUs.",
+    help="May be given twice. Default: bf16 for a CPU that has it, else fp32; fp16 for sm_75; both for other GPUs.",
 )  # fmt: skip
 @model_option
 @backend_option
@@ -41,10 +41,12 @@ def command(
     with out:
         out.detail(f"model {model}, backend {backend} for {target}")
         store = EngineStore(on_build=out.building)
-        specs = [Spec(target, precision) for precision in precisions or _precisions_for(target)]
-        for spec in specs:
-            check_buildable(backend, spec)
-        for spec, program in itertools.product(specs, all_programs(model)):
+        wanted = precisions or _precisions_for(backend, target)
+        for precision in wanted:
+            check_buildable(backend, Spec(target, precision))
+        programs = all_programs(model)
+        for precision, program in itertools.product(wanted, programs):
+            spec = program.spec(target, precision)
             try:
                 record, is_new = store.build(program, backend, spec)
             except EngineError as error:
@@ -67,9 +69,11 @@ def describe(record: dict) -> str:
 
 def _backend_for(target: str) -> Backend:
     if target == "cpu":
-        return "onnxruntime"
+        return DEFAULT_BACKEND
     return "aotinductor" if target == "cuda" and tensorrt.missing("cuda") else "tensorrt"
 
 
-def _precisions_for(target: str) -> tuple[Precision, ...]:
-    return {"cpu": ("fp32",), "sm_75": ("fp16",)}.get(target, ("fp16", "fp32"))  # type: ignore[return-value]
+def _precisions_for(backend: Backend, target: str) -> tuple[Precision, ...]:
+    if target == "cpu":
+        return (best_precision(backend, "cpu"),)
+    return ("fp16",) if target == "sm_75" else ("fp16", "fp32")

@@ -20,7 +20,7 @@ from rich.table import Table
 from faceage.cache import cache_root
 from faceage.cli.environment import machine, versions
 from faceage.cli.output import EXIT_ENVIRONMENT
-from faceage.engines.store import BACKENDS, EngineStore
+from faceage.engines.store import BACKENDS, DEFAULT_BACKEND, EngineStore, best_precision
 from faceage.errors import FaceAgeError
 from faceage.models import find_model, list_models
 from faceage.models.fetch import facenet_file
@@ -145,7 +145,8 @@ def _models() -> Iterator[Check]:
             )
             continue
         programs = all_programs(name)
-        built = sum(store.contains(program) for program in programs)
+        precision = best_precision(DEFAULT_BACKEND, "cpu")
+        built = sum(store.contains(program, spec=program.spec("cpu", precision)) for program in programs)
         found = f"{len(files.paths)} checkpoints; {built} of {len(programs)} engines built"
         if built < len(programs):
             found += ", the others are built on first use"

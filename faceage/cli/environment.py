@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("faceage", "torch", "onnxruntime", "av", "opencv-python-headless", "numpy")
+PACKAGES = ("faceage", "torch", "openvino", "onnxruntime", "av", "opencv-python-headless", "numpy")
 
 
 def versions() -> dict[str, str]:

@@ -106,7 +106,7 @@ class NetworkOptions:
         """Return the backend, the device and the precision: what is given, and the fastest here of what is not."""
         device = self.device
         if device == "auto":
-            cpu_only, gpu_only = self.backend == "onnxruntime", self.backend == "tensorrt"
+            cpu_only, gpu_only = self.backend in ("openvino", "onnxruntime"), self.backend == "tensorrt"
             device = "cuda" if gpu_only or (not cpu_only and has_gpu()) else "cpu"
         backend = best_backend(device) if self.backend == "auto" else self.backend
         return backend, device, best_precision(backend, device) if self.precision == "auto" else self.precision
@@ -147,7 +147,7 @@ class NetworkOptions:
 model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="See `faceage models list`.")
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
-    help="What runs the networks. auto: onnxruntime on the CPU; on a GPU tensorrt if installed, else aotinductor.",
+    help="What runs the networks. auto: openvino on the CPU; on a GPU tensorrt if installed, else aotinductor.",
 )  # fmt: skip
 network_options = group(
     "network",
@@ -157,7 +157,7 @@ network_options = group(
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where they run."),
     click.option(
         "--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True,
-        help="auto: fp32 on the CPU, fp16 on a GPU.",
+        help="auto: bf16 on a CPU that has it, else fp32; fp16 on a GPU.",
     ),
     click.option(
         "--identity", type=click.Choice(["compact", "facenet"]), default="compact", show_default=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from faceage.engines import eager
-from faceage.engines.base import Program, Spec, fingerprint
+from faceage.engines.base import Precision, Program, Spec, fingerprint
 from faceage.errors import EngineError
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def check(spec: Spec) -> None:
     """Raise EngineError unless `spec` is what it builds: for the processor or the GPU of this machine."""
     if spec.target not in ("cpu", "cuda"):
         raise EngineError(f"backend {NAME} builds for cpu or cuda, not for {spec.target}; use --backend tensorrt")
+    if spec.precision == "bf16":
+        raise EngineError(f"backend {NAME} builds nothing in bf16; use --backend openvino, or --precision fp32")
     if spec.target == "cuda":
         eager.targets("cuda")
 
@@ -83,7 +85,7 @@ def targets(device: str) -> list[str]:
     return eager.targets(device)
 
 
-def load(program: Program, path: Path | None, device: str, threads: int) -> eager.TorchEngine:
+def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> eager.TorchEngine:
     """Open the package at `path` on `device`.
 
     Raises:

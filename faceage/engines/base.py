@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-Precision = Literal["fp32", "fp16"]
-"""fp16: convolutions and matrix products in half precision, all else, inputs and outputs too, in float32."""
+Precision = Literal["fp32", "fp16", "bf16"]
+"""fp16, for GPUs: convolutions and matrix products in half precision, all else, inputs and outputs too, in float32.
+bf16, for CPUs that have it: all in bfloat16 but inputs and outputs, and the networks that are `Program.exact`."""
 
 TARGETS = {
     "cpu": "the CPU of this machine",
@@ -44,8 +45,10 @@ class Spec:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise EngineError(f'unknown target "{self.target}"; use one of: {", ".join(TARGETS)}')
-        if self.precision not in ("fp32", "fp16"):
-            raise EngineError(f'unknown precision "{self.precision}"; use fp32 or fp16')
+        if self.precision not in get_args(Precision):
+            raise EngineError(f'unknown precision "{self.precision}"; use one of: {", ".join(get_args(Precision))}')
+        if self.precision == "bf16" and self.target != "cpu":
+            raise EngineError(f"bf16 is for the CPU, not for {self.target}; use --precision fp16")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ class Program:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     """An axis that no input has (it follows from the others) counts as 0 in an empty output."""
+    exact: bool = False
+    """It measures and decides, for which bfloat16 is too coarse: where that is asked for, it is computed in fp32."""
+
+    def spec(self, target: str, precision: Precision) -> Spec:
+        """Return what its engine is built for where a whole model is to run on `target` in `precision`."""
+        return Spec(target, "fp32" if precision == "bf16" and self.exact else precision)
 
     def check(self, arrays: Sequence[FloatArray | Tensor]) -> dict[str, int]:
         """Return the sizes of the changing axes of `arrays`, the inputs of a call: arrays or tensors.
@@ -187,8 +196,8 @@ class BackendModule(Protocol):
         """
         ...
 
-    def load(self, program: Program, path: Path | None, device: str, threads: int) -> Engine:
-        """Open an engine's file on a device; `threads` is for the CPU.
+    def load(self, program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> Engine:
+        """Open an engine's file, built for `precision`, on a device; `threads` is for the CPU.
 
         Raises:
             EngineError: if the file cannot be opened here.

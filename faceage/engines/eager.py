@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from faceage.engines.base import Program, Spec
+from faceage.engines.base import Precision, Program, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
@@ -130,7 +130,7 @@ def prepare(device: str, threads: int) -> torch.device:
     return target
 
 
-def load(program: Program, path: Path | None, device: str, threads: int) -> TorchEngine:
+def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> TorchEngine:
     """Build the network on `device`; `path` plays no part."""
     target = prepare(device, threads)
     module, _ = program.build()

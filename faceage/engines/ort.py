@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 
-from faceage.engines.base import Program, Spec
+from faceage.engines.base import Precision, Program, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
@@ -104,7 +104,7 @@ def targets(device: str) -> list[str]:
     return ["cpu"]
 
 
-def load(program: Program, path: Path | None, device: str, threads: int) -> OrtEngine:
+def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> OrtEngine:
     """Open the ONNX file at `path` on the CPU.
 
     Raises:

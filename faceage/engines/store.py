@@ -23,7 +23,7 @@ from time import perf_counter
 from typing import Literal, cast, get_args
 
 from faceage.cache import cache_root
-from faceage.engines import aotinductor, eager, ort, tensorrt
+from faceage.engines import aotinductor, eager, openvino, ort, tensorrt
 from faceage.engines.base import BackendModule, Engine, Precision, Program, Spec, fingerprint
 from faceage.engines.build import check_parity, export
 from faceage.engines.eager import TorchEngine
@@ -31,13 +31,17 @@ from faceage.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["onnxruntime", "tensorrt", "aotinductor", "torch"]
+Backend = Literal["openvino", "onnxruntime", "tensorrt", "aotinductor", "torch"]
 BACKENDS = {
+    "openvino": cast(BackendModule, openvino),
     "onnxruntime": cast(BackendModule, ort),
     "tensorrt": cast(BackendModule, tensorrt),
     "aotinductor": cast(BackendModule, aotinductor),
     "torch": cast(BackendModule, eager),
 }
+
+DEFAULT_BACKEND: Backend = "openvino"
+"""The fastest on a CPU."""
 
 OnBuild = Callable[[str], AbstractContextManager | None]
 """Called with an engine's name before it is built; what it returns, if anything, is entered for the time of it."""
@@ -78,7 +82,7 @@ class EngineStore:
     def load(
         self,
         program: Program,
-        backend: Backend = "onnxruntime",
+        backend: Backend = DEFAULT_BACKEND,
         device: str = "cpu",
         threads: int = 1,
         precision: Precision = "fp32",
@@ -97,23 +101,24 @@ class EngineStore:
                 differs from torch, or a folder that cannot be written.
         """
         module = backend_module(backend)
-        specs = [Spec(target, precision) for target in module.targets(device)]
+        specs = [program.spec(target, precision) for target in module.targets(device)]
+        precision = specs[0].precision
         if module.suffix(specs[0].target) is None:
             module.check(specs[0])
-            return module.load(program, None, device, threads)
+            return module.load(program, None, device, threads, precision)
         spec = next((spec for spec in specs if self.contains(program, backend, spec)), None)
         if spec is None:
             spec = specs[0]
             self.build(program, backend, spec)
         path = self.path(program, backend, spec)
         try:
-            engine = module.load(program, path, device, threads)
+            engine = module.load(program, path, device, threads, precision)
         except EngineError as error:
             logger.warning("rebuilding an engine that does not load: %s", error)
             path.unlink()
             path.with_suffix(".json").unlink()
             self.build(program, backend, spec)
-            engine = module.load(program, path, device, threads)
+            engine = module.load(program, path, device, threads, precision)
         self._check_first_run(program, engine, path, precision)
         return engine
 
@@ -152,14 +157,14 @@ class EngineStore:
                 record = identity | {"file_sha256": fingerprint(draft), "bytes": draft.stat().st_size}
                 record |= {"build_seconds": seconds, "created": datetime.now(UTC).isoformat(timespec="seconds")}
                 if device is not None:
-                    engine = module.load(program, draft, device, 1)
+                    engine = module.load(program, draft, device, 1, spec.precision)
                     record["parity"] = check_parity(program, engine, network, examples, spec.precision)
                 else:
                     # What went into the builder can be run here: by torch, which rounds to half precision as the graph
                     # says, and as the ONNX file, whose casts ONNX Runtime may leave out.
                     graphs = (
                         TorchEngine(program, exported.module(), eager.prepare("cpu", 1)),
-                        ort.load(program, draft.with_suffix(".onnx"), "cpu", 1),
+                        ort.load(program, draft.with_suffix(".onnx"), "cpu", 1, "fp32"),
                     )
                     found = [check_parity(program, graph, network, examples, spec.precision) for graph in graphs]
                     record |= {"parity": None, "parity_missing_because": NOT_RUN}
@@ -172,7 +177,7 @@ class EngineStore:
                 os.replace(draft.with_suffix(".json"), path.with_suffix(".json"))
         return record, True
 
-    def contains(self, program: Program, backend: Backend = "onnxruntime", spec: Spec | None = None) -> bool:
+    def contains(self, program: Program, backend: Backend = DEFAULT_BACKEND, spec: Spec | None = None) -> bool:
         """Return whether the store has an engine that fits; `spec` is for the CPU, in fp32, if there is none."""
         spec = spec or Spec()
         if backend_module(backend).suffix(spec.target) is None:
@@ -305,7 +310,7 @@ def best_backend(device: str) -> Backend:
         EngineError: if the device is not there.
     """
     if device == "cpu":
-        return "onnxruntime"
+        return DEFAULT_BACKEND
     eager.targets(device)
     return "tensorrt" if tensorrt.is_for(device) else "aotinductor"
 
@@ -323,8 +328,10 @@ def backends_for(device: str) -> list[Backend]:
 
 
 def best_precision(backend: Backend, device: str) -> Precision:
-    """Return half precision where it is faster: in engines on a GPU."""
-    return "fp16" if device != "cpu" and backend != "torch" else "fp32"
+    """Return half precision where it is faster: in engines on a GPU, and by OpenVINO on a CPU that has it."""
+    if device != "cpu":
+        return "fp32" if backend == "torch" else "fp16"
+    return "bf16" if backend == "openvino" and openvino.has_bf16() else "fp32"
 
 
 def _device_for(module: BackendModule, spec: Spec) -> str | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from faceage.engines import eager, ort
 from faceage.engines.aotinductor import gpu
-from faceage.engines.base import Axis, Program, Spec
+from faceage.engines.base import Axis, Precision, Program, Spec
 from faceage.errors import EngineError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def is_for(device: str) -> bool:
     return on_rtx or missing("cuda") is None
 
 
-def load(program: Program, path: Path | None, device: str, threads: int) -> eager.TorchEngine:
+def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> eager.TorchEngine:
     """Open the engine at `path` on a GPU.
 
     Raises:

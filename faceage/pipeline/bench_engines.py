@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
-from faceage.engines.base import Axis, Engine, Precision, Program, Spec
+from faceage.engines.base import Axis, Engine, Precision, Program
 from faceage.engines.store import Backend, EngineStore, backend_module
 from faceage.pipeline.request import all_programs
 from faceage.types import FloatArray
@@ -78,7 +78,7 @@ def _compile_seconds(
     """Return how long the engine that was loaded took to build; None where nothing is built."""
     module = backend_module(backend)
     for target in module.targets(device):
-        spec = Spec(target, precision)
+        spec = program.spec(target, precision)
         if module.suffix(target) is not None and store.contains(program, backend, spec):
             return store.build(program, backend, spec)[0]["build_seconds"]
     return None

@@ -22,7 +22,7 @@ from faceage.align import align_faces
 from faceage.checkpoint import read_array, read_header
 from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
 from faceage.engines.base import Engine, Precision, Program
-from faceage.engines.store import Backend, EngineStore, OnBuild
+from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.kernels import gather_crops
 from faceage.models import DEFAULT_MODEL, find_model
@@ -125,7 +125,7 @@ def load_networks(
     *,
     model: str = DEFAULT_MODEL,
     identity: Literal["compact", "facenet"] = "compact",
-    backend: Backend = "onnxruntime",
+    backend: Backend = DEFAULT_BACKEND,
     device: str = "cpu",
     threads: int = 1,
     precision: Precision = "fp32",
@@ -144,7 +144,7 @@ def load_networks(
         backend: what runs the engines.
         device: "cpu", "cuda" or "cuda:N".
         threads: threads of one engine call.
-        precision: "fp32" or, on a GPU, "fp16".
+        precision: "fp32"; "bf16" on a CPU that has it, "fp16" on a GPU.
         detect: what to look for.
         latent: how latents are optimized; for Age-cGAN only.
         composite: see `AgeCGAN`; FaceGAN has "delta" only.

@@ -63,7 +63,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> I
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) >= workers:
+            if len(pending) > workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -1,0 +1,186 @@
+"""The OpenVINO backend: the default on a CPU, and on one that has it in bfloat16."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from faceage.engines import ort
+from faceage.engines.base import BATCH, Axis, Engine, Precision, Program, Spec
+from faceage.errors import EngineError
+from faceage.types import FloatArray
+
+if TYPE_CHECKING:
+    import openvino
+    from torch.export import ExportedProgram
+
+NAME = "openvino"
+
+BATCH_SIZES = (8, 1)
+"""Batches are cut into these, and the network is compiled for each: compiled for any size it would be up to a quarter
+slower, and stop to compile for each that it meets."""
+LARGE_FACE = 3 * 100 * 100
+"""Values of a face from which on it keeps a core as busy as eight do: these run one by one."""
+
+
+class OpenVINOEngine:
+    """A network that OpenVINO compiled, behind the engine protocol."""
+
+    backend = NAME
+
+    def __init__(self, program: Program, path: Path, config: dict[str, Any]) -> None:
+        """Compile the ONNX file at `path` for single faces; what else is needed is compiled when it is."""
+        self.name = program.name
+        self._program = program
+        self._path = path
+        self._config = config
+        self._has_batch = [any(map(_is_batch, spec.shape)) for spec in program.inputs]
+        # A request for each call that runs at the same time, and a model of its own for each request: two that share
+        # one, with two streams, wait for each other half of the time.
+        largest = max(math.prod(spec.sizes("min")) for spec in program.inputs)
+        sizes = BATCH_SIZES if largest < LARGE_FACE else (1,)
+        self._idle: dict[int, deque[openvino.InferRequest]] = {size: deque() for size in sizes}
+        self._idle[1].append(self._compile(1))
+
+    def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
+        """Run the network; see `base.Engine`."""
+        sizes = self._program.check(arrays)
+        if 0 in sizes.values():
+            return self._program.empty_outputs(sizes)
+        parts, done, count = [], 0, sizes[BATCH.name]
+        while done < count:
+            size = next(size for size in self._idle if size <= count - done)
+            part = slice(done, done := done + size)
+            inputs = [array[part] if cut else array for array, cut in zip(arrays, self._has_batch, strict=True)]
+            try:
+                request = self._idle[size].pop()
+            except IndexError:
+                request = self._compile(size)
+            parts.append(request.infer(inputs, share_inputs=True).to_tuple())
+            self._idle[size].append(request)
+        return parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+    def _compile(self, size: int) -> openvino.InferRequest:
+        graph = _core().read_model(self._path)
+        shapes = [[size if _is_batch(axis) else axis for axis in spec.shape] for spec in self._program.inputs]
+        graph.reshape(dict(enumerate(shapes)))
+        return _core().compile_model(graph, "CPU", self._config).create_infer_request()
+
+
+def suffix(target: str) -> str:
+    """Return the end of its files' names: it reads ONNX."""
+    return ort.suffix(target)
+
+
+def missing(target: str) -> None:
+    """Return None: it is always installed."""
+    return None
+
+
+def versions(spec: Spec) -> dict[str, str]:
+    """Return the versions that the result depends on; torch is the exporter."""
+    return {
+        "openvino": version("openvino"),
+        "onnxruntime": version("onnxruntime"),
+        "torch": version("torch"),
+        "opset": str(ort.OPSET),
+    }
+
+
+def check(spec: Spec) -> None:
+    """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, or in bf16 where the CPU has it."""
+    if spec.target != "cpu" or spec.precision == "fp16":
+        raise EngineError(
+            f"backend {NAME} builds for cpu in fp32 or bf16, not for {spec.target} in {spec.precision}; "
+            "use --backend auto"
+        )
+    if spec.precision == "bf16" and not has_bf16():
+        raise EngineError("this CPU does not compute in bf16; use --precision fp32")
+
+
+def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+    """Write `exported` to `path` as one ONNX file, weights inside: it is compiled in milliseconds when it is loaded."""
+    ort.build(program, exported, spec, path)
+    _separate_weights(path)
+
+
+def _separate_weights(path: Path) -> None:
+    """Give each transposed convolution in an ONNX file weights of its own.
+
+    A gradient's transposed convolution has the weights of the convolution that it goes back through. OpenVINO (2026.4)
+    lays weights out anew for what uses them and takes such a pair for the same: with as many channels out as in, it
+    computes the gradient with the wrong layout.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "ConvTranspose" and node.input[1] in weights:
+            copy = onnx.TensorProto()
+            copy.CopyFrom(weights[node.input[1]])
+            copy.name = f"{node.input[1]}_of_{node.output[0]}"
+            model.graph.initializer.append(copy)
+            node.input[1] = copy.name
+    used = {name for node in model.graph.node for name in node.input}
+    left = [weight for weight in model.graph.initializer if weight.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(left)
+    onnx.save(model, path)
+
+
+def targets(device: str) -> list[str]:
+    """Return the targets whose engines run on a device: the CPU's."""
+    if device != "cpu":
+        raise EngineError(f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend auto")
+    return ["cpu"]
+
+
+def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> Engine:
+    """Compile the ONNX file at `path` for this CPU.
+
+    What takes pictures of any size is opened by ONNX Runtime, which has nothing to compile for each of them.
+
+    Raises:
+        EngineError: if OpenVINO refuses the file.
+    """
+    if any(isinstance(axis, Axis) and not _is_batch(axis) for spec in program.inputs for axis in spec.shape):
+        return ort.load(program, path, device, threads, precision)
+    config = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # it would pin all of them to the first core
+    }
+    assert path is not None
+    try:
+        return OpenVINOEngine(program, path, config)
+    except RuntimeError as error:
+        raise EngineError(f"OpenVINO cannot open {path}: {error}") from error
+
+
+def _is_batch(axis: int | Axis) -> bool:
+    return isinstance(axis, Axis) and axis.name == BATCH.name
+
+
+@cache
+def has_bf16() -> bool:
+    """Return whether this CPU computes in bfloat16."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@cache
+def _core() -> openvino.Core:
+    # With this package, importing OpenVINO alone tells a server of it. Nothing that faceage uses needs it.
+    sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
+    import openvino
+
+    return openvino.Core()
