@@ -68,7 +68,7 @@ class Config:
     warm_rate: float = 1e-3
     rate: float = 4e-4
     coarse_rate: float = 4e-4
-    fine_rate: float = 2e-4
+    fine_rate: float = 4e-4
     r1_weight: float = 0.5
     r1_every_steps: int = 16
     """The fine adversary's gradient penalty, as in `train.stylegan`; the coarse one has spectral norms."""
@@ -80,18 +80,18 @@ class Config:
     warm_share: float = 0.25
     """Share of the budget at the beginning, in which there is neither adversary nor estimator: a run that starts from
     another's U-Net does without."""
-    coarse_weight: float = 0.3
-    fine_weight: float = 0.5
+    coarse_weight: float = 0.4
+    fine_weight: float = 0.8
     """Weights of the two adversaries."""
-    teacher_weight: float = 4.0
+    teacher_weight: float = 2.0
     """Weight of the mean absolute distance to Age-cGAN's change, at its resolution."""
     identity_weight: float = 1.0
     """Weight of 1 - cosine between the face and the aged face."""
-    age_weight: float = 0.6
+    age_weight: float = 0.45
     """Weight of the estimators' mean error, in decades, once it is fully on."""
     age_ramp: float = 0.15
     """Share of the budget after that beginning, in which the age loss grows to its weight."""
-    delta_weight: float = 0.1
+    delta_weight: float = 0.5
     """Weight of the mean absolute change."""
     steady_weight: float = 4.0
     """Weight of the mean absolute difference between the changes of two views, one moved onto the other."""

@@ -43,10 +43,10 @@ class OpenVINOEngine:
         self._path = path
         self._config = config
         self._has_batch = [any(map(_is_batch, spec.shape)) for spec in program.inputs]
-        # A request for each call that runs at the same time, and a model of its own for each request: two that share
-        # one, with two streams, wait for each other half of the time.
         largest = max(math.prod(spec.sizes("min")) for spec in program.inputs)
         sizes = BATCH_SIZES if largest < LARGE_FACE else (1,)
+        # A request for each call that runs at the same time, and a model of its own for each request: two that share
+        # one, with two streams, wait for each other half of the time.
         self._idle: dict[int, deque[openvino.InferRequest]] = {size: deque() for size in sizes}
         self._idle[1].append(self._compile(1))
 

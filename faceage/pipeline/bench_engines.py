@@ -56,7 +56,8 @@ def bench_engines(
             for backend, precision in backends:
                 milliseconds = 1e3 * median(times[backend])
                 rows.append({
-                    "network": program.name, "batch": batch, "backend": backend, "precision": precision,
+                    "network": program.name, "batch": batch, "backend": backend,
+                    "precision": program.spec("cpu" if device == "cpu" else "cuda", precision).precision,
                     "median_ms": round(milliseconds, 3), "faces_per_s": round(1e3 * batch / milliseconds, 1),
                     "compile_s": seconds[backend],
                 })  # fmt: skip
