@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from faceage.cli import main
+from faceage.engines.store import best_precision
 from faceage.pipeline import bench_engines
 from faceage.pipeline.request import all_programs
 
@@ -27,7 +28,10 @@ def test_every_network_and_batch_is_measured_by_each_backend(networks, tiny_mode
         for batch in batches.get(program.name, (1, 8, 32))
         for backend in ("torch", "openvino")
     ]
+    programs = {program.name: program for program in all_programs(tiny_model)}
     for row in rows:
+        best = best_precision(row["backend"], "cpu")
+        assert row["precision"] == programs[row["network"]].spec("cpu", best).precision
         assert row["faces_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"], rel=0.05)
         assert (row["compile_s"] is None) == (row["backend"] == "torch")
     times = {name: [row["median_ms"] for row in rows if row["backend"] == name] for name in ("torch", "openvino")}
