@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnxruntime as ort
-
 from faceage.engines.base import Precision, Program, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
+
+# From 1.29 on ONNX Runtime sends its maker what models are run, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
