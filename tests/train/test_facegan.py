@@ -132,6 +132,20 @@ def test_the_change_brings_no_light_from_a_side():
     assert (delta - delta.flip(3)).abs().mean() > 0.1 * delta.abs().mean()  # folds may differ
 
 
+def test_the_change_is_limited():
+    torch.manual_seed(0)
+    network = UNet(FaceGANDims()).eval()
+    x, ages = torch.rand(2, 3, 128, 128) * 2 - 1, torch.tensor([20.0, 60.0])
+    changes = []
+    with torch.no_grad():
+        for strength in (0.001, 0.002, 100.0):
+            network.to_luma.weight.normal_(std=strength, generator=torch.Generator().manual_seed(1))
+            changes.append(network(x, ages, ages.flip(0)))
+    assert changes[0].abs().max() > 1e-5
+    torch.testing.assert_close(changes[1], 2 * changes[0])  # small ones are as they were drawn
+    assert float(changes[2].abs().max()) == pytest.approx(0.35, abs=1e-3)
+
+
 def test_who_z_is_does_not_depend_on_age_in_the_coarse_layers():
     torch.manual_seed(0)
     dims = StyleGANDims(size_px=16, widths=(8, 8, 8), latent=8, style=8, identity_px=16)
