@@ -167,6 +167,15 @@ def test_the_runtimes_tell_nobody_that_they_are_used(stored, tmp_path):
     assert [str(path) for path in tmp_path.rglob("*")] == []
 
 
+def test_an_openvino_that_cannot_be_imported_is_one_line(monkeypatch):
+    openvino._core.cache_clear()
+    openvino.has_bf16.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineError, match="OpenVINO cannot be imported .*; run: pip install .* --backend onnxruntime"):
+        best_precision("openvino", "cpu")
+    assert best_precision("onnxruntime", "cpu") == "fp32"
+
+
 def test_bf16_is_for_cpus_that_have_it_and_networks_that_do_not_measure(stored, programs, monkeypatch):
     monkeypatch.setattr(openvino, "has_bf16", lambda: False)
     assert best_precision("openvino", "cpu") == "fp32"

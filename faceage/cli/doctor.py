@@ -21,7 +21,7 @@ from faceage.cache import cache_root
 from faceage.cli.environment import machine, versions
 from faceage.cli.output import EXIT_ENVIRONMENT
 from faceage.engines.store import BACKENDS, DEFAULT_BACKEND, EngineStore, best_precision
-from faceage.errors import FaceAgeError
+from faceage.errors import EngineError, FaceAgeError
 from faceage.models import find_model, list_models
 from faceage.models.fetch import facenet_file
 from faceage.pipeline.request import all_programs
@@ -136,6 +136,12 @@ def _cache() -> Check:
 
 def _models() -> Iterator[Check]:
     store = EngineStore()
+    try:
+        precision = best_precision(DEFAULT_BACKEND, "cpu")
+    except EngineError as error:
+        found, _, remedy = str(error).partition("; run: ")
+        yield Check(name=DEFAULT_BACKEND, state="fail", found=found, remedy=remedy)
+        return
     for name in list_models():
         try:
             files = find_model(name)
@@ -145,7 +151,6 @@ def _models() -> Iterator[Check]:
             )
             continue
         programs = all_programs(name)
-        precision = best_precision(DEFAULT_BACKEND, "cpu")
         built = sum(store.contains(program, spec=program.spec("cpu", precision)) for program in programs)
         found = f"{len(files.paths)} checkpoints; {built} of {len(programs)} engines built"
         if built < len(programs):

@@ -181,6 +181,12 @@ def has_bf16() -> bool:
 def _core() -> openvino.Core:
     # With this package, importing OpenVINO alone tells a server of it. Nothing that faceage uses needs it.
     sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
-    import openvino
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(
+            f"OpenVINO cannot be imported ({error}); run: pip install --force-reinstall openvino, "
+            "or use --backend onnxruntime"
+        ) from error
 
     return openvino.Core()
