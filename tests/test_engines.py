@@ -171,7 +171,7 @@ def test_an_openvino_that_cannot_be_imported_is_one_line(monkeypatch):
     openvino._core.cache_clear()
     openvino.has_bf16.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(EngineError, match="OpenVINO cannot be imported .*; run: pip install .* --backend onnxruntime"):
+    with pytest.raises(EngineError, match=r"OpenVINO cannot be imported .*; run: pip install .* --backend onnxruntime"):
         best_precision("openvino", "cpu")
     assert best_precision("onnxruntime", "cpu") == "fp32"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from skimage.data import astronaut
 
-from faceage.agers.facegan import BATCH_PIXELS, FaceGAN, feature_shares
+from faceage.agers.facegan import BATCH_PIXELS, FaceGAN
 from faceage.agers.programs import model_programs, unet_program
 from faceage.checkpoint import load, save
 from faceage.engines.store import EngineStore
@@ -76,7 +76,6 @@ def test_eyes_and_mouth_are_left_alone_where_the_face_has_them(facegan):
                 assert delta[y, x] == 0
             x, y = np.rint(nose).astype(int)
             assert delta[y, x] > 0
-    assert feature_shares(landmarks[:0], 128).shape == (0, 1, 128, 128)
 
 
 def test_it_has_no_latents_and_measures_identity_once(facegan):

@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceage.agers.age_cgan import CHANGE_GAIN, LUMA
-from faceage.agers.facegan import FEATURE_SHARE
 from faceage.ages import OLDEST_YEARS, age_to_classes
 from faceage.checkpoint import Header, load, read_header, save
 from faceage.errors import CheckpointError
@@ -107,9 +106,8 @@ class Config:
 
 
 def weights_of(side_px: int, where: torch.device) -> Tensor:
-    """Return what the product multiplies a change with: the mask, and the shares of eyes and teeth; [S, S]."""
-    shares = FEATURE_SHARE + (1 - FEATURE_SHARE) * skin_mask(side_px)
-    return torch.from_numpy(face_mask(side_px) * shares).to(where)
+    """Return what the product multiplies a change with: the mask, without eyes and teeth; [S, S]."""
+    return torch.from_numpy(face_mask(side_px) * skin_mask(side_px)).to(where)
 
 
 class Teacher(nn.Module):

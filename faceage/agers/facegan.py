@@ -18,18 +18,6 @@ from faceage.types import FloatArray
 
 BATCH_PIXELS = 4 * 512**2
 """Pixels of one call of the U-Net at most: 64 faces of 128. It bounds the memory; a CPU gains nothing from more."""
-FEATURE_SHARE = np.float32(0.0)
-"""Share of the change that is kept on eyeballs and teeth: neither gets older."""
-
-
-def feature_shares(landmarks: FloatArray, size_px: int) -> FloatArray:
-    """Return the share of the change that is kept in each pixel of crops: float32 [F, 1, size_px, size_px].
-
-    Args:
-        landmarks: float32 [F, 5, 2], crop pixels.
-        size_px: side of the crops.
-    """
-    return (FEATURE_SHARE + (1 - FEATURE_SHARE) * skin_masks(landmarks, size_px))[:, None]
 
 
 class FaceGAN:
@@ -74,7 +62,7 @@ class FaceGAN:
         for start in range(0, len(pixels), step):
             part = slice(start, start + step)
             (deltas[part],) = unet(pixels[part], source_age[part], target_age[part])
-        deltas *= feature_shares(landmarks, size)
+        deltas *= skin_masks(landmarks, size)[:, None]  # eyeballs and teeth do not get older
         identity = np.full(len(pixels), np.nan, np.float32)
         if latents is None:
             before, after = (self._embed(faces) for faces in (pixels, np.clip(pixels + deltas, -1, 1)))

@@ -14,13 +14,12 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from faceage.agers.facegan import feature_shares
 from faceage.agers.latent import LatentConfig
 from faceage.agers.programs import reader_program, unet_program
 from faceage.ages import age_to_classes
 from faceage.align import align_faces, choose_size
 from faceage.checkpoint import load, read_header
-from faceage.geometry import apply_affine, face_mask, template_5
+from faceage.geometry import apply_affine, face_mask, skin_masks, template_5
 from faceage.models import ModelFiles, find_model
 from faceage.pipeline.request import AgeRequest
 from faceage.types import FloatArray
@@ -130,7 +129,7 @@ class _FaceGAN:
 
         with torch.no_grad():
             change = self.unet(face, torch.tensor([source]), torch.tensor([target]))
-        return (change.numpy() * feature_shares(landmarks[None], face.shape[-1]))[0]
+        return (change.numpy() * skin_masks(landmarks[None], face.shape[-1]))[0]
 
 
 def _choose_threads(work: Callable[[], object]) -> None:

@@ -58,12 +58,12 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Call `function` on each item, `workers` at a time in threads, and yield the results in order."""
+    """Call `function` on each item, `workers` at a time in threads and one more waiting; yield the results in order."""
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) >= workers:
+            if len(pending) > workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
