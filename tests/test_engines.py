@@ -147,6 +147,43 @@ def test_engine_from_several_threads(stored, backend):
             np.testing.assert_array_equal(got[0], want[0])
 
 
+@pytest.mark.parametrize("change", ["none", "truncated", "flipped", "other cpu"])
+def test_what_openvino_compiled_is_kept_and_used_while_it_is_whole(tmp_path, monkeypatch, change):
+    store = EngineStore(tmp_path)
+    x, gain = np.random.default_rng(0).random((9, 8, 16, 16), np.float32), np.float32([0.5, 0])
+    want = store.load(there_and_back_program())(x, gain)
+    kept = [store.path(there_and_back_program(), "openvino").with_suffix(f".{size}.cache") for size in (8, 1)]
+    before = [file.read_bytes() for file in kept]
+    for file, data in zip(kept, before, strict=True):
+        if change == "truncated":
+            file.write_bytes(data[:-100])
+        elif change == "flipped":
+            file.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    if change == "other cpu":
+        monkeypatch.setattr(openvino, "cpu", lambda: "another")
+    compiled = []
+    keep = openvino._keep
+    monkeypatch.setattr(openvino, "_keep", lambda path, data: (compiled.append(path), keep(path, data)))
+    for _ in range(2):
+        for got, wanted in zip(store.load(there_and_back_program())(x, gain), want, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        assert sorted(compiled) == ([] if change == "none" else sorted(kept))
+    assert ([file.read_bytes() for file in kept] == before) == (change == "none")
+
+
+def test_where_nothing_can_be_written_openvino_compiles_each_time(tmp_path, monkeypatch):
+    store = EngineStore(tmp_path)
+    store.build(there_and_back_program(), "openvino", Spec())
+
+    def refuse(source, target):
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr(openvino.os, "replace", refuse)
+    x, gain = np.random.default_rng(0).random((1, 8, 16, 16), np.float32), np.float32([0.5, 0])
+    assert store.load(there_and_back_program())(x, gain)[0].any()
+    assert {file.suffix for file in files_of(store)} == {".onnx", ".json"}
+
+
 def test_the_runtimes_tell_nobody_that_they_are_used(stored, tmp_path):
     """OpenVINO and ONNX Runtime send messages of their use, for which they write an identifier into the home folder."""
     stored.load(there_and_back_program(), "openvino")

@@ -39,7 +39,7 @@ def missing(target: str) -> str | None:
 
 def versions(spec: Spec) -> dict[str, str]:
     """Return the version of torch, and the processor that the code is for."""
-    return {"torch": version("torch"), "machine": _cpu() if spec.target == "cpu" else gpu()}
+    return {"torch": version("torch"), "machine": cpu() if spec.target == "cpu" else gpu()}
 
 
 def gpu(device: str = "cuda") -> str:
@@ -54,8 +54,8 @@ def gpu(device: str = "cuda") -> str:
     return f"{torch.cuda.get_device_name(device)} sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}"
 
 
-def _cpu() -> str:
-    """Return what the compiler makes its code for: the processor's instruction sets, as a hash."""
+def cpu() -> str:
+    """Return what a compiler makes code for: the processor's instruction sets, as a hash."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return fingerprint(next((line for line in lines if line.startswith("flags")), platform.processor()))[:16]

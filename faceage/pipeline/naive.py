@@ -184,12 +184,11 @@ def naive_evaluations(model: str, faces: FloatArray, ages: FloatArray, config: L
     return NAIVE_STEPS[-1]
 
 
-def naive_photos(model: str, photos: list[Path], folder: Path, request: AgeRequest, evaluations: int) -> dict:
-    """Age photos one by one, and their faces one by one.
+def naive_loop(model: str, folder: Path, request: AgeRequest, evaluations: int) -> Callable[[list[Path]], int]:
+    """Return a function that ages photos one by one, and their faces one by one; it returns how many faces.
 
     Args:
         model: its checkpoints are used.
-        photos: files.
         folder: of the outputs.
         request: whom to age.
         evaluations: of loss and gradient a face, as many as it needs for our loss; of Age-cGAN only.
@@ -218,19 +217,19 @@ def naive_photos(model: str, photos: list[Path], folder: Path, request: AgeReque
         size = (picture.shape[1], picture.shape[0])
         return picture + cv2.warpAffine(delta, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    faces = 0
-    start = perf_counter()
-    for i, photo in enumerate(photos):
-        image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
-        boxes, _, landmarks = detector.detect(image, landmarks=True)
-        picture = np.asarray(image).astype(np.float32)
-        for points in landmarks if boxes is not None else ():
-            picture = age_face(picture, np.asarray(points, np.float32))
-            faces += 1
-        Image.fromarray(picture.round().clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=95)
-    seconds = perf_counter() - start
-    return {"photos": len(photos), "faces": faces, "seconds": seconds, "photos_per_second": len(photos) / seconds}
+    def age_photos(photos: list[Path]) -> int:
+        faces = 0
+        for i, photo in enumerate(photos):
+            image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+            boxes, _, landmarks = detector.detect(image, landmarks=True)
+            picture = np.asarray(image).astype(np.float32)
+            for points in landmarks if boxes is not None else ():
+                picture = age_face(picture, np.asarray(points, np.float32))
+                faces += 1
+            Image.fromarray(picture.round().clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=95)
+        return faces
+
+    return age_photos
 
 
 def _crop(picture: FloatArray, points: FloatArray, side: int) -> Tensor:
