@@ -184,6 +184,19 @@ def test_where_nothing_can_be_written_openvino_compiles_each_time(tmp_path, monk
     assert {file.suffix for file in files_of(store)} == {".onnx", ".json"}
 
 
+def test_openvino_s_first_use_may_be_by_two_threads():
+    """Its table of types is made on first use, and two threads that made it at once would never end."""
+    code = (
+        "import sys, threading; from faceage.engines import openvino\n"
+        "def use(): openvino._core(); barrier.wait(); sys.modules['openvino'].Type.f32.to_dtype()\n"
+        "barrier, threads = threading.Barrier(4), [threading.Thread(target=use, daemon=True) for _ in range(4)]\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
 def test_the_runtimes_tell_nobody_that_they_are_used(stored, tmp_path):
     """OpenVINO and ONNX Runtime send messages of their use, for which they write an identifier into the home folder."""
     stored.load(there_and_back_program(), "openvino")

@@ -34,6 +34,8 @@ slower, and stop to compile for each that it meets."""
 LARGE_FACE = 3 * 100 * 100
 """Values of a face from which on it keeps a core as busy as eight do: these run one by one."""
 
+_FIRST = threading.Lock()
+
 
 class OpenVINOEngine:
     """A network that OpenVINO compiled, behind the engine protocol."""
@@ -222,5 +224,8 @@ def _core() -> openvino.Core:
             f"OpenVINO cannot be imported ({error}); run: pip install --force-reinstall openvino, "
             "or use --backend onnxruntime"
         ) from error
-
+    # Its table of types is made when an inference first needs it. Two threads that do so at once wait for each other for
+    # ever: one has the table's guard and wants Python's lock, the other has that one and wants the guard.
+    with _FIRST:
+        openvino.Type.f32.to_dtype()
     return openvino.Core()
