@@ -70,6 +70,8 @@ PIXEL_LAYOUTS: dict[str, PixelLayout] = {
     "yuv422p12le": _planar(2, 1, 12),
     "yuv444p12le": _planar(1, 1, 12),
     "yuv440p": _planar(1, 2),
+    "yuv440p10le": _planar(1, 2, 10),
+    "yuv440p12le": _planar(1, 2, 12),
     "yuv411p": _planar(4, 1),
     "p010le": PixelLayout((PlaneLayout("Y"), PlaneLayout("UV", 2, 2)), 10, 6),
     "gray": PixelLayout((PlaneLayout("Y"),)),

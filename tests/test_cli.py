@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import av
 import numpy as np
@@ -170,6 +172,16 @@ class TestVideo:
         assert result.exit_code == 1
         assert error_of(result).startswith(f"{tmp_path}/bad.mp4 ")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["face.mp4"]
+
+    def test_an_output_that_ends_in_a_slash_is_a_folder(self, video, face_clip, tmp_path):
+        result = video(face_clip, "-o", f"{tmp_path / 'aged'}/", "--end", 0.2)
+        assert result.exit_code == 0, result.stderr
+        assert [path.name for path in (tmp_path / "aged").iterdir()] == ["face.mp4"]
+
+    def test_the_label_names_the_age_that_was_drawn(self, video, face_clip, tmp_path):
+        assert video(face_clip, "-o", tmp_path / "out.mp4", "--end", 0.2, age=("--age", "100")).exit_code == 0
+        with av.open(str(tmp_path / "out.mp4")) as container:
+            assert container.metadata["comment"].endswith("; target_age: 85")
 
     def test_a_truncated_video_is_kept_as_far_as_it_decodes(self, video, face_clip, tmp_path):
         data = face_clip.read_bytes()
@@ -342,6 +354,30 @@ class TestImages:
         assert f"{tmp_path}/dot.png: no face found, passed through untouched -> " in result.stdout
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dot.png", "face.png"]
         assert (pixels(tmp_path / "out" / "dot.png") == (255, 0, 0)).all()
+
+    def test_a_file_that_may_not_be_read_does_not_stop_the_others(self, images, face_photo, tmp_path, monkeypatch):
+        secret = tmp_path / "secret.png"
+        shutil.copy(face_photo, secret)
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        # Permissions do not bind root, who may run the tests: both ways to meet them are made to fail.
+        access, read_bytes, denied = os.access, Path.read_bytes, {secret, folder}
+
+        def refuse(path):
+            if path == secret:
+                raise PermissionError(13, "Permission denied")
+            return read_bytes(path)
+
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in denied and access(path, mode))
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        result = images(secret, folder, face_photo, "-o", tmp_path / "out")
+        assert result.exit_code == 1
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        assert errors == [
+            f"faceage: error: {folder} is a folder that may not be read; check its permissions",
+            f"faceage: error: {secret}: cannot be read (Permission denied)",
+        ]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["face.png"]
 
     def test_an_empty_picture_alone(self, images, tmp_path):
         (tmp_path / "empty.jpg").touch()

@@ -400,6 +400,17 @@ def test_refusals_say_what_to_do(stored, tmp_path):
         EngineStore(tmp_path / "file" / "engines").load(blur_program())
 
 
+def test_a_store_that_cannot_be_changed_is_one_line(tmp_path):
+    # Permissions do not bind root, who may run the tests; what is of the wrong kind cannot be removed by anybody.
+    (tmp_path / "blur-0.onnx").mkdir()
+    with pytest.raises(EngineError, match=r"blur-0.onnx cannot be removed \(.*\); make its folder writable"):
+        EngineStore(tmp_path).prune([])
+    (tmp_path / "blur-0.onnx").rmdir()
+    (tmp_path / ".drafts").touch()
+    with pytest.raises(EngineError, match="set FACEAGE_CACHE to a folder that can be written"):
+        EngineStore(tmp_path).prune([])
+
+
 def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path / "a"))
     assert cache_root() == tmp_path / "a"

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, IptcImagePlugin, TiffImagePlugin
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.image import IMAGE_SUFFIXES, find_images, read_image, write_image
@@ -156,6 +156,17 @@ def test_jpeg_of_noise_at_the_highest_quality_fits_the_buffer(tmp_path, progress
     assert out.quantization == read_image(source).quantization
 
 
+def test_jpeg_keeps_caption_and_credit(tmp_path):
+    source = save(tmp_path / "a.jpg", astronaut())
+    iptc = b"".join(b"\x1c\x02" + bytes([n]) + struct.pack(">H", len(v)) + v for n, v in ((120, b"Text"), (110, b"Me")))
+    body = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc
+    data = source.read_bytes()
+    source.write_bytes(data[:20] + b"\xff\xed" + struct.pack(">H", 2 + len(body)) + body + data[20:])  # after JFIF's
+    with Image.open(rewrite(tmp_path, source, label=LABEL)) as image:
+        assert IptcImagePlugin.getiptcinfo(image) == {(2, 120): b"Text", (2, 110): b"Me"}
+        assert image.info["xmp"]
+
+
 def test_webp_stays_lossless_or_lossy(tmp_path):
     lossless = save(tmp_path / "a.webp", samples("rgba"), lossless=True, exact=True, exif=exif_bytes())
     out = rewrite(tmp_path, lossless)
@@ -179,6 +190,12 @@ def test_png_chunks_and_tiff_compression_are_kept(tmp_path):
         source = save(tmp_path / "a.tif", samples("rgb24"), compression=compression)
         with Image.open(rewrite(tmp_path, source, overwrite=True)) as image:
             assert image.info["compression"] == compression
+
+
+def test_tiff_without_a_density_gets_none(tmp_path):
+    out = rewrite(tmp_path, save(tmp_path / "a.tif", samples("rgb24")), label=LABEL)
+    with Image.open(out) as image:
+        assert not {282, 283} & set(image.tag_v2)
 
 
 def parse(packet):
@@ -239,6 +256,16 @@ def test_writing_is_atomic_and_asks_before_overwriting(tmp_path, monkeypatch):
         rewrite(tmp_path, source, change=lambda a: 255 - a, overwrite=True)
     assert out.read_bytes() == before
     assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_the_longest_name_is_written(tmp_path, suffix):
+    name = "ä" * 125 + "a" + suffix
+    assert len(name.encode()) == 255
+    source = save(tmp_path / name, astronaut())
+    still = read_image(source)
+    write_image(tmp_path / "out" / name, still, still.frame)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [name]
 
 
 def test_changed_samples_are_written_and_the_rest_is_kept(tmp_path):
@@ -308,6 +335,20 @@ def test_deep_truncated_png(tmp_path):
         read_image(source)
 
 
+def write_planar(path, array):
+    """Write a TIFF that stores the three colours one after the other."""
+    height, width, _ = array.shape
+    plane = height * width * array.itemsize
+    directory = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
+    directory[256], directory[257], directory[258] = width, height, (8 * array.itemsize,) * 3
+    directory[259], directory[262], directory[277], directory[278] = 1, 2, 3, height
+    directory[284] = 2
+    directory[279] = (plane,) * 3
+    directory[273] = tuple(plane * i for i in range(3))  # Pillow counts strip offsets from the directory's end
+    planes = np.ascontiguousarray(array.transpose(2, 0, 1)).astype(array.dtype.newbyteorder("<"))
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory.tobytes(8) + planes.tobytes())
+
+
 def test_bad_inputs_are_one_clear_line(tmp_path):
     def check(path, message, error=MediaError):
         with pytest.raises(error, match=message) as caught:
@@ -329,6 +370,10 @@ def test_bad_inputs_are_one_clear_line(tmp_path):
         check(tmp_path / name, message, UnsupportedError)
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
     check(tmp_path / "float.tif", "floating-point", UnsupportedError)
+    write_planar(tmp_path / "planar.tif", samples("rgb48"))
+    check(tmp_path / "planar.tif", "16-bit colours in planes of their own; store them interleaved", UnsupportedError)
+    write_planar(tmp_path / "planar8.tif", samples("rgb24"))
+    np.testing.assert_array_equal(read_image(tmp_path / "planar8.tif").frame.planes[0], samples("rgb24"))
 
 
 def test_a_phones_double_picture_is_read_as_jpeg(tmp_path, caplog):

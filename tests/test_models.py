@@ -53,6 +53,13 @@ def test_an_unknown_model_is_refused_with_the_list(cache):
         find_model("other")
 
 
+def test_an_import_into_a_folder_that_cannot_be_written_is_one_line(facegan_checkpoint, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"stored in .*mine \(Not a directory\); set FACEAGE_CACHE to a folder"):
+        import_model("mine", [facegan_checkpoint])
+
+
 @pytest.mark.parametrize("name", [*ROLES, "../up", "", "a b"])
 def test_a_bad_name_is_refused(cache, checkpoints, name):
     with pytest.raises(CheckpointError, match="cannot name a model"):

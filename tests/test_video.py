@@ -26,6 +26,7 @@ from clips import (
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import choose_encoder
 from faceage.media.planes import read_only_planes
+from faceage.media.rotation import upright
 from faceage.media.video import (
     EncodeOptions,
     VideoReader,
@@ -42,7 +43,8 @@ FAST = EncodeOptions(preset="ultrafast")
 
 FFV1_FORMATS = [
     "yuv420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv420p10le", "yuv422p10le", "yuv444p10le",
-    "yuv420p12le", "yuv422p12le", "yuv444p12le", "gray", "gray10le", "gray12le", "gray16le",
+    "yuv420p12le", "yuv422p12le", "yuv444p12le", "yuv440p10le", "yuv440p12le",
+    "gray", "gray10le", "gray12le", "gray16le",
 ]  # fmt: skip
 RAW_FORMATS = ["nv12", "rgb24", "rgba", "rgb48le", "rgba64le"]
 REPACKED_FORMATS = [
@@ -258,6 +260,20 @@ def test_a_range_keeps_its_frames_and_starts_at_zero(tmp_path, start_s, end_s):
     assert not times or times[-1] <= float(first) + len(expected) * 0.04
 
 
+def test_a_range_of_a_transport_stream_has_all_its_frames(tmp_path):
+    """It has no index, and its times start late: a seek ends before it, or between key frames."""
+    options = {"bf": "2", "g": "20", "x264-params": "scenecut=0"}
+    clip = make_clip(
+        tmp_path / "in.ts", draw=lambda i: make_frame(i % 16), pts=regular_pts(100), options=options, audio="aac"
+    )
+    times = [f.time_s for f in read_all(clip)]
+    assert len(times) == 100
+    for start_s in (0.2, 1.9, 3.1):
+        expected = [t for t in times if t >= times[0] + start_s - 1e-6]
+        transcode(clip, tmp_path / f"{start_s}.ts", FAST, start_s=start_s)
+        assert len(read_all(tmp_path / f"{start_s}.ts")) == len(expected)
+
+
 def test_a_range_without_frames_is_said(tmp_path):
     clip = make_clip(tmp_path / "in.mp4")
     with pytest.raises(MediaError, match=r"no frame from 99 s to its end \(it lasts 0.64 s\)"):
@@ -283,6 +299,26 @@ def test_avi_is_written_without_b_frames(tmp_path):
     assert [f.pts for f in read_all(tmp_path / "out.avi")] == [f.pts for f in read_all(clip)]
     before, after = packets_of(clip, "audio"), packets_of(tmp_path / "out.avi", "audio")
     assert [bytes(p) for p in after] == [bytes(p) for p in before]
+
+
+def test_asf_takes_no_codec_whose_times_it_would_shuffle(tmp_path):
+    clip = make_clip(tmp_path / "in.wmv", codec="wmv2", time_base=Fraction(1, 1000), pts=regular_pts(20, step=40))
+    transcode(clip, tmp_path / "out.wmv")
+    assert probe_video(tmp_path / "out.wmv").codec == "wmv2"
+    assert [f.time_s for f in read_all(tmp_path / "out.wmv")] == [f.time_s for f in read_all(clip)]
+    with pytest.raises(UnsupportedError, match=r"asf cannot hold libx264 video; .*\.mkv, or choose .* --codec wmv2"):
+        transcode(clip, tmp_path / "out.asf", EncodeOptions(codec="libx264"))
+
+
+@pytest.mark.parametrize("codec", ["mpeg1video", "mpeg2video"])
+def test_constant_rates_may_start_between_two_ticks(tmp_path, codec):
+    clip = make_clip(tmp_path / "in.mkv", pts=regular_pts(12, start=12_345))
+    mpeg = tmp_path / "in.ts"
+    transcode(clip, mpeg, EncodeOptions(codec=codec))
+    times = frame_times(mpeg)
+    assert (times[0] * 25).denominator != 1
+    transcode(mpeg, tmp_path / "out.ts")
+    assert frame_times(tmp_path / "out.ts") == times
 
 
 def test_a_variable_rate_does_not_fit_into_mpeg4(tmp_path):
@@ -387,6 +423,76 @@ def test_chapters_tags_and_rotation_are_kept(tmp_path, suffix):
         assert [(c["start"] * c["time_base"], c["end"] * c["time_base"], c["metadata"]) for c in b.chapters()] == [
             (c["start"] * c["time_base"], c["end"] * c["time_base"], c["metadata"]) for c in a.chapters()
         ]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "rotation"),
+    [
+        ((0, 1, -1, 0), 270),
+        ((-1, 0, 0, -1), 180),
+        ((-1, 0, 0, 1), 0),
+        ((1, 0, 0, -1), 180),
+        ((0, 1, 1, 0), 270),
+        ((0, -1, -1, 0), 90),
+    ],
+)
+def test_rotation_of_mirrored_pictures(tmp_path, matrix, rotation):
+    """Taken off, what is left of the matrix mirrors left and right at most: faces are upright."""
+    a, b, c, d = (n << 16 for n in matrix)
+
+    def configure(output, stream):
+        stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))
+
+    info = probe_video(make_clip(tmp_path / "in.mp4", configure=configure))
+    assert info.rotation % 360 == rotation
+    unit = np.array([[1, 0], [0, 1]])
+    turn = np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), rotation // 90)  # of (x, y) row vectors, as FFmpeg's
+    left = turn.T @ np.array(matrix).reshape(2, 2)
+    assert (left == unit).all() or (left == unit * [-1, 1]).all()
+
+
+@pytest.mark.parametrize("pixel_format", ["yuv422p", "yuv422p10le", "yuv440p", "yuv420p", "nv12"])
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_upright_views_of_every_subsampling(tmp_path, pixel_format, rotation):
+    layout = PIXEL_LAYOUTS[pixel_format]
+    rng = np.random.default_rng(0)
+    shapes = [(32 // p.sub_y, 48 // p.sub_x, len(p.components)) for p in layout.planes]
+    planes = tuple(rng.integers(0, 255, s if s[2] > 1 else s[:2]).astype(layout.dtype) for s in shapes)
+    frame = Frame(planes=planes, pixel_format=pixel_format, color=ColorSpec(), pts=0, time_base=TIME_BASE)
+    turned = upright(frame, rotation)
+    assert (turned.width, turned.height) == ((48, 32) if rotation == 180 else (32, 48))
+    for before, after in zip(planes, turned.planes, strict=True):
+        np.testing.assert_array_equal(after, np.rot90(before, rotation // 90))
+        assert np.shares_memory(before, after)
+
+
+def test_tags_keep_one_comment_and_track_titles(tmp_path):
+    def configure(output, stream):
+        output.metadata["comment"] = "mine"
+        stream.metadata["title"] = "Camera A"
+
+    mkv = make_clip(tmp_path / "in.mkv", configure=configure)  # whose tags have names in capitals
+    transcode(mkv, tmp_path / "out.mkv", EncodeOptions(preset="ultrafast", metadata={"comment": "mine; aged"}))
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert [v for k, v in container.metadata.items() if k.lower() == "comment"] == ["mine; aged"]
+    mp4 = make_clip(tmp_path / "in.mp4", configure=configure)
+    transcode(mp4, tmp_path / "out.mp4", FAST)
+    with av.open(str(mp4)) as before, av.open(str(tmp_path / "out.mp4")) as after:
+        assert before.streams.video[0].metadata["name"] == "Camera A" == after.streams.video[0].metadata["name"]
+
+
+def test_what_a_container_drops_is_said(tmp_path, caplog):
+    clip = make_clip(tmp_path / "in.ts", pts=regular_pts(4))
+    transcode(clip, tmp_path / "quiet.ts", FAST)
+    assert caplog.messages == []
+    transcode(clip, tmp_path / "out.ts", EncodeOptions(preset="ultrafast", metadata={"comment": "aged"}))
+    assert caplog.messages == [f"{tmp_path / 'out.ts'}: .ts files hold no tags, so this one carries no label"]
+
+    webm = make_clip(tmp_path / "in.webm", codec="libvpx-vp9", pixel_format="yuva420p", pts=regular_pts(4))
+    transcode(webm, tmp_path / "out.webm")
+    assert "its transparency is in a second VP8 or VP9 picture, which is left out" in caplog.messages[-1]
+    with av.open(str(tmp_path / "out.webm")) as container:
+        assert not {"alpha_mode", "ALPHA_MODE"} & container.streams.video[0].metadata.keys()
 
 
 def test_cover_art_is_kept(tmp_path):
@@ -557,11 +663,43 @@ def test_full_range_survives_a_change_of_codec(tmp_path):
     assert probe_video(tmp_path / "out.mkv").color.full_range
 
 
+@pytest.mark.parametrize("height", [64, 720])
+def test_rgb_that_is_written_as_yuv_keeps_its_colours(tmp_path, height):
+    red = np.full((height, 64, 3), (200, 60, 20), np.uint8)
+    clip = make_clip(
+        tmp_path / "in.mkv",
+        codec="libx264rgb",
+        pixel_format="rgb24",
+        size=(64, height),
+        draw=lambda index: av.VideoFrame.from_ndarray(red, "rgb24"),
+    )
+    transcode(clip, tmp_path / "out.mkv", EncodeOptions(codec="libx264", crf=1))
+    assert probe_video(tmp_path / "out.mkv").color.matrix == "bt709"
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        shown = next(container.decode(video=0)).to_ndarray(format="rgb24", src_colorspace="ITU709")
+    np.testing.assert_allclose(shown.mean((0, 1)), (200, 60, 20), atol=3)
+
+
+@pytest.mark.parametrize(
+    ("pixel_format", "profile", "expected"),
+    [("yuv422p", "dnxhr_sq", "DNXHR SQ"), ("yuv422p10le", "dnxhr_hqx", "DNXHR HQX"), ("yuv422p", None, "DNXHR HQ")],
+)
+def test_dnxhd_keeps_its_profile(tmp_path, pixel_format, profile, expected):
+    size = (1920, 1080) if profile is None else (256, 128)
+    options = {"profile": profile} if profile else {"b": "120M"}
+    clip = make_clip(
+        tmp_path / "in.mov", codec="dnxhd", pixel_format=pixel_format, size=size, options=options, pts=regular_pts(2)
+    )
+    transcode(clip, tmp_path / "out.mov")
+    info = probe_video(tmp_path / "out.mov")
+    assert (info.codec, info.profile, info.pixel_format) == ("dnxhd", expected, pixel_format)
+
+
 def test_a_codec_without_encoder_falls_back_with_a_warning(tmp_path, caplog):
-    clip = make_clip(tmp_path / "in.avi", codec="wmv2", time_base=Fraction(1, 25), pts=regular_pts(4, step=1))
+    clip = make_clip(tmp_path / "in.avi", codec="flv", time_base=Fraction(1, 25), pts=regular_pts(4, step=1))
     with caplog.at_level(logging.WARNING):
         transcode(clip, tmp_path / "out.mkv", FAST)
-    assert "no encoder here writes wmv2 yuv420p; writing libx264 yuv420p" in caplog.text
+    assert "no encoder here writes flv1 yuv420p; writing libx264 yuv420p" in caplog.text
     assert probe_video(tmp_path / "out.mkv").codec == "h264"
 
 
@@ -630,6 +768,25 @@ def test_keep_saves_what_was_written(tmp_path):
         interrupt()
     assert len(packets_of(tmp_path / "out.mp4", "audio")) < len(packets_of(clip, "audio"))
     assert indices(read_all(tmp_path / "out.mp4")) == list(range(5))
+
+
+def test_two_writers_of_one_output_do_not_share_a_partial_file(tmp_path, monkeypatch):
+    clip = make_clip(tmp_path / "in.mp4")
+    with VideoReader(clip) as reader, VideoWriter(tmp_path / "out.mp4", reader, FAST) as writer:
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # another process
+        transcode(clip, tmp_path / "out.mp4", FAST, end_s=0.2)
+        for frame in reader:
+            writer.write(frame)
+    assert len(read_all(tmp_path / "out.mp4")) == FRAMES
+    assert sorted(os.listdir(tmp_path)) == ["in.mp4", "out.mp4"]
+
+
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path):
+    clip = make_clip(tmp_path / "in.mp4", pts=regular_pts(2))
+    transcode(clip, tmp_path / f"{'w' * 251}.mp4", FAST)
+    assert f"{'w' * 251}.mp4" in os.listdir(tmp_path)
+    with pytest.raises(MediaError, match=r"cannot be written .*too long"):
+        transcode(clip, tmp_path / f"{'w' * 300}.mp4", FAST)
 
 
 def test_check_output(tmp_path):

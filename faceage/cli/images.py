@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from time import perf_counter
 
@@ -28,7 +29,10 @@ SKIPPED_SHOWN = 5
 
 
 @click.command("images")
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IN...")
+@click.argument(
+    # Not `readable`: a file that may not be read is one failed file, not wrong usage that stops all the others.
+    "inputs", nargs=-1, required=True, type=click.Path(readable=False, path_type=Path), metavar="IN...",
+)  # fmt: skip
 @click.option(
     "-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
     help="Folder of the outputs; a folder that is an input keeps its tree in it.",
@@ -80,10 +84,12 @@ def _jobs(inputs: tuple[Path, ...], output: Path, overwrite: bool, out: Output) 
     for path in inputs:
         if path.is_dir() and output.exists() and path.samefile(output):
             raise MediaError(f"the output {output} is an input; faceage does not edit in place, name another folder")
-        if path.exists():
-            present.append(path)
-        else:
+        if not path.exists():
             out.item({"source": str(path), "error": f"{path} does not exist; check the name"})
+        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            out.item({"source": str(path), "error": f"{path} is a folder that may not be read; check its permissions"})
+        else:
+            present.append(path)
     found, skipped = find_images(present, exclude=output)
     if skipped:
         names = ", ".join(str(path) for path in skipped[:SKIPPED_SHOWN])

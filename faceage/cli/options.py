@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import click
 
 from faceage import __version__
+from faceage.ages import OLDEST_YEARS
 from faceage.checkpoint import sha256_of
 from faceage.cli.output import Output
 from faceage.detect import DetectConfig
@@ -197,4 +198,4 @@ no_label_option = click.option("--no-label", is_flag=True, help="Do not mark out
 
 def describe_target(request: AgeRequest) -> str:
     """Return the wanted age as a label says it: "70", "+20 years"."""
-    return f"{request.age:g}" if request.age is not None else f"{request.by:+g} years"
+    return f"{request.by:+g} years" if request.age is None else f"{min(request.age, OLDEST_YEARS):g}"

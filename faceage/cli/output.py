@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -36,6 +37,18 @@ def say_error(message: str) -> None:
     click.echo(f"faceage: error: {' '.join(message.split())}", err=True)
 
 
+def _check_report(path: Path) -> None:
+    """Refuse, before anything is done, a report that could not be written or would replace a picture or a video."""
+    real = path.resolve()  # what a link leads to is what would be replaced
+    if real.suffix.lower() != ".json":
+        raise click.BadParameter(f"the report {path} is JSON; name a file that ends in .json", param_hint="--report")
+    if not (os.path.isdir(real.parent) and os.access(real if os.path.exists(real) else real.parent, os.W_OK)):
+        raise click.BadParameter(
+            f"the report {path} cannot be written; name a file in a folder that is there and can be written",
+            param_hint="--report",
+        )
+
+
 class Output:
     """The output of one command; use it as a context manager around the work.
 
@@ -51,9 +64,14 @@ class Output:
             command: the command's name.
             options: its resolved options, for the report.
             as_json: print events on stdout, and nothing else there.
-            report: file that gets the whole record.
+            report: file that gets the whole record; it ends in .json, so that no picture or video is replaced.
             verbosity: -1 only errors, 0, 1 also what was chosen and how long it took.
+
+        Raises:
+            click.BadParameter: if the report cannot be written, or ends in anything else.
         """
+        if report is not None:
+            _check_report(report)
         self.as_json, self.verbosity = as_json, verbosity
         self.is_interactive = sys.stderr.isatty() and not as_json and verbosity >= 0
         self._report = report
@@ -96,8 +114,9 @@ class Output:
             return
         seconds = round(monotonic() - self._started, 3)
         self._record |= {"seconds": seconds, "done": self._done, "failed": self._failed, "exit_code": code}
+        if not self._write_report():
+            code = code or EXIT_SOME_FAILED
         self.event("done", seconds=seconds, done=self._done, failed=self._failed, exit_code=code)
-        self._write_report()
         if code:
             raise click.exceptions.Exit(code) from error
 
@@ -211,9 +230,10 @@ class Output:
             self._logged.add(message)
             (self.warn if level >= logging.WARNING else self.detail)(message)
 
-    def _write_report(self) -> None:
+    def _write_report(self) -> bool:
+        """Write the report, if one is asked for, and return whether that worked."""
         if self._report is None:
-            return
+            return True
         from faceage.cli.environment import machine, versions
 
         record = {"versions": versions(), "machine": machine(), **self._record}
@@ -221,7 +241,8 @@ class Output:
             self._report.write_text(json.dumps(record, indent=2, default=str) + "\n")
         except OSError as error:
             say_error(f"the report {self._report} cannot be written ({error.strerror}); name another file")
-            raise click.exceptions.Exit(EXIT_SOME_FAILED) from error
+            return False
+        return True
 
 
 class _Handler(logging.Handler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +34,9 @@ PEOPLE_SHOWN = 6
 
 
 @click.command("video")
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IN...")
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(readable=False, path_type=Path), metavar="IN...")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT",
+    "-o", "--output", required=True, type=click.Path(), metavar="OUT",
     help="The output file; for several inputs, or if it is a folder, the folder of the outputs.",
 )  # fmt: skip
 @request_options
@@ -50,7 +51,7 @@ PEOPLE_SHOWN = 6
 def command(
     *,
     inputs: tuple[Path, ...],
-    output: Path,
+    output: str,
     request: AgeRequest,
     network: NetworkOptions,
     detect_every: int,
@@ -95,14 +96,14 @@ def command(
             _report(report, out)
 
 
-def _pair(inputs: tuple[Path, ...], output: Path) -> list[tuple[Path, Path]]:
-    """Return the output of each input."""
-    if len(inputs) == 1 and not output.is_dir():
-        return [(inputs[0], output)]
+def _pair(inputs: tuple[Path, ...], output: str) -> list[tuple[Path, Path]]:
+    """Return the output of each input; a name that ends in a slash is a folder's."""
+    if len(inputs) == 1 and not output.endswith(os.sep) and not os.path.isdir(output):
+        return [(inputs[0], Path(output))]
     names = [source.name for source in inputs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise click.UsageError(f"several inputs are named {twice.pop()}; process them into folders of their own")
-    return [(source, output / source.name) for source in inputs]
+    return [(source, Path(output, source.name)) for source in inputs]
 
 
 def _can_start(source: Path, target: Path, encode: EncodeOptions, out: Output) -> bool:
@@ -127,7 +128,7 @@ def _labelled(encode: EncodeOptions, source: Path, label: dict[str, str] | None)
     if label is None:
         return encode
     with open_input(source) as container:
-        comment = container.metadata.get("comment")
+        comment = next((text for name, text in container.metadata.items() if name.lower() == "comment"), None)
     return replace(encode, metadata={"comment": label_comment(label, comment)})
 
 

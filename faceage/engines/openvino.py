@@ -224,8 +224,8 @@ def _core() -> openvino.Core:
             f"OpenVINO cannot be imported ({error}); run: pip install --force-reinstall openvino, "
             "or use --backend onnxruntime"
         ) from error
-    # Its table of types is made when an inference first needs it. Two threads that do so at once wait for each other for
-    # ever (2026.4): one has the table's guard and wants Python's lock, the other has the lock and wants the guard.
+    # Its table of types is made when an inference first needs it. Two threads that do so at once wait for each other
+    # for ever (2026.4): one has the table's guard and wants Python's lock, the other has the lock and wants the guard.
     with _FIRST:
         openvino.Type.f32.to_dtype()
     return openvino.Core()

@@ -212,6 +212,9 @@ class EngineStore:
 
         Returns:
             The files that were removed.
+
+        Raises:
+            EngineError: if the folder cannot be written.
         """
         fingerprints = {program.fingerprint for program in programs}
         removed = []
@@ -220,7 +223,10 @@ class EngineStore:
                 files = sorted(self.root.glob(f"{engine.path.stem}.*"))
                 removed += files
                 for file in files:
-                    file.unlink(missing_ok=True)
+                    try:
+                        file.unlink(missing_ok=True)
+                    except OSError as error:
+                        raise EngineError(f"{file} cannot be removed ({error}); make its folder writable") from error
         if self.root.is_dir():
             with self._locked():
                 pass  # drafts of a builder that died go with the next one's
@@ -234,9 +240,7 @@ class EngineStore:
             self.root.mkdir(parents=True, exist_ok=True)
             file = (self.root / ".lock").open("w")
         except OSError as error:
-            raise EngineError(
-                f"engines cannot be stored in {self.root} ({error}); set FACEAGE_CACHE to a folder that can be written"
-            ) from error
+            raise self._unwritable(error) from error
         with file:
             # The kernel releases the lock when its holder dies, so a dead builder is in nobody's way.
             try:
@@ -245,11 +249,19 @@ class EngineStore:
                 logger.info("another process is building engines; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            try:
+                folder.mkdir()
+            except OSError as error:
+                raise self._unwritable(error) from error
             try:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _unwritable(self, error: OSError) -> EngineError:
+        return EngineError(
+            f"engines cannot be stored in {self.root} ({error}); set FACEAGE_CACHE to a folder that can be written"
+        )
 
     def _older(self, identity: dict) -> str:
         """Return which version changed since an engine of the same weights was built for the same purpose, or ""."""

@@ -12,6 +12,7 @@ import av
 from av.codec.codec import Codec, PixFmtLoss, UnknownCodecError, find_best_pix_fmt_of_list
 from av.codec.context import CodecContext
 from av.codec.context import Flags as CodecFlags
+from av.video.format import VideoFormat
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
@@ -34,6 +35,8 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "mpeg4": ("mpeg4", _QSCALE_2),
     "mpeg2video": ("mpeg2video", _QSCALE_2),
     "mpeg1video": ("mpeg1video", _QSCALE_2),
+    "wmv1": ("wmv1", _QSCALE_2),
+    "wmv2": ("wmv2", _QSCALE_2),
     "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
     **{name: (name, {}) for name in ("ffvhuff", "huffyuv", "magicyuv", "png", "qtrle", "rawvideo", "utvideo", "v210")},
 }
@@ -53,9 +56,13 @@ DEFAULTS = dict(ENCODERS.values()) | {
 _TOLERABLE_LOSS = PixFmtLoss.DEPTH | PixFmtLoss.COLORQUANT
 """A source keeps its codec at this price, with a warning: ProRes 4444 decodes to 12 bits, encodes from 10."""
 
+_BT709 = 1
+"""FFmpeg's number of the matrix."""
+
 MPEG4_MAX_TICKS = 65_535
 """The finest time base of MPEG-4 part 2, in ticks a second: it has 16 bits for it."""
 
+_DNXHR_PROFILES = {f"DNXHR {name}": f"dnxhr_{name.lower()}" for name in ("LB", "SQ", "HQ", "HQX", "444")}
 _PRORES_PROFILES = {"Proxy": "0", "LT": "1", "Standard": "2", "HQ": "3", "4444": "4", "XQ": "5"}
 _INTERLACED_ENCODERS = ("libx264", "mpeg2video", "mpeg4", "prores_ks", "dnxhd")
 _PARAMS_OPTION = {"libx264": "x264-params", "libx265": "x265-params", "libsvtav1": "svtav1-params"}
@@ -161,6 +168,9 @@ def _options(name: str, info: VideoInfo, options: EncodeOptions) -> dict[str, st
         result["preset"] = options.preset
     if name == "prores_ks" and info.profile:
         result["profile"] = _PRORES_PROFILES.get(info.profile, "3")
+    if name == "dnxhd":  # the older profiles take a few sizes only, each at bit rates of its own
+        deep = "dnxhr_hqx" if _pixel_format(name, info)[0] == "yuv422p10le" else "dnxhr_hq"
+        result["profile"] = _DNXHR_PROFILES.get(info.profile or "", deep)
     if info.chroma_siting:
         result["chroma_sample_location"] = info.chroma_siting
     if info.field_order > 1 and name in _INTERLACED_ENCODERS:
@@ -203,6 +213,11 @@ def _mastering_text(name: str, mastering: tuple[float, ...]) -> str:
     return f"G({gx},{gy})B({bx},{by})R({rx},{ry})WP({wx},{wy})L({light})"
 
 
+def loses_rgb(encoder: Encoder, info: VideoInfo) -> bool:
+    """Return whether RGB is written as YUV, for which BT.709 is chosen: the source's tag says that there is none."""
+    return VideoFormat(info.pixel_format).is_rgb and not VideoFormat(encoder.pixel_format).is_rgb
+
+
 def encoder_time_base(name: str, info: VideoInfo) -> Fraction:
     """Return the encoder's time base: the stream's, except for codecs that know constant frame rates only."""
     if name in ("mpeg1video", "mpeg2video") or (name == "mpeg4" and info.time_base.denominator > MPEG4_MAX_TICKS):
@@ -226,6 +241,8 @@ def open_encoder(stream: VideoStream, encoder: Encoder, info: VideoInfo) -> None
     context.pix_fmt = encoder.pixel_format
     context.sample_aspect_ratio = info.sample_aspect_ratio
     context.colorspace, context.color_range, context.color_primaries, context.color_trc = info.color_tags
+    if loses_rgb(encoder, info):
+        context.colorspace = _BT709
     # PyAV's default, slices only, makes x264 cut pictures into slices: worse and slower than frame threads.
     context.thread_type = "AUTO"
     context.flags |= CodecFlags.frame_duration

@@ -29,7 +29,8 @@ def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None) ->
             options = {"qtables": still.quantization, "subsampling": still.subsampling}
         else:
             options = {"quality": 95, "subsampling": 0}
-        options |= {"progressive": still.progressive, "comment": still.comment}
+        app13 = b"".join(b"\xff\xed" + struct.pack(">H", 2 + len(body)) + body for body in still.app13)
+        options |= {"progressive": still.progressive, "comment": still.comment, "extra": app13}
     elif kind == "WEBP":
         # A lossy WebP does not say its quality. `exact` keeps the colours under transparent pixels.
         options = {"lossless": still.lossless or still.format != "WEBP", "quality": 90, "exact": True}

@@ -1,13 +1,14 @@
 """Stills: find them, read them upright into a frame, and write them back as the same kind of file.
 
 Nothing that can be kept is changed: format, bit depth, alpha, ICC profile, EXIF with its orientation,
-density, a JPEG's own quantisation tables and chroma subsampling, a PNG's text and colour chunks, a WebP's
+density, a JPEG's own quantisation tables, chroma subsampling and IPTC, a PNG's text and colour chunks, a WebP's
 being lossless.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,9 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Of a fixed length: the file's own name may be as long as a name can be.
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    partial = path.with_name(f".{name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)

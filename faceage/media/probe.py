@@ -266,7 +266,7 @@ def _describe(
         bit_rate=context.bit_rate or container.bit_rate or None,
         sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
         display_matrix=struct.unpack("=9i", matrix) if matrix else None,
-        rotation=frame.rotation,
+        rotation=180 - frame.rotation if _is_mirrored(matrix) else frame.rotation,
         field_order=context.field_order,
         hdr=_HDR_TRANSFERS.get(context.color_trc),
         mastering_display=_mastering_display(_side_data(frame, "MASTERING_DISPLAY_METADATA")),
@@ -275,6 +275,14 @@ def _describe(
         subtitle_streams=kinds.count("subtitle"),
         other_streams=len(kinds) - kinds.count("audio") - kinds.count("subtitle") - 1,
     )
+
+
+def _is_mirrored(matrix: bytes) -> bool:
+    """Return whether a display matrix mirrors: FFmpeg reads its angle as if left and right were where they are not."""
+    if not matrix:
+        return False
+    a, b, _, c, d = struct.unpack("=9i", matrix)[:5]
+    return a * d < b * c
 
 
 def counts_frames(container: InputContainer) -> bool:

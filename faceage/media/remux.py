@@ -6,6 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 SEEK_MARGIN_S = 10
 """How far before the cut the copied streams are read from: a container interleaves within less."""
 
-_CONTAINER_TAGS = ("major_brand", "minor_version", "compatible_brands", "encoder")
+_CONTAINER_TAGS = frozenset(("major_brand", "minor_version", "compatible_brands", "encoder"))
 """Tags that describe the file they were read from, not the work in it."""
 
 _ITUNES_TAGS = frozenset(
@@ -101,7 +102,8 @@ class StreamCopier:
             if stream.index not in self._streams:
                 stream.discard = av.stream.Discard.all
         if begin is not None:
-            self._source.seek(max(0, int((begin - SEEK_MARGIN_S) * av.time_base)))
+            with suppress(av.FFmpegError):  # a file that starts later is read from its start
+                self._source.seek(max(0, int((begin - SEEK_MARGIN_S) * av.time_base)))
         self._packets = self._shifted(begin)
         self._next = next(self._packets, None)
 
@@ -180,16 +182,23 @@ def _container_holds(output: OutputContainer, stream: Stream) -> bool:
 
 def _add_copy(output: OutputContainer, stream: Stream) -> Stream:
     copy = output.add_stream_from_template(stream, opaque=True)
-    copy.metadata.update(stream.metadata)
+    copy.metadata.update(stream_tags(stream))
     copy.disposition = stream.disposition
     if output.format.name == "mpegts":
         copy.id = stream.id
     return copy
 
 
+def stream_tags(stream: Stream) -> dict[str, str]:
+    """Return a stream's tags by the names that muxers take: FFmpeg reads the title of a track in MP4 as its "name"."""
+    tags = stream.metadata
+    return {"title": tags["name"]} | tags if "name" in tags else tags
+
+
 def copied_tags(source: InputContainer, label: dict[str, str]) -> dict[str, str]:
-    """Return the source's container tags with the label over them."""
-    return {k: v for k, v in source.metadata.items() if k.lower() not in _CONTAINER_TAGS} | label
+    """Return the source's container tags with the label over them; Matroska has their names in capitals."""
+    replaced = _CONTAINER_TAGS | label.keys()
+    return {k: v for k, v in source.metadata.items() if k.lower() not in replaced} | label
 
 
 def muxer_options(path: Path, source: InputContainer, tags: dict[str, str]) -> dict[str, str]:

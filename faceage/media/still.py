@@ -96,6 +96,8 @@ class Still:
     """A JPEG's chroma subsampling as Pillow counts: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
     progressive: bool = False
     comment: bytes | None = None
+    app13: tuple[bytes, ...] = ()
+    """Of a JPEG: the segments in which Photoshop and IPTC keep caption, credit and copyright."""
     lossless: bool = False
     """Of a WebP."""
     tiff_compression: int = 5
@@ -117,7 +119,7 @@ def read_image(path: str | os.PathLike[str]) -> Still:
 
     Raises:
         MediaError: if the file is missing, empty, damaged, truncated, over `MAX_PIXELS`, or no picture.
-        UnsupportedError: if it is animated, has several pages, or is CMYK, Lab or floating-point.
+        UnsupportedError: if it is animated, has several pages, or is CMYK, Lab, floating-point or planar 16-bit colour.
     """
     path = Path(path)
     try:
@@ -163,6 +165,9 @@ def _check_kind(path: Path, image: Image.Image) -> None:
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     if image.mode in ("F", "I") or max(tags.get(258, (8,))) > 16 or max(tags.get(339, (1,))) > 1:
         raise UnsupportedError(f"{path}: floating-point or 32-bit samples; convert it to 8 or 16 bits first")
+    # OpenCV would read the planes as if the colours of a pixel followed one another.
+    if tags.get(284) == 2 and len(tags.get(258, ())) > 1 and max(tags[258]) == 16:
+        raise UnsupportedError(f"{path}: 16-bit colours in planes of their own; store them interleaved (chunky) first")
 
 
 def _log_changes(path: Path, image: Image.Image) -> None:
@@ -245,6 +250,9 @@ def _still(image: Image.Image, plane: Plane, orientation: int, data: bytes) -> S
         exif = tags.tobytes() if len(tags) else None
     if exif and not exif.startswith(EXIF_PREFIX):  # WebP's and PNG's have none
         exif = EXIF_PREFIX + exif
+    dpi = info.get("dpi")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and 282 not in image.tag_v2:
+        dpi = None  # Pillow says 1
     jpeg = image if isinstance(image, JpegImagePlugin.JpegImageFile) else None
     return Still(
         frame=Frame(planes=(plane,), pixel_format=pixel_format, color=_GRAY if channels == 1 else RGB),
@@ -253,12 +261,13 @@ def _still(image: Image.Image, plane: Plane, orientation: int, data: bytes) -> S
         exif=exif,
         icc_profile=info.get("icc_profile"),
         xmp=xmp.encode() if isinstance(xmp, str) else xmp,
-        dpi=info.get("dpi"),
+        dpi=dpi,
         quantization=jpeg.quantization if jpeg else None,
         # Pillow cannot write 4:4:0 and 4:1:1, which it reports as -1: nothing is lost with 4:4:4.
         subsampling=max(0, JpegImagePlugin.get_sampling(jpeg)) if jpeg else 0,
         progressive=bool(info.get("progressive")),
         comment=info.get("comment") if jpeg else None,
+        app13=tuple(body for name, body in jpeg.applist if name == "APP13") if jpeg else (),
         lossless=image.format == "WEBP" and b"VP8L" in data[12:16] + _webp_chunk_types(data),
         tiff_compression=_TIFF_COMPRESSION.get(info.get("compression", ""), 5),
         png_chunks=tuple(_png_chunks(data)) if image.format == "PNG" else (),

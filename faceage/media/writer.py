@@ -15,20 +15,33 @@ from av.codec import Codec
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType
+from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
-from faceage.media.codecs import EncodeOptions, choose_encoder, encoder_time_base, frame_rate, open_encoder
+from faceage.media.codecs import (
+    EncodeOptions,
+    choose_encoder,
+    encoder_time_base,
+    frame_rate,
+    loses_rgb,
+    open_encoder,
+)
 from faceage.media.planes import native_of
 from faceage.media.probe import VideoInfo, open_input
 from faceage.media.reader import VideoReader
-from faceage.media.remux import StreamCopier, can_label, copied_tags, muxer_options
+from faceage.media.remux import StreamCopier, can_label, copied_tags, muxer_options, stream_tags
 from faceage.types import Frame
 
 if TYPE_CHECKING:
     from av.container.core import Chapter  # only the stubs have it
 
 log = logging.getLogger(__name__)
+
+_UNTAGGED = frozenset("mpegts mpeg vob dvd svcd vcd mxf h264 hevc m4v mjpeg ivf obu".split())  # noqa: SIM905
+"""Containers and raw streams without tags of their own, or whose muxers write none."""
+_ASF_CODECS = ("wmv1", "wmv2", "msmpeg4v2", "msmpeg4v3", "mjpeg")
+"""Codecs that ASF (.wmv) has the right times of: it has none of presentation, and readers guess those of others."""
 
 
 def check_output(
@@ -40,8 +53,11 @@ def check_output(
         MediaError: if it exists and may not be overwritten, is an input, or its folder is missing or closed.
     """
     path = Path(path)
-    if path.is_dir():
-        raise MediaError(f"the output {path} is a folder; name a file in it")
+    try:
+        if path.is_dir():
+            raise MediaError(f"the output {path} is a folder; name a file in it")
+    except OSError as error:
+        raise MediaError(f"the output {path} cannot be written ({error.strerror}); name another") from error
     for source in inputs:
         if path.exists() and Path(source).exists() and path.samefile(source):
             raise MediaError(f"the output {path} is the input {source}; faceage does not edit in place, name another")
@@ -85,11 +101,13 @@ class VideoWriter:
             self.encoder.options.setdefault("bf", "0")  # AVI has no presentation times, so no B-frames
         self.frames_written = 0
         self._range = source.range_s if isinstance(source, VideoReader) else (None, None)
-        self._partial = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
+        # Of this process: another one may be writing the same output, and the last to finish wins.
+        self._partial = self.path.with_name(f".{self.path.stem[:32]}.{os.getpid()}.part{self.path.suffix}")
         self._keep = False
         self._copies_source = False
         self._options = options
         self._origin_pts = 0
+        self._first_tick = 0
         self._open(options)
 
     def _open(self, options: EncodeOptions) -> None:
@@ -112,6 +130,8 @@ class VideoWriter:
             else:
                 self._copier.add(stream)
         output.metadata.update(tags)
+        if options.metadata and output.format.name in _UNTAGGED:
+            log.warning("%s: %s files hold no tags, so this one carries no label", self.path, self.path.suffix)
         output.set_chapters(_chapters_of(source, *self._range))
         try:
             output.start_encoding()
@@ -126,19 +146,25 @@ class VideoWriter:
     def _add_video(self, source: VideoStream) -> None:
         ticks = encoder_time_base(self.encoder.name, self.info)
         try:
-            if not can_label(self._output, Codec(self.encoder.name, "w").canonical_name):
-                raise ValueError("a transport stream has no type for it")
+            codec, is_asf = Codec(self.encoder.name, "w").canonical_name, self._output.format.name == "asf"
+            if not can_label(self._output, codec) or (is_asf and codec not in _ASF_CODECS):
+                raise ValueError("a transport stream has no type for it, ASF no times")
             stream = self._output.add_stream(self.encoder.name, rate=frame_rate(self.info), time_base=ticks)
         except ValueError as error:
+            suffix = self.info.path.suffix
+            like = "" if suffix.lower() == self.path.suffix.lower() else f"{suffix} like the input, or "
             raise UnsupportedError(
                 f"{self.path.suffix} cannot hold {self.encoder.name} video; name the output "
-                f"{self.info.path.suffix} like the input, or .mkv, or choose a codec, e.g. --codec libx264"
+                f"{like}.mkv, or choose a codec, e.g. --codec {'wmv2' if is_asf else 'libx264'}"
             ) from error
         assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
         open_encoder(stream, self.encoder, self.info)
         stream.time_base = self.info.time_base
-        stale = ("encoder", "BPS", "DURATION", "NUMBER_OF", "_STATISTICS")
-        stream.metadata.update({k: v for k, v in source.metadata.items() if not k.startswith(stale)})
+        stale = ["encoder", "BPS", "DURATION", "NUMBER_OF", "_STATISTICS"]
+        if source.metadata.get("alpha_mode") == "1":
+            log.warning("%s: its transparency is in a second VP8 or VP9 picture, which is left out", self.info.path)
+            stale.append("alpha_mode")
+        stream.metadata.update({k: v for k, v in stream_tags(source).items() if not k.startswith(tuple(stale))})
         stream.disposition = source.disposition
         stream.set_display_matrix(self.info.display_matrix)
         if self._output.format.name == "mpegts":
@@ -187,9 +213,12 @@ class VideoWriter:
         if native.format.name != self.encoder.pixel_format:
             color_range = self.info.color_tags[1] or None
             native = native.reformat(
-                format=self.encoder.pixel_format, src_color_range=color_range, dst_color_range=color_range
+                format=self.encoder.pixel_format,
+                dst_colorspace=Colorspace.ITU709 if loses_rgb(self.encoder, self.info) else None,
+                src_color_range=color_range,
+                dst_color_range=color_range,
             )
-        native.pts, native.time_base = frame.pts - self._origin_pts, frame.time_base
+        native.pts, native.time_base = frame.pts - self._origin_pts - self._first_tick, frame.time_base
         if (native.pts * frame.time_base / self._stream.codec_context.time_base).denominator != 1:
             raise MediaError(
                 f"{self.path}: frame {self.frames_written} lies between two ticks of {self.encoder.name}, "
@@ -206,15 +235,28 @@ class VideoWriter:
         begin, end = self._range
         if begin is not None:
             self._origin_pts = frame.pts
+        elif self._stream.codec_context.time_base != self.info.time_base:
+            self._first_tick = frame.pts  # the encoder counts frames from 0
         self._copier.start(self._origin_pts * frame.time_base, begin, end)
 
     def _mux(self, packets: list[Packet]) -> None:
         for packet in packets:
+            if self._first_tick:
+                self._move(packet)
             stamp = packet.dts if packet.dts is not None else packet.pts
             assert stamp is not None  # encoders stamp what they give out
             assert packet.time_base is not None
             self._copier.copy_until(stamp * packet.time_base)
             self._output.mux(packet)
+
+    def _move(self, packet: Packet) -> None:
+        """Give a packet that an encoder of constant frame rates made its time in the stream."""
+        assert packet.time_base is not None
+        ticks = packet.time_base / self.info.time_base
+        packet.pts = None if packet.pts is None else round(packet.pts * ticks) + self._first_tick
+        packet.dts = None if packet.dts is None else round(packet.dts * ticks) + self._first_tick
+        packet.duration = round((packet.duration or 0) * ticks)
+        packet.time_base = self.info.time_base
 
     def _finish(self, *, complete: bool) -> None:
         if self._copies_source:

@@ -112,7 +112,8 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
 
     Raises:
         CheckpointError: if the name is taken by a bundled model or no folder name, a file is no checkpoint, two have
-            the same role, one has no role beside the generator, or the generator or its encoder is missing.
+            the same role, one has no role beside the generator, the generator or its encoder is missing, or the
+            user's folder cannot be written.
     """
     if name in ROLES or not name.replace("-", "").replace("_", "").isalnum():
         taken = " or ".join(f'"{bundled}"' for bundled in ROLES)
@@ -133,11 +134,18 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
         if read_header(encoder).parents.get("gan") not in (None, sha256_of(generator)):
             raise CheckpointError(f"the encoder was not trained for {generator}; name the generator it was trained for")
     folder = user_folder() / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for arch, path in by_arch.items():
-        part = folder / f"{arch}.safetensors.part"
-        shutil.copyfile(path, part)
-        os.replace(part, _file(folder, arch))
-    for stale in {_file(folder, arch) for roles in ROLES.values() for arch in roles.values() if arch not in by_arch}:
-        stale.unlink(missing_ok=True)  # of the earlier model
+    others = {arch for roles in ROLES.values() for arch in roles.values()} - set(by_arch)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for arch, path in by_arch.items():
+            part = folder / f"{arch}.safetensors.part"
+            shutil.copyfile(path, part)
+            os.replace(part, _file(folder, arch))
+        for arch in others:
+            _file(folder, arch).unlink(missing_ok=True)  # of the earlier model
+    except OSError as error:
+        raise CheckpointError(
+            f"the model cannot be stored in {folder} ({error.strerror or error}); "
+            "set FACEAGE_CACHE to a folder that can be written"
+        ) from error
     return find_model(name)
