@@ -173,6 +173,10 @@ class TestVideo:
         assert error_of(result).startswith(f"{tmp_path}/bad.mp4 ")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["face.mp4"]
 
+    def test_faces_that_nothing_is_done_to_are_not_called_missing(self, video, face_clip, tmp_path):
+        result = video(face_clip, "-o", tmp_path / "out.mp4", "--end", 0.2, "--strength", 0)
+        assert "faces found, none to be changed (profiles, or --strength 0), passed through" in result.stdout
+
     def test_an_output_that_ends_in_a_slash_is_a_folder(self, video, face_clip, tmp_path):
         result = video(face_clip, "-o", f"{tmp_path / 'aged'}/", "--end", 0.2)
         assert result.exit_code == 0, result.stderr

@@ -119,7 +119,8 @@ def _report(report: PhotoReport, out: Output) -> None:
         ages = ", ".join(f"{face['source_age']:.0f} -> {face['target_age']:.0f}" for face in aged)
         what = f"{len(aged)} {'face' if len(aged) == 1 else 'faces'} ({ages})"
         if not aged:
-            what = f"{'every face turned away' if report.faces else 'no face found'}, passed through untouched"
+            found = "faces found, none to be changed (profiles, or --strength 0)" if report.faces else "no face found"
+            what = f"{found}, passed through untouched"
         out.line(f"{report.source}: {what} -> {report.target}")
 
 

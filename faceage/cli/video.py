@@ -144,8 +144,9 @@ def _report(report: VideoReport, out: Output) -> None:
 
 def _people(report: VideoReport) -> str:
     people = report.people
-    if not people or not report.frames_with_faces:
-        return "no face found, passed through untouched"
+    if not report.frames_with_faces:
+        found = "faces found, none to be changed (profiles, or --strength 0)" if people else "no face found"
+        return f"{found}, passed through untouched"
     shown = ", ".join(f"{p['source_age']:.0f} -> {p['target_age']:.0f}" for p in people[:PEOPLE_SHOWN])
     more = f" and {len(people) - PEOPLE_SHOWN} more" if len(people) > PEOPLE_SHOWN else ""
     return f"{len(people)} {'person' if len(people) == 1 else 'people'} ({shown}{more})"
