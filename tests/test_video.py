@@ -301,13 +301,15 @@ def test_avi_is_written_without_b_frames(tmp_path):
     assert [bytes(p) for p in after] == [bytes(p) for p in before]
 
 
-def test_asf_takes_no_codec_whose_times_it_would_shuffle(tmp_path):
+def test_asf_takes_no_codec_whose_times_it_would_shuffle(tmp_path, caplog):
     clip = make_clip(tmp_path / "in.wmv", codec="wmv2", time_base=Fraction(1, 1000), pts=regular_pts(20, step=40))
-    transcode(clip, tmp_path / "out.wmv")
-    assert probe_video(tmp_path / "out.wmv").codec == "wmv2"
-    assert [f.time_s for f in read_all(tmp_path / "out.wmv")] == [f.time_s for f in read_all(clip)]
-    with pytest.raises(UnsupportedError, match=r"asf cannot hold libx264 video; .*\.mkv, or choose .* --codec wmv2"):
-        transcode(clip, tmp_path / "out.asf", EncodeOptions(codec="libx264"))
+    for source, target in [("in.wmv", "out.wmv"), ("in.wmv", "out.mkv"), ("out.mkv", "out.asf")]:
+        transcode(tmp_path / source, tmp_path / target)
+        assert [f.time_s for f in read_all(tmp_path / target)] == [f.time_s for f in read_all(clip)]
+        assert probe_video(tmp_path / target).codec == ("h264" if target == "out.mkv" else "wmv2")
+    assert caplog.messages[-1].endswith(".asf has no presentation times; writing wmv2 (choose with --codec)")
+    with pytest.raises(UnsupportedError, match=r"wmv cannot hold libx264 video; .*\.mkv, or choose .* --codec wmv2"):
+        transcode(clip, tmp_path / "no.wmv", EncodeOptions(codec="libx264"))
 
 
 @pytest.mark.parametrize("codec", ["mpeg1video", "mpeg2video"])
@@ -696,10 +698,10 @@ def test_dnxhd_keeps_its_profile(tmp_path, pixel_format, profile, expected):
 
 
 def test_a_codec_without_encoder_falls_back_with_a_warning(tmp_path, caplog):
-    clip = make_clip(tmp_path / "in.avi", codec="flv", time_base=Fraction(1, 25), pts=regular_pts(4, step=1))
+    clip = make_clip(tmp_path / "in.avi", codec="wmv2", time_base=Fraction(1, 25), pts=regular_pts(4, step=1))
     with caplog.at_level(logging.WARNING):
         transcode(clip, tmp_path / "out.mkv", FAST)
-    assert "no encoder here writes flv1 yuv420p; writing libx264 yuv420p" in caplog.text
+    assert "no encoder here writes wmv2 yuv420p; writing libx264 yuv420p" in caplog.text
     assert probe_video(tmp_path / "out.mkv").codec == "h264"
 
 

@@ -115,7 +115,7 @@ def _can_start(source: Path, target: Path, encode: EncodeOptions, out: Output) -
         except OSError as error:
             raise MediaError(f"the folder {target.parent} cannot be made ({error.strerror}); name another") from error
         check_output(target, [source], overwrite=encode.overwrite)
-        encoder = choose_encoder(info, encode)
+        encoder = choose_encoder(info, encode, target.suffix)
     except FaceAgeError as error:
         out.item({"source": str(source), "target": str(target), "error": str(error)})
         return False

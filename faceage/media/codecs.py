@@ -35,8 +35,6 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "mpeg4": ("mpeg4", _QSCALE_2),
     "mpeg2video": ("mpeg2video", _QSCALE_2),
     "mpeg1video": ("mpeg1video", _QSCALE_2),
-    "wmv1": ("wmv1", _QSCALE_2),
-    "wmv2": ("wmv2", _QSCALE_2),
     "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
     **{name: (name, {}) for name in ("ffvhuff", "huffyuv", "magicyuv", "png", "qtrle", "rawvideo", "utvideo", "v210")},
 }
@@ -46,6 +44,7 @@ FALLBACKS = ("h264", "hevc")
 """What a source is written in when its own codec has no encoder here that keeps its pixel format."""
 
 DEFAULTS = dict(ENCODERS.values()) | {
+    "wmv2": _QSCALE_2,
     "libx264rgb": {"crf": "18", "preset": "medium"},
     "h264_nvenc": {"cq": "19", "preset": "p5", "b": "0"},
     "hevc_nvenc": {"cq": "21", "preset": "p5", "b": "0"},
@@ -94,14 +93,24 @@ class Encoder:
     options: dict[str, str]
 
 
-def choose_encoder(info: VideoInfo, options: EncodeOptions) -> Encoder:
+def choose_encoder(info: VideoInfo, options: EncodeOptions, suffix: str = "") -> Encoder:
     """Return the encoder for a source: its own codec and pixel format, or the nearest, with a warning.
+
+    Args:
+        info: the source.
+        options: may name a codec.
+        suffix: of the output; ASF gets WMV2, whose times it keeps.
 
     Raises:
         UnsupportedError: if the codec that `options` names does not exist here, or does not have an option.
     """
-    if options.codec:
-        name = ENCODERS.get(options.codec, (options.codec,))[0]
+    wanted = options.codec
+    if wanted is None and suffix.lower() in (".wmv", ".asf"):
+        wanted = "wmv2"
+        if info.codec != wanted:
+            log.warning("%s: %s has no presentation times; writing wmv2 (choose with --codec)", info.path, suffix)
+    if wanted:
+        name = ENCODERS.get(wanted, (wanted,))[0]
         pixel_format, loss = _pixel_format(name, info)
         if loss:
             log.warning("%s: %s has no %s; writing %s", info.path, name, info.pixel_format, pixel_format)

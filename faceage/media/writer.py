@@ -96,7 +96,7 @@ class VideoWriter:
         options = options or EncodeOptions()
         self.info = source.info if isinstance(source, VideoReader) else source
         self.path = check_output(path, [self.info.path], overwrite=options.overwrite)
-        self.encoder = choose_encoder(self.info, options)
+        self.encoder = choose_encoder(self.info, options, self.path.suffix)
         if self.path.suffix.lower() == ".avi":
             self.encoder.options.setdefault("bf", "0")  # AVI has no presentation times, so no B-frames
         self.frames_written = 0
