@@ -274,9 +274,9 @@ class _RtxEngine:
         return self._buffers[name]
 
     def _keep_cache(self) -> None:
-        """Write what was compiled on the GPU, for the next process, unless the engine is not where it was any more."""
+        """Write what was compiled on the GPU, for the next process."""
         if not self._cache_file.parent.is_dir():
-            return  # it was a draft's, loaded to be compared with torch
+            return  # a draft's, whose folder goes when it has been compared with torch
         part = self._cache_file.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(self._cache.serialize())
         os.replace(part, self._cache_file)

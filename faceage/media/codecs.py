@@ -178,8 +178,9 @@ def _options(name: str, info: VideoInfo, options: EncodeOptions) -> dict[str, st
     if name == "prores_ks" and info.profile:
         result["profile"] = _PRORES_PROFILES.get(info.profile, "3")
     if name == "dnxhd":  # the older profiles take a few sizes only, each at bit rates of its own
-        deep = "dnxhr_hqx" if _pixel_format(name, info)[0] == "yuv422p10le" else "dnxhr_hq"
-        result["profile"] = _DNXHR_PROFILES.get(info.profile or "", deep)
+        pixel_format = _pixel_format(name, info)[0]
+        usual = {"yuv422p": "dnxhr_hq", "yuv422p10le": "dnxhr_hqx"}.get(pixel_format, "dnxhr_444")
+        result["profile"] = _DNXHR_PROFILES.get(info.profile or "", usual)
     if info.chroma_siting:
         result["chroma_sample_location"] = info.chroma_siting
     if info.field_order > 1 and name in _INTERLACED_ENCODERS:

@@ -168,8 +168,10 @@ class VideoReader:
             try:
                 self._container.seek(target, stream=stream)
                 packet = next(self._container.demux(stream), None)
-                is_start = packet is None or packet.is_keyframe  # without an index, a seek may end anywhere
-                if is_start and (packet is None or packet.pts is None or packet.pts * self.info.time_base <= begin):
+                # Without an index, as in a transport stream, a seek may end between key frames.
+                if packet is None or (
+                    packet.is_keyframe and (packet.pts is None or packet.pts * self.info.time_base <= begin)
+                ):
                     self._container.seek(target, stream=stream)
                     return
             except av.FFmpegError:

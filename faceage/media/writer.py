@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_UNTAGGED = frozenset("mpegts mpeg vob dvd svcd vcd mxf h264 hevc m4v mjpeg ivf obu".split())  # noqa: SIM905
-"""Containers and raw streams without tags of their own, or whose muxers write none."""
+_WITH_COMMENT = ("mp4", "mov", "ipod", "matroska", "webm", "avi", "flv", "asf", "nut")
+"""Containers, by their muxers, from which a comment was read back; others lose it, and with it the label."""
 _ASF_CODECS = ("wmv1", "wmv2", "msmpeg4v2", "msmpeg4v3", "mjpeg")
 """Codecs that ASF (.wmv) has the right times of: it has none of presentation, and readers guess those of others."""
 
@@ -130,8 +130,8 @@ class VideoWriter:
             else:
                 self._copier.add(stream)
         output.metadata.update(tags)
-        if options.metadata and output.format.name in _UNTAGGED:
-            log.warning("%s: %s files hold no tags, so this one carries no label", self.path, self.path.suffix)
+        if options.metadata and output.format.name not in _WITH_COMMENT:
+            log.warning("%s: %s files keep no comment, so this one carries no label", self.path, self.path.suffix)
         output.set_chapters(_chapters_of(source, *self._range))
         try:
             output.start_encoding()
