@@ -1,33 +1,32 @@
 """How much of an aged face goes back into its frame, and putting it there.
 
-    frame' = frame + W^-1 (mask * weight * (aged - reference))
+    frame' = change of W^-1 (weight * gain, weight * delta)        see kernels.apply_change
 
-The mask is exactly 0 on the crop's rim, so nothing has an edge; samples outside it keep their bits.
+A change is exactly 0 on the crop's rim, so nothing has an edge; samples outside the crop keep their bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from faceage.geometry import face_mask
-from faceage.kernels import add_delta
-from faceage.types import FloatArray, Frame
+from faceage.kernels import apply_change
+from faceage.types import Change, FloatArray, Frame
 
 
 def blend_faces(
     frame: Frame,
-    deltas: Sequence[FloatArray] | FloatArray,
+    changes: Sequence[Change | None],
     weights: Sequence[float] | FloatArray,
     frame_to_crop: Sequence[FloatArray] | FloatArray,
 ) -> None:
-    """Add faces' deltas to a frame, in place.
+    """Apply changes to a frame, in place and in order: where two overlap, the second changes what the first gave.
 
     Args:
         frame: its planes must be writable.
-        deltas: float32 [3, S, S] a face, RGB in units of [-1, 1], unmasked.
-        weights: a face's share of its delta, in [0, 1].
-        frame_to_crop: float32 [2, 3] a face.
+        changes: one a face and view, masked; None changes nothing.
+        weights: the share of each change, in [0, 1].
+        frame_to_crop: float32 [2, 3] a change.
     """
-    for delta, weight, matrix in zip(deltas, weights, frame_to_crop, strict=True):
-        if weight > 0:
-            add_delta(frame, delta * (face_mask(delta.shape[-1]) * weight), matrix)
+    for change, weight, matrix in zip(changes, weights, frame_to_crop, strict=True):
+        if change is not None and weight > 0:
+            apply_change(frame, change.scaled(weight), matrix)

@@ -154,6 +154,82 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """What ageing does to one face, in the pixels of an aligned crop: `kernels.apply_change` has the formula.
+
+    The mask of the ager is in it: both parts are exactly 0 on the outer two pixels.
+    """
+
+    delta: FloatArray
+    """float32 [3, S, S], what is added to RGB in units of its [-1, 1] range (2 is black to white)."""
+    gain: FloatArray | None = None
+    """float32 [S, S], the relative change of the luma: -0.1 makes it a tenth darker; None: the luma is not scaled."""
+
+    def __post_init__(self) -> None:
+        size = self.delta.shape[-1]
+        got = [part.shape for part in (self.delta, self.gain) if part is not None]
+        if got != [(3, size, size), (size, size)][: len(got)]:
+            raise ShapeError(f"expected a delta [3, S, S] and a gain [S, S] or None, got {' and '.join(map(str, got))}")
+
+    @property
+    def size_px(self) -> int:
+        """S, the side of the crop."""
+        return self.delta.shape[-1]
+
+    def scaled(self, weight: float) -> Change:
+        """Return the share `weight` of the change, in [0, 1]."""
+        if weight == 1:
+            return self
+        return Change(delta=self.delta * weight, gain=None if self.gain is None else self.gain * weight)
+
+
+@dataclass(frozen=True)
+class View:
+    """A way of framing a face: which crop an ager wants of it."""
+
+    name: str
+    """"face" or "head", a key of `geometry.TEMPLATES`."""
+    template: FloatArray
+    """float32 [5, 2], where the crop has the face's landmarks, as fractions of its side."""
+    sizes_px: tuple[int, ...]
+    """Sides of the crops that there are, ascending; see `align.choose_size`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Faces in one view, in crops of one size: `align.prepare_crops` makes them. F may be 0."""
+
+    pixels: FloatArray
+    """float32 [F, 3, S, S], RGB in [-1, 1], aligned."""
+    landmarks: FloatArray
+    """float32 [F, 5, 2], the faces' own, in crop pixels: near the view's template, but not on it."""
+    frame_to_crop: FloatArray
+    """float32 [F, 2, 3], frame pixels to crop pixels."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: slice | npt.NDArray) -> Crops:
+        """Return the faces that `rows` (a slice, a mask or an index array) selects."""
+        return Crops(pixels=self.pixels[rows], landmarks=self.landmarks[rows], frame_to_crop=self.frame_to_crop[rows])
+
+    @property
+    def size_px(self) -> int:
+        """S, the side of the crops."""
+        return self.pixels.shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appearance:
+    """How a person looks before anything is changed, measured over the samples of a shot, whatever the ager."""
+
+    embedding: FloatArray
+    """float32 [D], unit length: the mean of the identity network's embeddings."""
+    thumbnail: FloatArray
+    """float32 [3, 16, 16], RGB in [-1, 1]: the mean of the aligned faces, reduced by area."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Faces:
     """Every face of a batch of frames, as a struct of arrays. No face at all (F = 0) is a normal value."""
 

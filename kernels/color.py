@@ -93,3 +93,11 @@ def rgb_to_yuv_delta(color: ColorSpec, bit_depth: int) -> npt.NDArray[np.float64
     matrix = np.asarray(np.linalg.inv(yuv_to_rgb(color, bit_depth)[0]), np.float64)
     matrix.setflags(write=False)
     return matrix
+
+
+def luma_codes(color: ColorSpec, bit_depth: int) -> tuple[float, float]:
+    """Return the native code of E'Y = 0 and how many codes E'Y = 0 .. 1 spans; of matrix "rgb", those of R, G and B."""
+    if color.full_range:
+        return 0.0, 2.0**bit_depth - 1
+    unit = 2.0 ** (bit_depth - 8)
+    return 16 * unit, 219 * unit

@@ -4,7 +4,7 @@ GATHER_ATOL = 2e-5
 """Crops, RGB in [-1, 1]: float32 rounding of sampling positions and sums (1 / 255 is 4e-3)."""
 
 ADD_ATOL_CODES = 1
-"""Code values after `add_delta`: float32 and float64 may round a tie differently ..."""
+"""Code values after `apply_change`: float32 and float64 may round a tie differently ..."""
 
 ADD_MAX_TIES = {8: 3e-4, 10: 6e-4, 12: 2e-3, 16: 0.03}
 """... in this share of the samples, by bit depth: a code of 16 bits is not far above float32's rounding."""

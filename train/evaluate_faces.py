@@ -18,8 +18,8 @@ from torch import Tensor
 from faceage.align import align_faces
 from faceage.checkpoint import sha256_of
 from faceage.geometry import TEMPLATE_5, face_mask
-from faceage.kernels import add_delta
-from faceage.types import RGB, FloatArray, Frame, IntArray
+from faceage.kernels import apply_change
+from faceage.types import RGB, Change, FloatArray, Frame, IntArray
 from train.age_estimator import load_reader
 from train.data import FaceSet, read_archive, to_tensor, warp_faces
 from train.judge import JUDGE_PX, load_judge, read_ages
@@ -210,7 +210,7 @@ class MeanFaces:
         delta = times * (self._mean(target) - self._mean(source)) * face_mask(MEAN_FACE_PX)
         made = picture.copy()
         frame = Frame(planes=(made,), pixel_format="rgb24", color=RGB)
-        add_delta(frame, delta, align_faces(landmarks[None], MEAN_FACE_PX)[0])
+        apply_change(frame, Change(delta=delta), align_faces(landmarks[None], MEAN_FACE_PX)[0])
         return made
 
     def _mean(self, age: float) -> FloatArray:

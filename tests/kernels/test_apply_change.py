@@ -6,8 +6,8 @@ import pytest
 from numerics import ADD_ATOL_CODES, ADD_MAX_TIES, ROUND_TRIP_ATOL
 
 from faceage.errors import ShapeError
-from faceage.kernels import add_delta, gather_crops
-from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame
+from faceage.kernels import apply_change, change_crop, gather_crops
+from faceage.types import PIXEL_LAYOUTS, RGB, Change, ColorSpec, Frame
 
 SIZE = 32
 
@@ -58,6 +58,14 @@ def rough_delta(size_px=SIZE, amplitude=0.5, seed=0):
     return delta
 
 
+def rough_gain(size_px=SIZE, amplitude=0.3):
+    return rough_delta(size_px, amplitude, seed=1)[0]
+
+
+def only(delta):
+    return Change(delta=delta)
+
+
 MATRICES = {
     "enlarged": similarity(0.3),
     "much enlarged, rotated": similarity(0.11, 20),
@@ -70,12 +78,13 @@ MATRICES = {
 
 @pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES.keys())
-def test_cpu_equals_reference(pixel_format, matrix):
+@pytest.mark.parametrize("has_gain", [False, True], ids=["delta", "gain and delta"])
+def test_cpu_equals_reference(pixel_format, matrix, has_gain):
     fast = make_frame(pixel_format)
     slow = copy_frame(fast)
-    delta = rough_delta()
-    rect = add_delta(fast, delta, matrix)
-    assert rect == add_delta(slow, delta, matrix, impl="ref")
+    change = Change(delta=rough_delta(), gain=rough_gain() if has_gain else None)
+    rect = apply_change(fast, change, matrix)
+    assert rect == apply_change(slow, change, matrix, impl="ref")
     for a, b in zip(fast.planes, slow.planes, strict=True):
         apart = np.abs(a.astype(np.int64) - b) >> PIXEL_LAYOUTS[pixel_format].shift
         assert apart.max() <= ADD_ATOL_CODES
@@ -89,7 +98,7 @@ def test_nothing_outside_the_quadrilateral_changes(pixel_format, impl):
     for name, matrix in MATRICES.items():
         frame = make_frame(pixel_format, span=(0, 1))
         before = copy_frame(frame)
-        x0, y0, x1, y1 = add_delta(frame, rough_delta(), matrix, impl=impl)
+        x0, y0, x1, y1 = apply_change(frame, Change(delta=rough_delta(), gain=rough_gain()), matrix, impl=impl)
         for plane, old, spec in zip(frame.planes, before.planes, frame.layout.planes, strict=True):
             y, x = np.mgrid[: plane.shape[0], : plane.shape[1]].astype(np.float64)
             x, y = (x + 0.5) * spec.sub_x - 0.5, (y + 0.5) * spec.sub_y - 0.5  # the sample's luma centre
@@ -111,11 +120,11 @@ def test_nothing_outside_the_quadrilateral_changes(pixel_format, impl):
 def test_no_delta_and_no_overlap_touch_nothing(pixel_format):
     frame = make_frame(pixel_format, span=(0, 1))
     before = copy_frame(frame)
-    assert add_delta(frame, np.zeros((3, SIZE, SIZE), np.float32), MATRICES["enlarged"]) is None
-    assert add_delta(frame, rough_delta(), similarity(0.5, 0, (-500, 20))) is None
-    assert add_delta(frame, rough_delta(), similarity(0.5, 0, (75, 900))) is None
+    assert apply_change(frame, only(np.zeros((3, SIZE, SIZE), np.float32)), MATRICES["enlarged"]) is None
+    assert apply_change(frame, only(rough_delta()), similarity(0.5, 0, (-500, 20))) is None
+    assert apply_change(frame, only(rough_delta()), similarity(0.5, 0, (75, 900))) is None
     tiny = rough_delta(amplitude=1e-7)
-    assert add_delta(frame, tiny, MATRICES["enlarged"]) is not None
+    assert apply_change(frame, only(tiny), MATRICES["enlarged"]) is not None
     for a, b in zip(frame.planes, before.planes, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -128,7 +137,7 @@ def test_samples_whose_difference_rounds_to_zero_keep_stray_bits():
     before = copy_frame(frame)
     delta = smooth_delta(amplitude=-1e-4)
     delta[:, 16, 16] = -1.0
-    add_delta(frame, delta, MATRICES["same size"])
+    apply_change(frame, only(delta), MATRICES["same size"])
     changed = frame.planes[0] != before.planes[0]
     assert 0 < changed.sum() < 60
     np.testing.assert_array_equal(frame.planes[0][~changed], 0xFFFF)
@@ -141,7 +150,7 @@ def test_clips_at_the_ends_of_the_code_range(impl, pixel_format, sign):
     frame = make_frame(pixel_format, span=(0, 1))
     delta = np.zeros((3, SIZE, SIZE), np.float32)
     delta[:, 2:-2, 2:-2] = sign * 3
-    add_delta(frame, delta, similarity(0.3), impl=impl)
+    apply_change(frame, only(delta), similarity(0.3), impl=impl)
     middle = frame.planes[0][50:70, 65:85]
     layout = frame.layout
     want = 0 if sign < 0 else (2**layout.bit_depth - 1) << layout.shift
@@ -153,7 +162,7 @@ def test_clips_at_the_ends_of_the_code_range(impl, pixel_format, sign):
 def test_alpha_is_never_touched(impl, pixel_format):
     frame = make_frame(pixel_format)
     alpha = frame.planes[0][..., 3].copy()
-    add_delta(frame, rough_delta(), MATRICES["much enlarged, rotated"], impl=impl)
+    apply_change(frame, only(rough_delta()), MATRICES["much enlarged, rotated"], impl=impl)
     np.testing.assert_array_equal(frame.planes[0][..., 3], alpha)
 
 
@@ -166,7 +175,7 @@ def test_adding_then_gathering_gives_the_delta_back(pixel_format, matrix, full_r
     index, to_crop = np.zeros(1, np.int64), similarity(0.16, 15, (160, 120))
     before = gather_crops([frame], index, to_crop[None], SIZE)
     delta = smooth_delta()
-    add_delta(frame, delta, to_crop)
+    apply_change(frame, only(delta), to_crop)
     got = (gather_crops([frame], index, to_crop[None], SIZE) - before)[0]
     np.testing.assert_allclose(got, delta, atol=ROUND_TRIP_ATOL[frame.layout.bit_depth])
     # The bound is a small part of the signal, and there is no offset and no wrong colour.
@@ -184,7 +193,7 @@ def test_chroma_lands_on_its_siting(siting):
     delta[2, 2:-2, 2:-2] = np.arange(2, SIZE - 2) * 0.05  # blue rises with x
     to_crop = similarity(0.25, 0, (79.5, 59.5))
     before = copy_frame(frame)
-    add_delta(frame, delta, to_crop)
+    apply_change(frame, only(delta), to_crop)
     got = (frame.planes[1].astype(int) - before.planes[1])[30, 20:60]
     luma_x = 2 * np.arange(20, 60) + (0.5 if siting == "center" else 0)
     want = 0.5 * 255 / 2 * 0.05 * (to_crop[0, 0] * luma_x + to_crop[0, 2])
@@ -198,7 +207,7 @@ def test_enlarged_delta_has_no_facets():
     frame = Frame(planes=(np.full((520, 520), 30000, np.uint16),), pixel_format="gray16", color=ColorSpec())
     delta = smooth_delta(size, 0.5)
     delta[:] = delta[0]
-    add_delta(frame, delta, similarity(size / 500, 0, (259.5, 259.5), size))
+    apply_change(frame, only(delta), similarity(size / 500, 0, (259.5, 259.5), size))
     line = frame.planes[0][260].astype(float)
     curvature = np.abs(np.diff(line, 2))
     steps = np.abs(np.diff(line))
@@ -211,21 +220,96 @@ def test_views_that_are_not_contiguous_work_in_place():
     mirrored = Frame(planes=(buffer[:, ::-1],), pixel_format="rgba", color=RGB)
     plain = Frame(planes=(np.ascontiguousarray(buffer[:, ::-1]),), pixel_format="rgba", color=RGB)
     for frame in (mirrored, plain):
-        add_delta(frame, rough_delta(), MATRICES["enlarged"])
+        apply_change(frame, only(rough_delta()), MATRICES["enlarged"])
     np.testing.assert_array_equal(buffer[:, ::-1], plain.planes[0])
 
 
 def test_wrong_shape_is_named():
-    with pytest.raises(ShapeError, match=r"got \(3, 8, 9\) and \(2, 3\)"):
-        add_delta(make_frame("gray"), np.zeros((3, 8, 9), np.float32), MATRICES["enlarged"])
+    with pytest.raises(ShapeError, match=r"got \(3, 8, 9\)"):
+        Change(delta=np.zeros((3, 8, 9), np.float32))
+    with pytest.raises(ShapeError, match=r"got \(3, 8, 8\) and \(8, 9\)"):
+        Change(delta=np.zeros((3, 8, 8), np.float32), gain=np.zeros((8, 9), np.float32))
+    with pytest.raises(ShapeError, match=r"got \(3, 3\)"):
+        apply_change(make_frame("gray"), only(rough_delta()), np.eye(3, dtype=np.float32))
+
+
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
+def test_a_gain_of_zero_is_none(pixel_format):
+    plain, zero = make_frame(pixel_format), make_frame(pixel_format)
+    rect = apply_change(plain, only(rough_delta()), MATRICES["enlarged"])
+    change = Change(delta=rough_delta(), gain=np.zeros((SIZE, SIZE), np.float32))
+    assert rect == apply_change(zero, change, MATRICES["enlarged"])
+    for a, b in zip(plain.planes, zero.planes, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def plateau(value):
+    """A gain or luma that is the same everywhere but near the rim."""
+    gain = np.zeros((SIZE, SIZE), np.float32)
+    gain[2:-2, 2:-2] = value
+    return gain
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("pixel_format", ["yuv444p", "yuv420p10le", "p010le", "gray12le", "gray16"])
+def test_a_gain_scales_the_luma_above_black_and_no_chroma(impl, full_range, pixel_format):
+    frame = make_frame(pixel_format, color=ColorSpec(full_range=full_range))
+    before = copy_frame(frame)
+    change = Change(delta=np.zeros((3, SIZE, SIZE), np.float32), gain=plateau(-0.2))
+    apply_change(frame, change, similarity(0.3), impl=impl)
+    layout, middle = frame.layout, (slice(50, 70), slice(65, 85))
+    old, new = (f.planes[0][middle].astype(float) / 2**layout.shift for f in (before, frame))
+    depth = 2.0 ** (layout.bit_depth - 8)
+    black, span = (0, 2.0**layout.bit_depth - 1) if full_range else (16 * depth, 219 * depth)
+    want = black + span * ((old - black) / span - 0.2 * ((old - black) / span + 0.04))
+    assert np.abs(new - want).max() <= 0.51
+    for chroma, untouched in zip(frame.planes[1:], before.planes[1:], strict=True):
+        np.testing.assert_array_equal(chroma, untouched)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("pixel_format", ["rgb24", "rgba", "rgb48", "rgba64"])
+def test_a_gain_adds_one_grey_value_to_rgb(impl, pixel_format):
+    frame = make_frame(pixel_format)
+    before = copy_frame(frame)
+    change = Change(delta=np.zeros((3, SIZE, SIZE), np.float32), gain=plateau(0.2))
+    apply_change(frame, change, similarity(0.3), impl=impl)
+    middle = (slice(50, 70), slice(65, 85), slice(3))
+    old, new = (f.planes[0][middle].astype(float) for f in (before, frame))
+    luma = old @ [0.299, 0.587, 0.114]
+    want = old + 0.2 * (luma + 0.04 * (2.0**frame.layout.bit_depth - 1))[..., None]
+    assert np.abs(new - want).max() <= 0.51
+
+
+def test_a_gain_on_rgb_and_on_yuv_is_the_same_map():
+    yuv = make_frame("yuv444p12le", color=ColorSpec(matrix="bt601", full_range=True))
+    index, to_crop = np.zeros(1, np.int64), np.float32([[1, 0, -40], [0, 1, -30]])
+    (crop,) = gather_crops([yuv], index, to_crop[None], SIZE)
+    change = Change(delta=smooth_delta(amplitude=0.1), gain=rough_gain(amplitude=0.1))
+    apply_change(yuv, change, to_crop)
+    (changed,) = gather_crops([yuv], index, to_crop[None], SIZE)
+    np.testing.assert_allclose(changed, change_crop(crop, change), atol=2e-3)  # 12-bit codes
+    assert np.abs(changed - crop).max() > 0.1
+
+
+def test_a_gain_keeps_native_detail():
+    # A crop of 32 on a face of about 300: the picture's own texture is finer than the crop's pixels.
+    frame = make_frame("gray16", 400, 400)
+    before = frame.planes[0].astype(float)
+    change = Change(delta=np.zeros((3, SIZE, SIZE), np.float32), gain=plateau(-0.5))
+    apply_change(frame, change, similarity(SIZE / 300, 0, (199.5, 199.5)))
+    middle = (slice(150, 250), slice(150, 250))
+    ratio = frame.planes[0][middle].std() / before[middle].std()
+    assert abs(ratio - 0.5) < 0.01
 
 
 def test_a_cpu_run_imports_no_torch():
     program = (
-        "import sys, numpy as np; from faceage.kernels import add_delta, gather_crops; "
-        "from faceage.types import ColorSpec, Frame; "
+        "import sys, numpy as np; from faceage.kernels import apply_change, gather_crops; "
+        "from faceage.types import Change, ColorSpec, Frame; "
         "frame = Frame(planes=(np.zeros((50, 50), np.uint8),), pixel_format='gray', color=ColorSpec()); "
         "matrix = np.eye(2, 3, dtype=np.float32); gather_crops([frame], np.zeros(1, int), matrix[None], 16); "
-        "add_delta(frame, np.ones((3, 16, 16), np.float32), matrix); assert 'torch' not in sys.modules"
+        "apply_change(frame, Change(delta=np.ones((3, 16, 16), np.float32)), matrix); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
