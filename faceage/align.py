@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from faceage.errors import ShapeError
-from faceage.geometry import similarity_to_template, template_5
-from faceage.types import FloatArray
+from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template, template_5
+from faceage.kernels import gather_crops
+from faceage.types import Crops, FloatArray, Frame, IntArray, View
 
 FRONTAL_TURN = 0.6
 """A face turned less than this (see `head_turn`; about 30 degrees) is aged in full."""
@@ -28,33 +29,51 @@ FINENESS = 0.8
 crop of twice the side takes four times as long to age."""
 
 
-def align_faces(landmarks: FloatArray, size_px: int) -> FloatArray:
+def align_faces(landmarks: FloatArray, size_px: int, template: FloatArray = TEMPLATE_5) -> FloatArray:
     """Return the map from the frame to each face's aligned crop.
 
     Args:
         landmarks: float32 [F, 5, 2], frame pixels. F may be 0.
         size_px: side of the crop in pixels.
+        template: float32 [5, 2], where the crop has the landmarks, as fractions of its side.
 
     Returns:
         float32 [F, 2, 3], frame pixels to crop pixels.
     """
-    return similarity_to_template(landmarks, template_5(size_px))
+    return similarity_to_template(landmarks, template_5(size_px, template))
 
 
-def choose_size(landmarks: FloatArray, sizes_px: Sequence[int]) -> int:
-    """Return the side of the crops in which a person is to be aged, one for all the given views of one face.
+def prepare_crops(
+    frames: Sequence[Frame], frame_index: IntArray, landmarks: FloatArray, view: View, size_px: int
+) -> Crops:
+    """Align faces and gather their crops.
 
-    The smallest of the sizes that has `FINENESS` of the picture's own resolution, or else the largest. The median view
-    decides: in a track, a size that changed with the face would be seen as a pop, and one that fits the largest view
+    Args:
+        frames: the pictures.
+        frame_index: int64 [F], the position of each face's picture. F may be 0.
+        landmarks: float32 [F, 5, 2], frame pixels.
+        view: how the faces are framed.
+        size_px: one of the view's sizes.
+    """
+    matrices = align_faces(landmarks, size_px, view.template)
+    pixels = gather_crops(frames, frame_index, matrices, size_px)
+    return Crops(pixels=pixels, landmarks=apply_affine(matrices, landmarks), frame_to_crop=matrices)
+
+
+def choose_size(landmarks: FloatArray, view: View) -> int:
+    """Return the side of the crops in which a person is to be aged, one for all the given frames of one face.
+
+    The smallest of the sizes that has `FINENESS` of the picture's own resolution, or else the largest. The median frame
+    decides: in a track, a size that changed with the face would be seen as a pop, and one that fits the largest frame's
     would be too fine for most frames.
 
     Args:
         landmarks: float32 [T, 5, 2], frame pixels; T is 1 or more.
-        sizes_px: what there is to choose from, ascending.
+        view: its sizes are there to choose from.
     """
-    scales = np.linalg.norm(align_faces(landmarks, 1)[:, 0, :2], axis=-1)
+    scales = np.linalg.norm(align_faces(landmarks, 1, view.template)[:, 0, :2], axis=-1)
     side = 1 / float(np.median(scales))  # of the aligned crop, in pixels of the picture
-    return next((size for size in sizes_px if size >= FINENESS * side), sizes_px[-1])
+    return next((size for size in view.sizes_px if size >= FINENESS * side), view.sizes_px[-1])
 
 
 def head_turn(landmarks: FloatArray) -> FloatArray:

@@ -24,9 +24,13 @@ The mean of MTCNN's landmarks over UTKFace's own 200-pixel crops, made symmetric
 ours frame a face alike: forehead to chin fills the crop."""
 
 
-def template_5(size_px: int) -> FloatArray:
-    """Return the alignment template in pixels of a crop: float32 [5, 2]."""
-    return TEMPLATE_5 * size_px - 0.5
+TEMPLATES = {"face": TEMPLATE_5}
+"""The templates that there are, by the name in a checkpoint's header."""
+
+
+def template_5(size_px: int, template: FloatArray = TEMPLATE_5) -> FloatArray:
+    """Return an alignment template in pixels of a crop: float32 [5, 2]."""
+    return template * size_px - 0.5
 
 
 def similarity_to_template(landmarks: FloatArray, template: FloatArray) -> FloatArray:

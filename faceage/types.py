@@ -213,6 +213,15 @@ class Crops:
         """Return the faces that `rows` (a slice, a mask or an index array) selects."""
         return Crops(pixels=self.pixels[rows], landmarks=self.landmarks[rows], frame_to_crop=self.frame_to_crop[rows])
 
+    @classmethod
+    def empty(cls, size_px: int) -> Crops:
+        """Return no face."""
+        return cls(
+            pixels=np.zeros((0, 3, size_px, size_px), np.float32),
+            landmarks=np.zeros((0, 5, 2), np.float32),
+            frame_to_crop=np.zeros((0, 2, 3), np.float32),
+        )
+
     @property
     def size_px(self) -> int:
         """S, the side of the crops."""

@@ -11,16 +11,17 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "types": 0, "errors": 0, "cache": 0,
     "kernels": 1,
-    "networks": 2, "checkpoint": 2, "geometry": 2, "ages": 2, "models": 2,
+    "networks": 2, "checkpoint": 2, "geometry": 2, "ages": 2,
     "engines": 3,
-    "media": 4, "detect": 4, "follow": 4, "cuts": 4, "smooth": 4, "track": 4, "align": 4, "agers": 4, "blend": 4,
+    "media": 4, "detect": 4, "follow": 4, "cuts": 4, "smooth": 4, "track": 4, "align": 4, "blend": 4,
+    "agers": 4, "models": 4,
     "pipeline": 5,
     "cli": 6,
 }  # fmt: skip
 """Module or subpackage of faceage -> its layer."""
 FAMILIES = [
     {"types", "errors", "cache"},
-    {"models", "checkpoint"},
+    {"agers", "models"},
     {"detect", "track", "follow", "cuts", "smooth"},
 ]
 """Modules of one layer that may import one another."""

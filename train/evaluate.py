@@ -33,15 +33,14 @@ import numpy as np
 import torch
 
 from faceage.agers.age_cgan import AgeCGAN
+from faceage.agers.base import ModelFiles
 from faceage.agers.latent import LatentConfig
-from faceage.align import align_faces, face_weights
+from faceage.align import face_weights, prepare_crops
 from faceage.checkpoint import sha256_of
 from faceage.errors import NoFaceError
-from faceage.geometry import apply_affine
-from faceage.kernels import gather_crops
 from faceage.media.rotation import upright
 from faceage.media.video import EncodeOptions, VideoReader
-from faceage.models import ROLES, ModelFiles, find_model
+from faceage.models import BUNDLED_MODELS, find_model
 from faceage.pipeline.photos import AgedPhoto, age_frames
 from faceage.pipeline.request import AgeRequest, Networks, load_networks
 from faceage.pipeline.video import age_video
@@ -209,11 +208,11 @@ def latent_section(e: Evaluation, networks: Networks) -> dict | None:
     """
     if not isinstance(networks.ager, AgeCGAN):
         return None
-    (size,), ages = networks.ager.sizes_px, e.drawn.ages
+    (view,), ages = networks.ager.views, e.drawn.ages
+    (size,) = view.sizes_px
     frames = [Frame(planes=(picture,), pixel_format="rgb24", color=RGB) for picture in e.originals]
     everyone = np.arange(len(frames))
-    matrices = align_faces(e.drawn.landmarks, size)
-    crops, points = gather_crops(frames, everyone, matrices, size), apply_affine(matrices, e.drawn.landmarks)
+    crops = prepare_crops(frames, everyone, e.drawn.landmarks, view, size)
 
     def figures(faces: FloatArray) -> dict[str, float]:
         return e.identity(e.panel.embed(teacher_view(torch.from_numpy(faces))), everyone)
@@ -223,9 +222,12 @@ def latent_section(e: Evaluation, networks: Networks) -> dict | None:
         ager = load_networks(model=networks.model, latent=config, composite="replace").ager
         parts = [slice(i, i + LATENT_BATCH) for i in range(0, len(crops), LATENT_BATCH)]
         # What "replace" adds to a crop to get the generated face, at the age that the face has already.
-        deltas = [ager.age(crops[part], points[part], ages[part], ages[part]).deltas for part in parts]
-        section[name] = figures(crops + np.concatenate(deltas))
-    return section | {f"(the {size}-px crop itself)": figures(crops)}
+        deltas = []
+        for part in parts:
+            looks = ager.look([], ages[part], ages[part])
+            deltas += [key.delta for key in ager.observe(looks, [crops[part]], [None] * len(looks))]
+        section[name] = figures(crops.pixels + np.stack(deltas))
+    return section | {f"(the {size}-px crop itself)": figures(crops.pixels)}
 
 
 def video_section(networks: Networks, panel: Panel, clips: list[Path]) -> dict:
@@ -398,7 +400,7 @@ def _describe(files: ModelFiles) -> dict:
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="Judges identity.")
 @click.option("--judge", type=click.Path(exists=True, path_type=Path), required=True, help="Judges age; train.judge.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the scorecard.")
-@click.option("--model", "models", multiple=True, default=list(ROLES), help="As `faceage models list` shows.")
+@click.option("--model", "models", multiple=True, default=BUNDLED_MODELS, help="As `faceage models list` shows.")
 @click.option("--faces", "count", type=click.IntRange(len(AGE_GROUPS)), default=300, help="Validation faces to age.")
 @click.option(
     "--media", type=click.Path(exists=True, path_type=Path), multiple=True, help="A clip, or a folder of clips."

@@ -116,9 +116,9 @@ def picture_mask(frame_to_crop: FloatArray, size_px: int, shape: tuple[int, int]
 def touchable(frame_to_crop: FloatArray, size_px: int, shape: tuple[int, int]) -> Bools:
     """Return which pixels of a picture the blend of one crop may change at all: bool `shape` [H, W].
 
-    Arguments as `picture_mask`. `kernels.apply_change` spreads each crop pixel of the mask by a cubic of two pixels and a
-    bilinear step of one at most; where the crop is finer than the picture, by a tent of the picture's pixel. One more
-    is for the rounding of positions here.
+    Arguments as `picture_mask`. `kernels.apply_change` spreads each crop pixel of the mask by a cubic of two pixels
+    and a bilinear step of one at most; where the crop is finer than the picture, by a tent of the picture's pixel. One
+    more is for the rounding of positions here.
     """
     crop_px_per_sample = math.sqrt(abs(np.linalg.det(frame_to_crop[:, :2])))
     reach = 4 if crop_px_per_sample < 1 else math.ceil(crop_px_per_sample) + 2

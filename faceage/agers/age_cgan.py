@@ -6,19 +6,43 @@ arXiv:1702.01983.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
 
-from faceage.agers.base import AgedFaces, Composite
+from faceage.agers.base import Ages, Architecture, Composite, EngineOf, ModelFiles, read_view
 from faceage.agers.latent import Fit, LatentConfig, optimize_latents
+from faceage.agers.programs import EXAMPLES, fingerprint_of, load_network, make_measuring, reader_program
 from faceage.ages import age_to_classes
-from faceage.engines.base import Engine
+from faceage.checkpoint import read_array, read_header, sha256_of
+from faceage.engines.base import BATCH, Engine, Program, TensorSpec, fingerprint
+from faceage.engines.examples import example_faces
+from faceage.errors import CheckpointError
 from faceage.geometry import face_mask, skin_mask
-from faceage.types import FloatArray
+from faceage.types import Appearance, Change, Crops, FloatArray, View
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class FittedFace:
+    """A face at one key frame."""
+
+    delta: FloatArray
+    """float32 [3, S, S], its change, unmasked."""
+    latent: FloatArray
+    """float32 [Z], where the fit at the next key frame starts."""
 
 
 class AgeCGAN:
     """The Age-cGAN ager (`base.Ager`) over its four engines."""
+
+    needs_appearance = False
 
     def __init__(
         self,
@@ -27,43 +51,39 @@ class AgeCGAN:
         generator: Engine,
         latent: Engine,
         identity: Engine,
+        view: View,
         root: FloatArray | None = None,
-        size_px: int = 64,
         config: LatentConfig | None = None,
         composite: Composite = "delta",
     ) -> None:
-        """Use engines of `agers.programs`.
+        """Use engines of this module's programs.
 
         Args:
             encoder: faces -> z.
             generator: (z, classes) -> faces.
             latent: the step of latent optimization, see `optimize_latents`.
             identity: faces -> embeddings.
+            view: the crops, of one size.
             root: see `optimize_latents`; the encoder's checkpoint has it; None: the identity.
-            size_px: side of the faces.
             config: how latents are optimized.
             composite: "delta" adds the difference of two generated faces, so that reconstruction errors cancel;
                 "replace" pastes the generated face, as the paper shows it.
         """
         self._encoder, self._generator, self._latent, self._identity = encoder, generator, latent, identity
         self._root = root
-        self._size_px = size_px
+        self.views = (view,)
         self.config = config or LatentConfig()
         self._composite = composite
 
-    @property
-    def sizes_px(self) -> tuple[int, ...]:
-        """Side of the aligned crops it takes: one."""
-        return (self._size_px,)
-
     def fit(self, pixels: FloatArray, source_age: FloatArray, latents: FloatArray | None = None) -> Fit:
-        """Find the latents that reconstruct faces at their source age; arguments as `age`."""
-        (embeddings,) = self._identity(pixels)
-        return self._fit(pixels, embeddings, source_age, latents)
+        """Find the latents that reconstruct faces at their source age.
 
-    def _fit(
-        self, pixels: FloatArray, embeddings: FloatArray, source_age: FloatArray, latents: FloatArray | None
-    ) -> Fit:
+        Args:
+            pixels: float32 [F, 3, S, S], RGB in [-1, 1], aligned. F may be 0.
+            source_age: float32 [F], years.
+            latents: float32 [F, Z], where to start; None: the encoder says.
+        """
+        (embeddings,) = self._identity(pixels)
         config = self.config
         start = self._encoder(pixels)[0] if latents is None else latents
         budget = np.full(len(pixels), config.max_evaluations if latents is None else config.max_evaluations_known)
@@ -71,34 +91,47 @@ class AgeCGAN:
         problem = age_to_classes(source_age), pixels, embeddings
         return optimize_latents(self._latent, start, problem, config, root=root, budget=budget)
 
-    def age(
-        self,
-        pixels: FloatArray,
-        landmarks: FloatArray,
-        source_age: FloatArray,
-        target_age: FloatArray,
-        latents: FloatArray | None = None,
-    ) -> AgedFaces:
-        """Age a batch of faces; see `base.Ager.age`.
+    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Ages]:
+        """Return the ages; see `base.Ager.look`."""
+        return Ages.rows(source_age, target_age)
+
+    def observe(
+        self, looks: Sequence[Ages], crops: Sequence[Crops], previous: Sequence[FittedFace | None]
+    ) -> list[FittedFace]:
+        """Fit faces, those of known latents apart from the others; see `base.Ager.observe`.
 
         The landmarks play no part: at 64 pixels the template's are as good, and the generator was taught with those.
         """
-        (embeddings,) = self._identity(pixels)
-        z = self._fit(pixels, embeddings, source_age, latents).latents
+        (faces,) = crops
+        ages = np.array(looks, np.float32).reshape(-1, 2)
+        keys: dict[int, FittedFace] = {}
+        known = [face.latent for face in previous if face is not None]
+        is_known = np.array([face is not None for face in previous], bool)
+        for rows, latents in ((np.flatnonzero(~is_known), None), (np.flatnonzero(is_known), known)):
+            if len(rows):
+                fitted = self._age(faces.pixels[rows], ages[rows], None if latents is None else np.stack(latents))
+                keys |= zip(rows.tolist(), fitted, strict=True)
+        return [keys[row] for row in range(len(faces))]
+
+    def _age(self, pixels: FloatArray, ages: FloatArray, latents: FloatArray | None) -> list[FittedFace]:
+        """Age faces [F, 3, S, S] from and to `ages` [F, 2]; all have latents [F, Z] or none has."""
+        source, target = ages.T
+        z = self.fit(pixels, source, latents).latents
         if latents is not None:
             memory = np.float32(self.config.memory)
             z = memory * latents + (1 - memory) * z
-        (aged,) = self._generator(z, age_to_classes(target_age))
+        (aged,) = self._generator(z, age_to_classes(target))
         if self._composite == "delta":
-            (reference,) = self._generator(z, age_to_classes(source_age))
+            (reference,) = self._generator(z, age_to_classes(source))
             deltas = CHANGE_GAIN * _calm(aged - reference) * _contrast(pixels, reference)
         else:
             deltas = aged - pixels
-        identity = np.full(len(pixels), np.nan, np.float32)
-        if latents is None:
-            (after,) = self._identity(np.clip(pixels + deltas, -1, 1))
-            identity = (embeddings * after).sum(1)
-        return AgedFaces(deltas=deltas, latents=z, identity=identity)
+        return [FittedFace(delta, latent) for delta, latent in zip(deltas, z, strict=True)]
+
+    def draw(self, look: Ages, before: FittedFace, after: FittedFace, share: float) -> list[Change | None]:
+        """Return the change inside the blend mask; see `base.Ager.draw`."""
+        delta = before.delta if before is after else (1 - share) * before.delta + share * after.delta
+        return [Change(delta=delta * face_mask(delta.shape[-1]))]
 
 
 CHANGE_GAIN = np.float32(1.2)
@@ -150,3 +183,148 @@ def feature_shares(size_px: int) -> FloatArray:
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Rec. 601 weights: which standard's hardly matters to what is weakened here."""
+
+
+def _generator_network(checkpoint: Path) -> nn.Module:
+    from faceage.networks.age_cgan import AgeCGANDims, Generator
+
+    return load_network(checkpoint, lambda dims: Generator(AgeCGANDims(**dims)))
+
+
+def _make_encoder(dims: dict) -> nn.Module:
+    from faceage.networks.age_cgan import AgeCGANDims, Encoder
+
+    return Encoder(AgeCGANDims(**dims))
+
+
+def encoder_program(checkpoint: Path) -> Program:
+    """Faces [F, 3, S, S] -> z [F, Z]."""
+    return reader_program(checkpoint, make=_make_encoder)
+
+
+def generator_program(checkpoint: Path) -> Program:
+    """(z [F, Z], classes [F, K]) -> faces [F, 3, S, S]."""
+    dims = read_header(checkpoint).dims
+    size = dims["size_px"]
+
+    def build() -> tuple:
+        import torch
+
+        from faceage.networks.age_cgan import FoldedGenerator
+
+        z = torch.randn(EXAMPLES, dims["latent"], generator=torch.Generator().manual_seed(0))
+        return FoldedGenerator(_generator_network(checkpoint)).eval(), (z, torch.eye(dims["classes"])[:EXAMPLES])
+
+    return Program(
+        name="age-cgan-generator",
+        fingerprint=fingerprint_of(checkpoint),
+        build=build,
+        inputs=(TensorSpec("z", (BATCH, dims["latent"])), TensorSpec("classes", (BATCH, dims["classes"]))),
+        outputs=(TensorSpec("faces", (BATCH, 3, size, size)),),
+    )
+
+
+def latent_program(generator: Path, identity: Path, *, autograd: bool = False) -> Program:
+    """One step of latent optimization: the state, the problem -> the next state; see `networks.latent.LatentStep`.
+
+    Args:
+        generator: its checkpoint.
+        identity: the checkpoint of the identity network.
+        autograd: let torch differentiate at run time, for an identity network with layers that the exported gradient
+            does not know; only the torch backend runs that.
+    """
+    dims = read_header(generator).dims
+    size, latent, width = dims["size_px"], dims["latent"], read_header(identity).dims["outputs"]
+
+    def build() -> tuple:
+        import torch
+
+        from faceage.networks.age_cgan import FoldedGenerator
+        from faceage.networks.latent import AutogradGradient, LatentObjective, LatentStep, gradient_network
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=seeded)
+
+        seeded = torch.Generator().manual_seed(0)
+        mask = torch.tensor(face_mask(size))
+        who = load_network(identity, make_measuring(read_header(identity).arch))
+        objective = LatentObjective(FoldedGenerator(_generator_network(generator)), who, mask).eval()
+        problem = (
+            random(EXAMPLES, latent),
+            torch.eye(dims["classes"])[:EXAMPLES],
+            torch.from_numpy(example_faces(EXAMPLES, size)),
+            torch.nn.functional.normalize(random(EXAMPLES, width), dim=1),
+            torch.tensor([1.0, 4.0, 0.02, 0.005]),
+        )
+        examples = (*problem[:4], problem[4][:3])
+        gradient = AutogradGradient(objective) if autograd else gradient_network(objective, examples)
+        # In the middle of an optimization, and one face has stopped.
+        state = (
+            0.1 * random(EXAMPLES, latent), torch.full((EXAMPLES,), 100.0), random(EXAMPLES, latent),
+            random(EXAMPLES, latent), torch.full((EXAMPLES,), 0.5), torch.arange(EXAMPLES).float(),
+        )  # fmt: skip
+        return LatentStep(gradient).eval(), (*state, *problem, torch.eye(latent))
+
+    state = (
+        TensorSpec("u", (BATCH, latent)),
+        TensorSpec("loss", (BATCH,)),
+        TensorSpec("gradient", (BATCH, latent)),
+        TensorSpec("direction", (BATCH, latent)),
+        TensorSpec("length", (BATCH,)),
+        TensorSpec("left", (BATCH,)),
+    )
+    return Program(
+        name="age-cgan-latent",
+        fingerprint=fingerprint(fingerprint_of(generator), fingerprint_of(identity)),
+        build=build,
+        inputs=(
+            *state,
+            TensorSpec("start", (BATCH, latent)),
+            TensorSpec("classes", (BATCH, dims["classes"])),
+            TensorSpec("faces", (BATCH, 3, size, size)),
+            TensorSpec("embeddings", (BATCH, width)),
+            TensorSpec("settings", (4,)),
+            TensorSpec("root", (latent, latent)),
+        ),
+        outputs=state,
+    )
+
+
+def _programs(files: ModelFiles, identity: Path) -> dict[str, Program]:
+    return {
+        "encoder": encoder_program(files.paths["encoder"]),
+        "generator": generator_program(files.generator),
+        # FaceNet's pooling and resizing have no exported gradient.
+        "latent": latent_program(files.generator, identity, autograd=read_header(identity).arch == "facenet"),
+    }
+
+
+def _make(
+    files: ModelFiles, engine: EngineOf, *, latent: LatentConfig | None = None, composite: Composite = "delta"
+) -> AgeCGAN:
+    return AgeCGAN(
+        encoder=engine("encoder"),
+        generator=engine("generator"),
+        latent=engine("latent"),
+        identity=engine("identity"),
+        view=read_view(files.generator, (read_header(files.generator).dims["size_px"],)),
+        root=read_array(files.paths["encoder"], "latent_root"),
+        config=latent,
+        composite=composite,
+    )
+
+
+def _check(paths: dict[str, Path]) -> None:
+    generator = paths["generator"]
+    if read_header(paths["encoder"]).parents.get("gan") not in (None, sha256_of(generator)):
+        raise CheckpointError(f"the encoder was not trained for {generator}; name the generator it was trained for")
+
+
+ARCHITECTURE = Architecture(
+    name="age-cgan",
+    roles={"generator": "age-cgan-generator", "encoder": "age-cgan-encoder"},
+    programs=_programs,
+    make=_make,
+    options=("latent", "composite"),
+    check=_check,
+)

@@ -1,50 +1,141 @@
-"""What the pipeline asks of a network that ages faces."""
+"""What the pipeline asks of a network that ages faces, and what it has to know of one before it is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
-from faceage.types import FloatArray
+from faceage.checkpoint import read_header
+from faceage.engines.base import Engine, Program
+from faceage.errors import CheckpointError
+from faceage.geometry import TEMPLATES
+from faceage.types import Appearance, Change, Crops, FloatArray, View
 
 Composite = Literal["delta", "replace"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class AgedFaces:
-    """What was made of a batch of aligned faces."""
-
-    deltas: FloatArray
-    """float32 [F, 3, S, S]: what to add to the crop, RGB in units of its [-1, 1] range; neither weighted nor cut to
-    the blend mask."""
-    latents: FloatArray
-    """float32 [F, Z]: start the same faces' next call from these. Z is 0 where there are none."""
-    identity: FloatArray
-    """float32 [F], cosine in [-1, 1] between the crop's embedding and that of the crop plus its delta; NaN for faces
-    that came with a latent, whose identity was measured when they came without."""
+Look = Any
+"""What an ager has decided about one person in one shot: opaque to the pipeline, never changed once it is made."""
+Key = Any
+"""What an ager's networks made of one face at one key frame: opaque to the pipeline, never changed once it is made."""
 
 
 class Ager(Protocol):
-    """Ages aligned faces. Calls are independent of one another and may come from several threads."""
+    """Ages people. Calls are independent of one another and may come from several threads.
+
+    Photos: look, observe, and draw with the same key before and after. Videos: look once a person and shot, observe at
+    key frames, draw in every frame.
+    """
 
     @property
-    def sizes_px(self) -> tuple[int, ...]:
-        """Sides of the aligned crops it takes, ascending; see `align.choose_size`."""
+    def views(self) -> tuple[View, ...]:
+        """The crops that it takes of a face, and draws its change in. The first is the view "face"."""
 
-    def age(
-        self,
-        pixels: FloatArray,
-        landmarks: FloatArray,
-        source_age: FloatArray,
-        target_age: FloatArray,
-        latents: FloatArray | None = None,
-    ) -> AgedFaces:
-        """Age a batch of faces in crops of one size.
+    @property
+    def needs_appearance(self) -> bool:
+        """Whether `look` is to be given appearances, which take time to measure."""
+
+    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> Sequence[Look]:
+        """Decide how people are to be changed, once a person and shot.
 
         Args:
-            pixels: float32 [F, 3, S, S], RGB in [-1, 1], aligned; S is one of `sizes_px`. F may be 0.
-            landmarks: float32 [F, 5, 2], the faces' own, in crop pixels: near the template's, but not on it.
-            source_age: float32 [F], years.
-            target_age: float32 [F], years.
-            latents: what an earlier call gave for the same people, to start from; None for people seen first.
+            appearances: one a person; none at all where `needs_appearance` is False.
+            source_age: float32 [F], years, in the range that `pipeline.request.resolve_ages` gives.
+            target_age: float32 [F], years, in the same range.
         """
+
+    def observe(self, looks: Sequence[Look], crops: Sequence[Crops], previous: Sequence[Key | None]) -> Sequence[Key]:
+        """Run the networks on a batch of faces at a key frame each.
+
+        Args:
+            looks: of the F people. F may be 0.
+            crops: one a view, in the order of `views`, of the same F faces; each in one of its view's sizes.
+            previous: what an earlier call gave for the same person, to start from; None for people seen first.
+        """
+
+    def draw(self, look: Look, before: Key, after: Key, share: float) -> Sequence[Change | None]:
+        """Return a person's change in one frame, one a view, masked; None where a view is not changed.
+
+        Args:
+            look: the person's.
+            before: the key of the nearest key frame not after this frame.
+            after: the key of the next one; `before` itself on a key frame.
+            share: where the frame lies between the two, 0 is before: the change is mixed linearly.
+        """
+
+
+class Ages(NamedTuple):
+    """The `Look` of an ager that knows people only by their ages, in years."""
+
+    source: float
+    target: float
+
+    @classmethod
+    def rows(cls, source_age: FloatArray, target_age: FloatArray) -> list[Ages]:
+        """Return one a person; arguments as `Ager.look`."""
+        return [cls(float(source), float(target)) for source, target in zip(source_age, target_age, strict=True)]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The checkpoints of one model."""
+
+    name: str
+    architecture: str
+    """A name in `agers.registry.ARCHITECTURES`."""
+    paths: dict[str, Path]
+    """Role to file."""
+
+    @property
+    def generator(self) -> Path:
+        """What draws the aged face: every architecture has it."""
+        return self.paths["generator"]
+
+    @property
+    def age(self) -> Path:
+        """What reads ages."""
+        return self.paths["age"]
+
+    @property
+    def identity(self) -> Path:
+        """What tells people apart."""
+        return self.paths["identity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One kind of ager: what its module tells the rest of the package. `agers.registry` lists them."""
+
+    name: str
+    """Also the name of the bundled model of this architecture."""
+    roles: Mapping[str, str]
+    """Role of a checkpoint -> its architecture, which is also the stem of its file. "generator" must be there;
+    `registry.SHARED_ROLES` must not."""
+    programs: Callable[[ModelFiles, Path], dict[str, Program]]
+    """(files, the identity network's checkpoint) -> the programs of its own roles, by name."""
+    make: Callable[..., Ager]
+    """(files, engine, **options) -> the ager. `engine` gives the engine of a program's name: one of `programs`,
+    "identity" or "age"."""
+    options: tuple[str, ...] = ()
+    """Keyword arguments of `load_networks` that are for this architecture, and go to `make` when they are given."""
+    check: Callable[[dict[str, Path]], None] = lambda paths: None
+    """Raises CheckpointError if the checkpoints of a model, by role, do not belong together."""
+
+
+EngineOf = Callable[[str], Engine]
+
+
+def read_view(checkpoint: Path, sizes_px: Sequence[int]) -> View:
+    """Return the view that a checkpoint's network was trained on, in crops of the given sizes.
+
+    Raises:
+        CheckpointError: if this version does not know its template.
+    """
+    name = read_header(checkpoint).dims.get("template", "face")
+    if name not in TEMPLATES:
+        raise CheckpointError(
+            f'{checkpoint} was trained on crops of template "{name}", this version knows {", ".join(TEMPLATES)}; '
+            "update faceage"
+        )
+    return View(name, TEMPLATES[name], tuple(sizes_px))

@@ -7,71 +7,111 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from faceage.agers.base import AgedFaces
-from faceage.engines.base import Engine
-from faceage.geometry import skin_masks
-from faceage.types import FloatArray
+from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
+from faceage.agers.programs import EXAMPLES, load_network
+from faceage.checkpoint import read_header, sha256_of
+from faceage.engines.base import Axis, Engine, Program, TensorSpec, fingerprint, module_file
+from faceage.engines.examples import example_faces
+from faceage.geometry import face_mask, skin_masks
+from faceage.types import Appearance, Change, Crops, FloatArray, View
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BATCH_PIXELS = 4 * 512**2
 """Pixels of one call of the U-Net at most: 64 faces of 128. It bounds the memory; a CPU gains nothing from more."""
 
 
 class FaceGAN:
-    """The FaceGAN ager (`base.Ager`) over its engines. It has no latents: every call stands for itself."""
+    """The FaceGAN ager (`base.Ager`) over its engines. Every face stands for itself: a key is its unmasked change."""
 
-    def __init__(
-        self, *, unet: Callable[[int], Engine], sizes_px: Sequence[int], identity: Engine, identity_px: int
-    ) -> None:
-        """Use engines of `agers.programs`.
+    needs_appearance = False
+
+    def __init__(self, *, unet: Callable[[int], Engine], view: View) -> None:
+        """Use engines of `unet_program`.
 
         Args:
-            unet: returns the engine for one of the sizes, (faces, ages now, wanted ages) -> change. It is called once
-                a size, when the first face of that size comes: building one takes seconds.
-            sizes_px: sides of the crops, ascending: a small face does not pay for a large one's resolution.
-            identity: faces -> embeddings.
-            identity_px: side of the faces that `identity` takes; it divides all the sizes.
+            unet: returns the engine for one of the view's sizes, (faces, ages now, wanted ages) -> change. It is called
+                once a size, when the first face of that size comes: building one takes seconds.
+            view: the crops: a small face does not pay for a large one's resolution.
         """
         self._unet = cache(unet)
-        self._sizes_px = tuple(sizes_px)
         self._loading = Lock()  # several threads may be the first to need a size
-        self._identity, self._identity_px = identity, identity_px
+        self.views = (view,)
 
-    @property
-    def sizes_px(self) -> tuple[int, ...]:
-        """Sides of the aligned crops it takes, ascending."""
-        return self._sizes_px
+    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Ages]:
+        """Return the ages; see `base.Ager.look`."""
+        return Ages.rows(source_age, target_age)
 
-    def age(
-        self,
-        pixels: FloatArray,
-        landmarks: FloatArray,
-        source_age: FloatArray,
-        target_age: FloatArray,
-        latents: FloatArray | None = None,
-    ) -> AgedFaces:
-        """Age a batch of faces; see `base.Ager.age`."""
-        size = pixels.shape[-1]
+    def observe(
+        self, looks: Sequence[Ages], crops: Sequence[Crops], previous: Sequence[FloatArray | None]
+    ) -> list[FloatArray]:
+        """Return the changes of faces, float32 [3, S, S] each; see `base.Ager.observe`."""
+        (faces,) = crops
+        source, target = np.array(looks, np.float32).reshape(-1, 2).T
+        size = faces.size_px
         with self._loading:
             unet = self._unet(size)
-        deltas = np.empty_like(pixels)
+        deltas = np.empty_like(faces.pixels)
         step = BATCH_PIXELS // size**2
-        for start in range(0, len(pixels), step):
+        for start in range(0, len(faces), step):
             part = slice(start, start + step)
-            (deltas[part],) = unet(pixels[part], source_age[part], target_age[part])
-        deltas *= skin_masks(landmarks, size)[:, None]  # eyeballs and teeth do not get older
-        identity = np.full(len(pixels), np.nan, np.float32)
-        if latents is None:
-            before, after = (self._embed(faces) for faces in (pixels, np.clip(pixels + deltas, -1, 1)))
-            identity = (before * after).sum(1)
-        return AgedFaces(deltas=deltas, latents=np.empty((len(pixels), 0), np.float32), identity=identity)
+            (deltas[part],) = unet(faces.pixels[part], source[part], target[part])
+        deltas *= skin_masks(faces.landmarks, size)[:, None]  # eyeballs and teeth do not get older
+        return list(deltas)
 
-    def _embed(self, pixels: FloatArray) -> FloatArray:
-        """Return the embeddings of faces, shrunk by area to what the identity network takes."""
-        side = self._identity_px
-        times = pixels.shape[-1] // side
-        (embeddings,) = self._identity(pixels.reshape(-1, 3, side, times, side, times).mean((3, 5)))
-        return embeddings
+    def draw(self, look: Ages, before: FloatArray, after: FloatArray, share: float) -> list[Change | None]:
+        """Return the change inside the blend mask; see `base.Ager.draw`."""
+        delta = before if before is after else (1 - share) * before + share * after
+        return [Change(delta=delta * face_mask(delta.shape[-1]))]
+
+
+def _network(checkpoint: Path) -> nn.Module:
+    from faceage.networks.facegan import FaceGANDims, UNet
+
+    return load_network(checkpoint, lambda dims: UNet(FaceGANDims(**dims)))
+
+
+def unet_program(checkpoint: Path, size_px: int) -> Program:
+    """(faces [F, 3, S, S], ages now [F], wanted ages [F]) -> their change [F, 3, S, S], at one size S."""
+    faces = BATCH_PIXELS // size_px**2
+    batch = Axis("batch", typical=faces // 4, max=2 * faces)
+
+    def build() -> tuple:
+        import torch
+
+        ages = torch.linspace(10, 80, EXAMPLES)
+        return _network(checkpoint), (torch.from_numpy(example_faces(EXAMPLES, size_px)), ages, ages.flip(0))
+
+    return Program(
+        name=f"facegan-{size_px}",
+        fingerprint=fingerprint(
+            sha256_of(checkpoint), module_file("faceage.networks.facegan"), module_file("faceage.geometry")
+        ),
+        build=build,
+        inputs=(
+            TensorSpec("faces", (batch, 3, size_px, size_px)),
+            TensorSpec("now", (batch,)),
+            TensorSpec("wanted", (batch,)),
+        ),
+        outputs=(TensorSpec("change", (batch, 3, size_px, size_px)),),
+    )
+
+
+def _programs(files: ModelFiles, identity: Path) -> dict[str, Program]:
+    sizes = read_header(files.generator).dims["sizes_px"]
+    return {f"unet-{size}": unet_program(files.generator, size) for size in sizes}
+
+
+def _make(files: ModelFiles, engine: EngineOf) -> FaceGAN:
+    view = read_view(files.generator, read_header(files.generator).dims["sizes_px"])
+    return FaceGAN(unet=lambda size_px: engine(f"unet-{size_px}"), view=view)
+
+
+ARCHITECTURE = Architecture(name="facegan", roles={"generator": "facegan"}, programs=_programs, make=_make)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 import click
-import numpy as np
 
 from faceage.cli.encoding import encode_options
 from faceage.cli.environment import machine, versions
@@ -26,6 +26,7 @@ from faceage.pipeline.bench import (
 from faceage.pipeline.bench_engines import bench_engines
 from faceage.pipeline.naive import generated_faces
 from faceage.pipeline.request import AgeRequest
+from faceage.types import Crops
 
 age_option = click.option("--age", type=AGE, default=70.0, show_default=True, metavar="YEARS", help="Target age.")
 repeats_option = click.option(
@@ -188,9 +189,9 @@ def engines_command(*, model: str, backends: tuple[Backend, ...], device: str, o
 def _build_engines(network: NetworkOptions, out: Output) -> None:
     """Build what is not built yet, also the engines of the sizes that no face has asked for: none is measured."""
     ager = network.load(out).ager
-    for size in ager.sizes_px:
-        shapes = ((0, 3, size, size), (0, 5, 2), (0,), (0,))
-        ager.age(*(np.zeros(shape, np.float32) for shape in shapes))
+    for sizes in zip_longest(*(view.sizes_px for view in ager.views)):
+        sides = [size or view.sizes_px[-1] for size, view in zip(sizes, ager.views, strict=True)]
+        ager.observe([], [Crops.empty(side) for side in sides], [])
 
 
 def _finish(out: Output, result: dict, *inputs: Path) -> None:

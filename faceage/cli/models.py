@@ -11,7 +11,7 @@ import click
 
 from faceage.checkpoint import read_header, sha256_of
 from faceage.errors import CheckpointError
-from faceage.models import DEFAULT_MODEL, ROLES, find_model, import_model, list_models, user_folder
+from faceage.models import BUNDLED_MODELS, DEFAULT_MODEL, find_model, import_model, list_models, user_folder
 from faceage.models.fetch import FACENET_BYTES, facenet_file, fetch_facenet
 
 
@@ -40,7 +40,7 @@ def _state(name: str) -> dict[str, str]:
         state = "ok"
     except CheckpointError as error:
         state = str(error)
-    return {"from": "bundled" if name in ROLES else "imported", "state": state}
+    return {"from": "bundled" if name in BUNDLED_MODELS else "imported", "state": state}
 
 
 @command.command("info")
@@ -73,7 +73,7 @@ def _check_name(name: str) -> None:
 @click.argument("name")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 def import_command(name: str, files: tuple[Path, ...]) -> None:
-    """Make a model of your own checkpoints: an Age-cGAN generator and its encoder, or a FaceGAN.
+    """Make a model of your own checkpoints, all those of one architecture: a FaceGAN's is one file.
 
     The networks that read ages and identities are the bundled ones, if you do not name your own as well.
     """

@@ -1,67 +1,26 @@
 """The model files: bundled with the package, downloaded by `faceage models fetch`, or imported by the user.
 
-A *model* is a set of checkpoints, one a role, of one of two architectures. What a set lacks is taken from the bundled
-one, so an imported model may be no more than a generator and its encoder, or a FaceGAN alone.
+A *model* is a set of checkpoints, one a role, of one of `agers.registry.ARCHITECTURES`. The networks that measure are
+taken from the bundled set where a model lacks them, so an imported model may be its ager's own checkpoints alone.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
+from faceage.agers.base import Architecture, ModelFiles
+from faceage.agers.registry import ARCHITECTURES, SHARED_ROLES, architecture_of
 from faceage.cache import cache_root
-from faceage.checkpoint import read_header, sha256_of
+from faceage.checkpoint import read_header
 from faceage.errors import CheckpointError
 
 DEFAULT_MODEL = "facegan"
 """The bundled model that is used where none is named: the scorecard's choice, see MODEL_CARD.md."""
-ROLES = {
-    "age-cgan": {
-        "generator": "age-cgan-generator",
-        "encoder": "age-cgan-encoder",
-        "age": "age-estimator",
-        "identity": "identity",
-    },
-    "facegan": {"generator": "facegan", "age": "age-estimator", "identity": "identity"},
-}
-"""Architecture of a model, which is also the bundled model's name -> role -> architecture of the checkpoint that fills
-it, which is also the stem of its file."""
-SHARED = ("age", "identity")
-"""Roles of the networks that only look: a model that lacks them takes the bundled ones."""
+BUNDLED_MODELS = tuple(architecture.name for architecture in ARCHITECTURES)
+"""Each architecture has one, of its own name."""
 _BUNDLED = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """One checkpoint a role."""
-
-    name: str
-    architecture: str
-    """A key of `ROLES`."""
-    paths: dict[str, Path]
-    """Role to file."""
-
-    @property
-    def generator(self) -> Path:
-        """What draws the aged face."""
-        return self.paths["generator"]
-
-    @property
-    def encoder(self) -> Path:
-        """Of Age-cGAN alone."""
-        return self.paths["encoder"]
-
-    @property
-    def age(self) -> Path:
-        """What reads ages."""
-        return self.paths["age"]
-
-    @property
-    def identity(self) -> Path:
-        """What tells people apart."""
-        return self.paths["identity"]
 
 
 def user_folder() -> Path:
@@ -71,9 +30,12 @@ def user_folder() -> Path:
 
 def list_models() -> list[str]:
     """Return the names that `find_model` knows, the bundled ones first."""
-    own = {roles["generator"] for roles in ROLES.values()}
-    found = {path.parent.name for stem in own for path in user_folder().glob(f"*/{stem}.safetensors")}
-    return [*ROLES, *sorted(found)]
+    found = {
+        path.parent.name
+        for architecture in ARCHITECTURES
+        for path in user_folder().glob(f"*/{architecture.roles['generator']}.safetensors")
+    }
+    return [*BUNDLED_MODELS, *sorted(found)]
 
 
 def find_model(name: str = DEFAULT_MODEL) -> ModelFiles:
@@ -86,19 +48,26 @@ def find_model(name: str = DEFAULT_MODEL) -> ModelFiles:
         raise CheckpointError(
             f'unknown model "{name}"; there are {", ".join(list_models())}; add one with `faceage models import`'
         )
-    folder = _BUNDLED if name in ROLES else user_folder() / name
-    generators = {arch: _file(folder, roles["generator"]) for arch, roles in ROLES.items()}
-    architecture = name if name in ROLES else next(arch for arch, path in generators.items() if path.exists())
+    if name in BUNDLED_MODELS:
+        folder, architecture = _BUNDLED, architecture_of(name)
+    else:
+        folder = user_folder() / name
+        architecture = next(a for a in ARCHITECTURES if _file(folder, a.roles["generator"]).exists())
     paths = {}
-    for role, arch in ROLES[architecture].items():
+    for role, arch in _roles(architecture).items():
         path = _file(folder, arch)
-        if not path.exists() and role in SHARED:
+        if not path.exists() and role in SHARED_ROLES:
             path = _file(_BUNDLED, arch)
         header = read_header(path)
         if header.arch != arch:
             raise CheckpointError(f"{path} holds {header.arch}, expected {arch}; import the model again")
         paths[role] = path
-    return ModelFiles(name, architecture, paths)
+    return ModelFiles(name, architecture.name, paths)
+
+
+def _roles(architecture: Architecture) -> dict[str, str]:
+    """Return role -> checkpoint's architecture, the shared ones too."""
+    return {**architecture.roles, **SHARED_ROLES}
 
 
 def _file(folder: Path, arch: str) -> Path:
@@ -112,29 +81,27 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
 
     Raises:
         CheckpointError: if the name is taken by a bundled model or no folder name, a file is no checkpoint, two have
-            the same role, one has no role beside the generator, the generator or its encoder is missing, or the
+            the same role, one has no role beside the generator, one is missing, they do not belong together, or the
             user's folder cannot be written.
     """
-    if name in ROLES or not name.replace("-", "").replace("_", "").isalnum():
-        taken = " or ".join(f'"{bundled}"' for bundled in ROLES)
+    if name in BUNDLED_MODELS or not name.replace("-", "").replace("_", "").isalnum():
+        taken = " or ".join(f'"{bundled}"' for bundled in BUNDLED_MODELS)
         raise CheckpointError(f'"{name}" cannot name a model; use letters, digits and dashes, not {taken}')
     archs = [read_header(path).arch for path in checkpoints]
-    architecture = "facegan" if ROLES["facegan"]["generator"] in archs else "age-cgan"
-    known = ROLES[architecture].values()
+    # Without any generator, what the first one lacks is named below.
+    architecture = next((a for a in ARCHITECTURES if a.roles["generator"] in archs), ARCHITECTURES[0])
+    known = _roles(architecture).values()
     by_arch: dict[str, Path] = {}
     for arch, path in zip(archs, checkpoints, strict=True):
         if arch not in known or arch in by_arch:
             raise CheckpointError(f"{path} holds {arch}; expected one checkpoint each of {', '.join(known)}")
         by_arch[arch] = path
-    missing = [arch for role, arch in ROLES[architecture].items() if role not in SHARED and arch not in by_arch]
+    missing = [arch for arch in architecture.roles.values() if arch not in by_arch]
     if missing:
         raise CheckpointError(f"the model lacks {' and '.join(missing)}; name those checkpoints too")
-    if architecture == "age-cgan":
-        generator, encoder = (by_arch[ROLES[architecture][role]] for role in ("generator", "encoder"))
-        if read_header(encoder).parents.get("gan") not in (None, sha256_of(generator)):
-            raise CheckpointError(f"the encoder was not trained for {generator}; name the generator it was trained for")
+    architecture.check({role: by_arch[arch] for role, arch in architecture.roles.items()})
     folder = user_folder() / name
-    others = {arch for roles in ROLES.values() for arch in roles.values()} - set(by_arch)
+    others = {arch for each in ARCHITECTURES for arch in _roles(each).values()} - set(by_arch)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for arch, path in by_arch.items():

@@ -28,6 +28,8 @@ class AgeCGANDims:
     size_px: int = 64
     latent: int = 100
     classes: int = 6
+    template: str = "face"
+    """Name of the alignment template of its crops, a key of `geometry.TEMPLATES`."""
     generator_channels: tuple[int, ...] = (320, 160, 96, 48, 24)
     """From 4x4 on, doubling the side each time: the last entry is at `size_px`."""
     discriminator_channels: tuple[int, ...] = (48, 96, 192, 384)

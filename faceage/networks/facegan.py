@@ -41,6 +41,8 @@ class FaceGANDims:
     """Width of the embedding of the two ages."""
     discriminator_widths: tuple[int, ...] = (48, 96, 160, 192)
     classes: int = 6
+    template: str = "face"
+    """Name of the alignment template of its crops, a key of `geometry.TEMPLATES`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes_px", tuple(self.sizes_px))  # JSON gives lists

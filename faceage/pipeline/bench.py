@@ -23,9 +23,8 @@ import av
 import numpy as np
 
 from faceage.agers.age_cgan import AgeCGAN
-from faceage.align import align_faces
+from faceage.align import prepare_crops
 from faceage.errors import MediaError, NoFaceError, UnsupportedError
-from faceage.kernels import gather_crops
 from faceage.media.image import read_image
 from faceage.media.probe import open_input, video_stream
 from faceage.media.video import EncodeOptions, VideoReader, transcode
@@ -269,11 +268,11 @@ def _speed(photos: list[Path], faces: int, seconds: float) -> dict:
 def faces_of(networks: Networks, photos: list[Path]) -> FloatArray:
     """Return the aligned faces of photos, in the smallest size the ager takes: float32 [F, 3, S, S]."""
     crops = []
-    size = networks.ager.sizes_px[0]
+    view = networks.ager.views[0]
     for photo in photos:
         frames = [read_image(photo).frame]
         faces = networks.detector.detect(frames)
-        crops.append(gather_crops(frames, faces.frame_index, align_faces(faces.landmarks, size), size))
+        crops.append(prepare_crops(frames, faces.frame_index, faces.landmarks, view, view.sizes_px[0]).pixels)
     return np.concatenate(crops)
 
 
@@ -351,7 +350,7 @@ def bench_follow(networks: Networks, clip: Path, *, notify: Notify) -> dict:
         notify: told what runs.
     """
     ager, wanted = age_cgan_of(networks), age_cgan_of(networks).config
-    size = ager.sizes_px[0]
+    (view,) = ager.views
     notify(f"the faces of {clip}")
     crops = []
     with VideoReader(clip) as reader:
@@ -360,8 +359,9 @@ def bench_follow(networks: Networks, clip: Path, *, notify: Notify) -> dict:
             if len(found.boxes):
                 sides = found.boxes[:, 2:] - found.boxes[:, :2]
                 largest = [int(sides.prod(1).argmax())]
-                matrix = align_faces(found.landmarks[largest], size)
-                crops.append(gather_crops([frame], found.frame_index[largest], matrix, size))
+                one = found[np.array(largest)]
+                made = prepare_crops([frame], one.frame_index, one.landmarks, view, view.sizes_px[0])
+                crops.append(made.pixels)
     if len(crops) < 2:
         raise NoFaceError(
             f"{clip} shows a face in {len(crops)} of its first {FOLLOWED_FRAMES} frames; use another clip"

@@ -14,14 +14,18 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from faceage.agers.age_cgan import encoder_program
+from faceage.agers.base import ModelFiles, read_view
+from faceage.agers.facegan import unet_program
 from faceage.agers.latent import LatentConfig
-from faceage.agers.programs import reader_program, unet_program
+from faceage.agers.programs import reader_program
 from faceage.ages import age_to_classes
 from faceage.align import align_faces, choose_size
 from faceage.checkpoint import load, read_header
+from faceage.errors import UnsupportedError
 from faceage.geometry import apply_affine, face_mask, skin_masks, template_5
-from faceage.models import ModelFiles, find_model
-from faceage.pipeline.request import AgeRequest
+from faceage.models import find_model
+from faceage.pipeline.request import AgeRequest, resolve_ages
 from faceage.types import FloatArray
 
 if TYPE_CHECKING:
@@ -56,10 +60,11 @@ class _AgeCGAN:
         from faceage.networks.latent import LatentObjective
 
         self.generator = _generator(files.generator)
-        self.encoder, self.identity = (reader_program(path).build()[0] for path in (files.encoder, files.identity))
-        self.size_px = read_header(files.generator).dims["size_px"]
-        self.sizes_px = (self.size_px,)
-        mask = torch.tensor(face_mask(self.size_px))
+        self.encoder = encoder_program(files.paths["encoder"]).build()[0]
+        self.identity = reader_program(files.identity).build()[0]
+        size_px = read_header(files.generator).dims["size_px"]
+        self.view = read_view(files.generator, (size_px,))
+        mask = torch.tensor(face_mask(size_px))
         self.objective = LatentObjective(self.generator, self.identity, mask).eval()
         self._evaluations = evaluations
 
@@ -119,9 +124,10 @@ class _AgeCGAN:
 class _FaceGAN:
     """The U-Net of a FaceGAN in eager torch."""
 
-    def __init__(self, files: ModelFiles) -> None:
-        self.sizes_px = tuple(read_header(files.generator).dims["sizes_px"])
-        self.unet: nn.Module = unet_program(files.generator, self.sizes_px[0]).build()[0]  # the same at every size
+    def __init__(self, files: ModelFiles, evaluations: int = 0) -> None:
+        """Take no evaluations: it optimizes nothing."""
+        self.view = read_view(files.generator, read_header(files.generator).dims["sizes_px"])
+        self.unet: nn.Module = unet_program(files.generator, self.view.sizes_px[0]).build()[0]  # the same at every size
 
     def delta(self, face: Tensor, landmarks: FloatArray, source: float, target: float) -> FloatArray:
         """Return the change of one face [1, 3, S, S] with its landmarks [5, 2]: float32 [3, S, S]."""
@@ -130,6 +136,10 @@ class _FaceGAN:
         with torch.no_grad():
             change = self.unet(face, torch.tensor([source]), torch.tensor([target]))
         return (change.numpy() * skin_masks(landmarks[None], face.shape[-1]))[0]
+
+
+_BASELINES: dict[str, type[_AgeCGAN | _FaceGAN]] = {"age-cgan": _AgeCGAN, "facegan": _FaceGAN}
+"""By the model's architecture."""
 
 
 def _choose_threads(work: Callable[[], object]) -> None:
@@ -197,20 +207,21 @@ def naive_loop(model: str, folder: Path, request: AgeRequest, evaluations: int) 
     from facenet_pytorch import MTCNN
 
     files = find_model(model)
-    ager = _FaceGAN(files) if files.architecture == "facegan" else _AgeCGAN(files, evaluations)
+    if files.architecture not in _BASELINES:
+        raise UnsupportedError(f"model {model} has no naive loop to be measured against; use {' or '.join(_BASELINES)}")
+    ager = _BASELINES[files.architecture](files, evaluations)
     age_reader, age_px = reader_program(files.age).build()[0], read_header(files.age).dims["size_px"]
-    size = ager.sizes_px[0]
+    size = ager.view.sizes_px[0]
     _choose_threads(lambda: ager.delta(torch.zeros(1, 3, size, size), template_5(size), 40.0, 70.0))
     detector = MTCNN(keep_all=True)
 
     def age_face(picture: FloatArray, points: FloatArray) -> FloatArray:
+        estimated = np.zeros(1, np.float32)
         if request.source_age is None:
             with torch.no_grad():
-                source = float(age_reader(_crop(picture, points, age_px)))
-        else:
-            source = request.source_age
-        target = float(request.target_ages(np.array([source], np.float32))[0])
-        side = choose_size(points[None], ager.sizes_px)
+                estimated = age_reader(_crop(picture, points, age_px)).numpy()
+        source, target = (float(age[0]) for age in resolve_ages(estimated, request))
+        side = choose_size(points[None], ager.view)
         (matrix,) = align_faces(points[None], side)
         delta = ager.delta(_crop(picture, points, side), apply_affine(matrix, points), source, target)
         delta = delta.transpose(1, 2, 0) * 127.5 * face_mask(side)[..., None] * request.strength

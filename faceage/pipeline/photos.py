@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from faceage.align import align_faces, choose_size, pose_weights
+from faceage.agers.base import Look
+from faceage.align import choose_size, pose_weights, prepare_crops
 from faceage.blend import blend_faces
 from faceage.errors import FaceAgeError
-from faceage.geometry import apply_affine
-from faceage.kernels import gather_crops
 from faceage.media.image import Still, copy_image, read_image, write_image
-from faceage.pipeline.request import AgeRequest, Networks, StageTimer
+from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
 from faceage.pipeline.threads import WriteBehind, map_ahead, read_ahead
-from faceage.types import Faces, FloatArray, Frame, IntArray
+from faceage.types import Change, Faces, FloatArray, Frame, IntArray
 
 MIN_PHOTO_SCORE = 0.85
 """Confidence below which a photo's face is taken for a false alarm: it has no other frames to confirm it."""
@@ -47,9 +46,11 @@ class AgedPhoto:
     source_ages: FloatArray
     target_ages: FloatArray
     identity: FloatArray
+    """float32 [F], see `Networks.measure_identity`: of the whole change, whatever the weight."""
     frame_to_crop: FloatArray
+    """float32 [F, 2, 3], to the crops of the view "face"."""
     sizes_px: IntArray
-    """int64 [F], sides of the crops."""
+    """int64 [F], sides of these crops."""
     weights: FloatArray
     """float32 [F], the share of the change that was applied: 0 for a profile."""
 
@@ -91,44 +92,73 @@ def age_frames(
     if request.faces == "largest":
         faces = _largest(faces)
     with timer("source age"):
-        if request.source_age is None:
-            source = networks.read_ages(frames, faces)
-        else:
-            source = np.full(len(faces), request.source_age, np.float32)
-    target = request.target_ages(source)
+        needs_estimate = request.source_age is None
+        estimated = networks.read_ages(frames, faces) if needs_estimate else np.zeros(len(faces), np.float32)
+        appearances = networks.sample_appearances(frames, faces) if networks.ager.needs_appearance else []
+    source, target = resolve_ages(estimated, request)
     weights = pose_weights(faces.landmarks, faces.scores) * request.strength
-    sizes = np.array([choose_size(points[None], networks.ager.sizes_px) for points in faces.landmarks], np.int64)
-    matrices = np.empty((len(faces), 2, 3), np.float32)
-    identity = np.empty(len(faces), np.float32)
-    deltas: dict[int, FloatArray] = {}
-    for size in np.unique(sizes):
-        rows = np.flatnonzero(sizes == size)
-        some = faces[rows]
-        with timer("gather"):
-            matrices[rows] = align_faces(some.landmarks, size)
-            pixels = gather_crops(frames, some.frame_index, matrices[rows], size)
-        with timer("age"):
-            landmarks = apply_affine(matrices[rows], some.landmarks)
-            aged = networks.ager.age(pixels, landmarks, source[rows], target[rows])
-        identity[rows] = aged.identity
-        deltas |= zip(rows.tolist(), aged.deltas, strict=True)
+    drawn = _draw(networks, frames, faces, networks.ager.look(appearances, source, target), timer)
     results = []
     with timer("blend"):
         for i, frame in enumerate(frames):
             rows = np.flatnonzero(faces.frame_index == i)
-            blend_faces(frame, [deltas[int(row)] for row in rows], weights[rows], matrices[rows])
+            for row in rows:
+                count = len(drawn.changes[row])
+                blend_faces(frame, drawn.changes[row], [weights[row]] * count, drawn.frame_to_crop[row])
             results.append(
                 AgedPhoto(
                     faces=faces[rows],
                     source_ages=source[rows],
                     target_ages=target[rows],
-                    identity=identity[rows],
-                    frame_to_crop=matrices[rows],
-                    sizes_px=sizes[rows],
+                    identity=drawn.identity[rows],
+                    frame_to_crop=drawn.frame_to_crop[rows, 0],
+                    sizes_px=drawn.sizes_px[rows, 0],
                     weights=weights[rows],
                 )
             )
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """The changes of all faces of a batch of photos, V views each."""
+
+    changes: list[Sequence[Change | None]]
+    """F times V."""
+    frame_to_crop: FloatArray
+    """float32 [F, V, 2, 3]."""
+    sizes_px: IntArray
+    """int64 [F, V]."""
+    identity: FloatArray
+    """float32 [F]."""
+
+
+def _draw(
+    networks: Networks, frames: Sequence[Frame], faces: Faces, looks: Sequence[Look], timer: StageTimer
+) -> _Drawn:
+    """Run the ager on all faces, in batches of equal sizes."""
+    views = networks.ager.views
+    sizes = np.array([[choose_size(points[None], view) for view in views] for points in faces.landmarks], np.int64)
+    sizes = sizes.reshape(-1, len(views))
+    changes: list[Sequence[Change | None]] = [()] * len(faces)
+    matrices = np.empty((len(faces), len(views), 2, 3), np.float32)
+    identity = np.empty(len(faces), np.float32)
+    for kind in np.unique(sizes, axis=0):
+        rows = np.flatnonzero((sizes == kind).all(1))
+        some = faces[rows]
+        with timer("gather"):
+            crops = [
+                prepare_crops(frames, some.frame_index, some.landmarks, view, int(size))
+                for view, size in zip(views, kind, strict=True)
+            ]
+        matrices[rows] = np.stack([each.frame_to_crop for each in crops], 1)
+        with timer("age"):
+            mine = [looks[int(row)] for row in rows]
+            keys = networks.ager.observe(mine, crops, [None] * len(rows))
+            for row, look, key in zip(rows, mine, keys, strict=True):
+                changes[row] = networks.ager.draw(look, key, key, 0.0)
+            identity[rows] = networks.measure_identity(crops[0], [changes[row][0] for row in rows])
+    return _Drawn(changes=changes, frame_to_crop=matrices, sizes_px=sizes, identity=identity)
 
 
 def _largest(faces: Faces) -> Faces:

@@ -6,32 +6,34 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
 from time import perf_counter
 from typing import Literal
 
+import cv2
 import numpy as np
 
-from faceage.agers.age_cgan import AgeCGAN
 from faceage.agers.base import Ager, Composite
-from faceage.agers.facegan import FaceGAN
 from faceage.agers.latent import LatentConfig
-from faceage.agers.programs import model_programs
+from faceage.agers.registry import ARCHITECTURES, architecture_of, model_programs
 from faceage.ages import OLDEST_YEARS
 from faceage.align import align_faces
-from faceage.checkpoint import read_array, read_header
+from faceage.checkpoint import read_header
 from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
 from faceage.engines.base import Engine, Precision, Program
 from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
-from faceage.kernels import gather_crops
+from faceage.kernels import change_crop, gather_crops
 from faceage.models import DEFAULT_MODEL, find_model
 from faceage.models.fetch import facenet_file
-from faceage.types import Faces, FloatArray, Frame
+from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame
 
 log = logging.getLogger(__name__)
 
 AGE_LIMITS_YEARS = (0.0, 100.0)
+THUMBNAIL_PX = 16
+"""Side of `Appearance.thumbnail`: it shows the light and the tone of the skin, and no feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ class AgeRequest:
     by: float | None = None
     """Years to add to each person's source age, -100 to 100."""
     source_age: float | None = None
-    """Everybody's age as they are now, in years; None: estimated, once a person and shot."""
+    """Everybody's age as they are now, in years, 0 to 100; over 85 is made 85, as the target's. None: estimated, once a
+    person and shot."""
     strength: float = 1.0
     """Share of the change that is applied, 0 to 1; 0 gives back every sample as it was."""
     faces: Literal["all", "largest"] = "all"
@@ -62,10 +65,23 @@ class AgeRequest:
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength is {self.strength:g}; it must be from 0 to 1")
 
-    def target_ages(self, source_ages: FloatArray) -> FloatArray:
-        """Return each face's target age in years, from its source age: float32 [F]."""
-        ages = source_ages + self.by if self.by is not None else np.full(len(source_ages), self.age)
-        return np.clip(ages, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
+
+def resolve_ages(estimated: FloatArray, request: AgeRequest) -> tuple[FloatArray, FloatArray]:
+    """Return the source and the target age of people, both in the range that agers are asked for.
+
+    Both are clamped alike: otherwise 88 years and 10 more, which are clamped to 85, would make a person younger.
+
+    Args:
+        estimated: float32 [F], years; the request's own source age goes before it.
+        request: see there.
+
+    Returns:
+        float32 [F] and float32 [F], years, from 0 to `OLDEST_YEARS`.
+    """
+    source = estimated if request.source_age is None else np.full(len(estimated), request.source_age, np.float32)
+    source = np.clip(source, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
+    target = source + request.by if request.by is not None else np.full(len(source), request.age)
+    return source, np.clip(target, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
 
 
 @dataclass
@@ -99,6 +115,10 @@ class Networks:
     age_reader: Engine
     age_reader_px: int
     """Side of the aligned crops that `age_reader` takes."""
+    identity: Engine
+    """Faces -> embeddings of unit length."""
+    identity_px: int
+    """Side of the aligned crops that `identity` takes."""
     ager: Ager
 
     def read_ages(self, frames: Sequence[Frame], faces: Faces) -> FloatArray:
@@ -106,6 +126,49 @@ class Networks:
         matrices = align_faces(faces.landmarks, self.age_reader_px)
         (ages,) = self.age_reader(gather_crops(frames, faces.frame_index, matrices, self.age_reader_px))
         return ages
+
+    def sample_appearances(self, frames: Sequence[Frame], faces: Faces) -> list[Appearance]:
+        """Measure the appearance of each face of a batch of frames; see `mean_appearance`."""
+        matrices = align_faces(faces.landmarks, self.identity_px)
+        pixels = gather_crops(frames, faces.frame_index, matrices, self.identity_px)
+        (embeddings,) = self.identity(pixels)
+        thumbnails = _shrink(pixels, THUMBNAIL_PX)
+        return [Appearance(embedding=e, thumbnail=t) for e, t in zip(embeddings, thumbnails, strict=True)]
+
+    def measure_identity(self, crops: Crops, changes: Sequence[Change | None]) -> FloatArray:
+        """Return the cosine between each face's embedding and that of the changed face: float32 [F], in [-1, 1].
+
+        Args:
+            crops: in the view "face".
+            changes: of the same faces, in the same view.
+        """
+        changed = [
+            face if change is None else change_crop(face, change)
+            for face, change in zip(crops.pixels, changes, strict=True)
+        ]
+        after = np.stack(changed) if changed else crops.pixels
+        embeddings = [self.identity(_shrink(faces, self.identity_px))[0] for faces in (crops.pixels, after)]
+        return (embeddings[0] * embeddings[1]).sum(1)
+
+
+def _shrink(pixels: FloatArray, side_px: int) -> FloatArray:
+    """Return faces [F, 3, S, S] reduced to another side by area."""
+    if pixels.shape[-1] == side_px:
+        return pixels
+    small = np.empty((len(pixels), 3, side_px, side_px), np.float32)
+    for face, channels in zip(pixels, small, strict=True):
+        for channel, out in zip(face, channels, strict=True):
+            cv2.resize(channel, (side_px, side_px), dst=out, interpolation=cv2.INTER_AREA)
+    return small
+
+
+def mean_appearance(samples: Sequence[Appearance]) -> Appearance:
+    """Return a person's appearance from samples of one face each; one at least."""
+    embedding = np.mean([sample.embedding for sample in samples], 0)
+    return Appearance(
+        embedding=embedding / np.maximum(np.linalg.norm(embedding), 1e-6),
+        thumbnail=np.mean([sample.thumbnail for sample in samples], 0),
+    )
 
 
 def all_programs(model: str) -> list[Program]:
@@ -146,8 +209,8 @@ def load_networks(
         threads: threads of one engine call.
         precision: "fp32"; "bf16" on a CPU that has it, "fp16" on a GPU.
         detect: what to look for.
-        latent: how latents are optimized; for Age-cGAN only.
-        composite: see `AgeCGAN`; FaceGAN has "delta" only.
+        latent: how latents are optimized, for an architecture that has them.
+        composite: how the change is made, for an architecture that has a choice; see `agers.age_cgan.AgeCGAN`.
         on_build: called with an engine's name before it is built; see `engines.store.OnBuild`.
 
     Raises:
@@ -162,40 +225,27 @@ def load_networks(
     store = EngineStore(on_build=on_build)
     programs = model_programs(files, facenet_file() if is_facenet else None)
 
+    @cache
     def engine(role: str) -> Engine:
         # The latent's program may be one that only torch can differentiate.
         if role == "latent" and is_facenet:
             return store.load(programs[role], "torch", device, threads)
         return store.load(programs[role], backend, device, threads, precision)
 
-    ager: Ager
-    if files.architecture == "facegan":
-        if composite != "delta" or latent is not None:
-            raise UnsupportedError(
-                f"model {model} adds its change to the face, without latents; "
-                "use --composite delta, or --model age-cgan"
-            )
-        ager = FaceGAN(
-            unet=lambda size_px: engine(f"unet-{size_px}"),
-            sizes_px=read_header(files.generator).dims["sizes_px"],
-            identity=engine("identity"),
-            identity_px=read_header(files.identity).dims["size_px"],
-        )
-    else:
-        ager = AgeCGAN(
-            encoder=engine("encoder"),
-            generator=engine("generator"),
-            latent=engine("latent"),
-            identity=engine("identity"),
-            root=read_array(files.encoder, "latent_root"),
-            size_px=read_header(files.generator).dims["size_px"],
-            config=latent,
-            composite=composite,
-        )
+    architecture = architecture_of(files.architecture)
+    given: dict[str, object] = {} if latent is None else {"latent": latent}
+    if composite != "delta":
+        given["composite"] = composite
+    for name in given:
+        if name not in architecture.options:
+            able = " or ".join(f"--model {other.name}" for other in ARCHITECTURES if name in other.options)
+            raise UnsupportedError(f"model {model} has no option {name}; leave it out, or use {able}")
     return Networks(
         model=model,
         detector=load_detector(store, detect, backend=backend, device=device, threads=threads, precision=precision),
         age_reader=engine("age"),
         age_reader_px=read_header(files.age).dims["size_px"],
-        ager=ager,
+        identity=engine("identity"),
+        identity_px=read_header(files.identity).dims["size_px"],
+        ager=architecture.make(files, engine, **given),
     )

@@ -16,16 +16,15 @@ from time import perf_counter
 
 import numpy as np
 
-from faceage.align import align_faces, choose_size, face_weights, pose_weights
+from faceage.agers.base import Key, Look
+from faceage.align import align_faces, choose_size, face_weights, pose_weights, prepare_crops
 from faceage.blend import blend_faces
-from faceage.geometry import apply_affine
-from faceage.kernels import gather_crops
 from faceage.media.rotation import upright
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, writable
-from faceage.pipeline.request import AgeRequest, Networks, StageTimer
+from faceage.pipeline.request import AgeRequest, Networks, StageTimer, mean_appearance, resolve_ages
 from faceage.pipeline.threads import WriteBehind, read_ahead
 from faceage.track import Track, TrackConfig, Tracker, Window
-from faceage.types import FloatArray, Frame
+from faceage.types import Appearance, FloatArray, Frame
 
 Progress = Callable[[str, int, int | None], None]
 """(pass "scan" or "render", frames done, frames in all if known)."""
@@ -38,8 +37,8 @@ QUEUED_FRAMES = 4
 """Frames decoded ahead, and frames waiting for the encoder: enough to keep three threads busy."""
 SCAN_AHEAD_FRAMES = 12
 """Frames decoded ahead while scanning: about a window of the tracker, which takes them a window at a time."""
-AGE_SAMPLES_PER_WINDOW = 1
-"""Faces a track and window whose age is read."""
+SAMPLES_PER_WINDOW = 1
+"""Faces a track and window whose age is read, and whose appearance is measured if the ager needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +48,12 @@ class Person:
     track: Track
     source_age: float
     target_age: float
-    size_px: int
-    """Side of the crops that the person is aged in."""
-    frame_to_crop: FloatArray
-    """float32 [T, 2, 3]."""
+    look: Look
+    """What the ager decided about the person."""
+    sizes_px: tuple[int, ...]
+    """Sides of the crops that the person is aged in, one a view."""
+    frame_to_crop: tuple[FloatArray, ...]
+    """float32 [T, 2, 3] a view."""
     weights: FloatArray
     """float32 [T], in [0, 1]."""
 
@@ -163,7 +164,7 @@ def scan(
 ) -> list[Person]:  # fmt: skip
     """Return the people of a video, in order of appearance."""
     tracker = Tracker(networks.detector, config)
-    samples: dict[int, list[float]] = {}
+    samples: dict[int, _Samples] = {}
     # How many frames a part of a video has shows only when they are decoded.
     total = reader.info.frame_count if reader.start_s is None and reader.end_s is None else None
     decoded = read_ahead(timed(reader, "decode", timer), SCAN_AHEAD_FRAMES)
@@ -175,28 +176,41 @@ def scan(
         if window is None:
             break
         with timer("source age"):
-            _read_ages(networks, window, samples)
+            _sample(networks, window, samples)
         notify("scan", window.first_frame + len(window.frames), total)
         del window
     tracks = tracker.tracks()
     if request.faces == "largest":
         tracks = _most_prominent(tracks)
     rate = float(reader.info.average_rate or 25)
-    return [_person(t, samples.get(t.track_id, []), request, networks.ager.sizes_px, rate) for t in tracks]
+    return _people(networks, tracks, [samples[t.track_id] for t in tracks], request, rate)
 
 
-def _read_ages(networks: Networks, window: Window, samples: dict[int, list[float]]) -> None:
-    """Read the age of each track of the window on its best faces there."""
+@dataclass
+class _Samples:
+    """What was measured on a track's best faces."""
+
+    ages: list[float] = field(default_factory=list)
+    appearances: list[Appearance] = field(default_factory=list)
+    """As many, or none if the ager needs none."""
+
+
+def _sample(networks: Networks, window: Window, samples: dict[int, _Samples]) -> None:
+    """Measure each track of the window on its best faces there."""
     faces, ids = window.faces, window.track_ids
     quality = pose_weights(faces.landmarks, faces.scores) + 1e-3 * faces.scores
     rows = [
         row
         for track_id in np.unique(ids)
-        for row in sorted(np.flatnonzero(ids == track_id), key=lambda r: -quality[r])[:AGE_SAMPLES_PER_WINDOW]
+        for row in sorted(np.flatnonzero(ids == track_id), key=lambda r: -quality[r])[:SAMPLES_PER_WINDOW]
     ]
-    ages = networks.read_ages(window.frames, faces[np.array(rows, np.int64)])
-    for row, age in zip(rows, ages, strict=True):
-        samples.setdefault(int(ids[row]), []).append(float(age))
+    chosen = faces[np.array(rows, np.int64)]
+    mine = [samples.setdefault(int(ids[row]), _Samples()) for row in rows]
+    for sample, age in zip(mine, networks.read_ages(window.frames, chosen), strict=True):
+        sample.ages.append(float(age))
+    if networks.ager.needs_appearance:
+        for sample, appearance in zip(mine, networks.sample_appearances(window.frames, chosen), strict=True):
+            sample.appearances.append(appearance)
 
 
 def _most_prominent(tracks: list[Track]) -> list[Track]:
@@ -210,40 +224,55 @@ def _most_prominent(tracks: list[Track]) -> list[Track]:
     return [max(group, key=size) for _, group in by_shot]
 
 
-def _person(track: Track, ages: list[float], request: AgeRequest, sizes_px: tuple[int, ...], rate: float) -> Person:
-    size = choose_size(track.landmarks, sizes_px)
-    source = request.source_age if request.source_age is not None else float(np.median(ages))
-    weights = face_weights(
-        track.landmarks, track.scores, fade_in=not track.starts_shot, fade_out=not track.ends_shot, frame_rate=rate
-    )
-    return Person(
-        track=track,
-        source_age=source,
-        target_age=float(request.target_ages(np.array([source], np.float32))[0]),
-        size_px=size,
-        frame_to_crop=align_faces(track.landmarks, size),
-        weights=weights * request.strength,
-    )
+def _people(
+    networks: Networks, tracks: list[Track], samples: list[_Samples], request: AgeRequest, rate: float
+) -> list[Person]:
+    """Decide how each track is aged, from its samples."""
+    ager = networks.ager
+    estimated = np.array([np.median(sample.ages) for sample in samples], np.float32)
+    source, target = resolve_ages(estimated, request)
+    appearances = [mean_appearance(sample.appearances) for sample in samples] if ager.needs_appearance else []
+    people = []
+    for i, (track, look) in enumerate(zip(tracks, ager.look(appearances, source, target), strict=True)):
+        sizes = tuple(choose_size(track.landmarks, view) for view in ager.views)
+        weights = face_weights(
+            track.landmarks, track.scores, fade_in=not track.starts_shot, fade_out=not track.ends_shot, frame_rate=rate
+        )
+        people.append(
+            Person(
+                track=track,
+                source_age=float(source[i]),
+                target_age=float(target[i]),
+                look=look,
+                sizes_px=sizes,
+                frame_to_crop=tuple(
+                    align_faces(track.landmarks, size, view.template)
+                    for size, view in zip(sizes, ager.views, strict=True)
+                ),
+                weights=weights * request.strength,
+            )
+        )
+    return people
 
 
 @dataclass
 class _Keys:
-    """What is known of one person so far: the change at the newest key frames."""
+    """What is known of one person so far: the newest key frames."""
 
     frames: list[int] = field(default_factory=list)
-    deltas: list[FloatArray] = field(default_factory=list)
-    latents: FloatArray | None = None
+    keys: list[Key] = field(default_factory=list)
+    """The ager's, one a frame."""
     identity: float | None = None
     """Cosine of the embeddings before and after, at the first key frame."""
 
-    def delta_at(self, frame: int) -> FloatArray:
-        """Mix the deltas of the key frames around a frame."""
+    def around(self, frame: int) -> tuple[Key, Key, float]:
+        """Return the keys before and after a frame, and where it lies between them: the arguments of `Ager.draw`."""
         after = int(np.searchsorted(self.frames, frame))
         if self.frames[after] == frame:
-            return self.deltas[after]
+            return self.keys[after], self.keys[after], 0.0
         before = after - 1
         share = (frame - self.frames[before]) / (self.frames[after] - self.frames[before])
-        return (1 - share) * self.deltas[before] + share * self.deltas[after]
+        return self.keys[before], self.keys[after], share
 
 
 class Renderer:
@@ -294,37 +323,39 @@ class Renderer:
         wanted: list[tuple[Person, list[int]]] = []
         for person in self._in_view:
             keys = self._keys[person.track.track_id]
-            keys.frames, keys.deltas = keys.frames[-1:], keys.deltas[-1:]
+            keys.frames, keys.keys = keys.frames[-1:], keys.keys[-1:]
             wanted.append((person, [f for f in self._key_frames(person, first, last) if f not in keys.frames]))
         while wanted := [(person, rest) for person, rest in wanted if rest]:
             # In order: each key frame of a person starts from the one before.
-            batches: dict[tuple[int, bool], list[tuple[Person, int]]] = {}
+            batches: dict[tuple[int, ...], list[tuple[Person, int]]] = {}
             for person, rest in wanted:
-                kind = person.size_px, self._keys[person.track.track_id].latents is None
-                batches.setdefault(kind, []).append((person, rest.pop(0)))
+                batches.setdefault(person.sizes_px, []).append((person, rest.pop(0)))
             for batch in batches.values():
                 self._age(frames, first, batch)
 
     def _age(self, frames: list[Frame], first: int, batch: list[tuple[Person, int]]) -> None:
-        """Compute the change of people at a key frame each; all have one size, and all have latents or none has."""
-        size = batch[0][0].size_px
+        """Compute the change of people at a key frame each; all have the same sizes."""
+        ager = self._networks.ager
         with self._timer("gather"):
-            at = [(person, frame - person.track.first_frame) for person, frame in batch]
-            matrices = np.stack([person.frame_to_crop[i] for person, i in at])
-            landmarks = apply_affine(matrices, np.stack([person.track.landmarks[i] for person, i in at]))
-            pixels = gather_crops(frames, np.array([frame - first for _, frame in batch]), matrices, size)
+            landmarks = np.stack([person.track.landmarks[frame - person.track.first_frame] for person, frame in batch])
+            indices = np.array([frame - first for _, frame in batch])
+            crops = [
+                prepare_crops(frames, indices, landmarks, view, size)
+                for view, size in zip(ager.views, batch[0][0].sizes_px, strict=True)
+            ]
+        known = [self._keys[person.track.track_id] for person, _ in batch]
         with self._timer("age"):
-            source = np.array([person.source_age for person, _ in batch], np.float32)
-            target = np.array([person.target_age for person, _ in batch], np.float32)
-            known = [z for person, _ in batch if (z := self._keys[person.track.track_id].latents) is not None]
-            aged = self._networks.ager.age(pixels, landmarks, source, target, np.stack(known) if known else None)
-        for i, (person, frame) in enumerate(batch):
-            keys = self._keys[person.track.track_id]
-            keys.frames.append(frame)
-            keys.deltas.append(aged.deltas[i])
-            keys.latents = aged.latents[i]
-            if not np.isnan(aged.identity[i]):
-                keys.identity = float(aged.identity[i])
+            looks = [person.look for person, _ in batch]
+            keys = ager.observe(looks, crops, [mine.keys[-1] if mine.keys else None for mine in known])
+            rows = [row for row, mine in enumerate(known) if mine.identity is None]
+            if rows:
+                changes = [ager.draw(looks[row], keys[row], keys[row], 0.0)[0] for row in rows]
+                measured = self._networks.measure_identity(crops[0][np.array(rows)], changes)
+                for row, identity in zip(rows, measured, strict=True):
+                    known[row].identity = float(identity)
+        for mine, key, (_, frame) in zip(known, keys, batch, strict=True):
+            mine.frames.append(frame)
+            mine.keys.append(key)
 
     @staticmethod
     def _key_frames(person: Person, first: int, last: int) -> list[int]:
@@ -358,10 +389,10 @@ class Renderer:
         self.frames_with_faces += 1
         with self._timer("blend"):
             frame = writable(frame)
-            blend_faces(
-                upright(frame, rotation),
-                [self._keys[p.track.track_id].delta_at(index) for p, _ in present],
-                [float(p.weights[at]) for p, at in present],
-                [p.frame_to_crop[at] for p, at in present],
-            )
+            ours = upright(frame, rotation)
+            for person, at in present:
+                before, after, share = self._keys[person.track.track_id].around(index)
+                changes = self._networks.ager.draw(person.look, before, after, share)
+                matrices = [matrix[at] for matrix in person.frame_to_crop]
+                blend_faces(ours, changes, [float(person.weights[at])] * len(changes), matrices)
         return frame
