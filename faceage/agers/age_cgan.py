@@ -103,19 +103,21 @@ class AgeCGAN:
         The landmarks play no part: at 64 pixels the template's are as good, and the generator was taught with those.
         """
         (faces,) = crops
-        ages = np.array(looks, np.float32).reshape(-1, 2)
+        source, target = Ages.columns(looks)
         keys: dict[int, FittedFace] = {}
         known = [face.latent for face in previous if face is not None]
         is_known = np.array([face is not None for face in previous], bool)
         for rows, latents in ((np.flatnonzero(~is_known), None), (np.flatnonzero(is_known), known)):
             if len(rows):
-                fitted = self._age(faces.pixels[rows], ages[rows], None if latents is None else np.stack(latents))
+                z = None if latents is None else np.stack(latents)
+                fitted = self._age(faces.pixels[rows], source[rows], target[rows], z)
                 keys |= zip(rows.tolist(), fitted, strict=True)
         return [keys[row] for row in range(len(faces))]
 
-    def _age(self, pixels: FloatArray, ages: FloatArray, latents: FloatArray | None) -> list[FittedFace]:
-        """Age faces [F, 3, S, S] from and to `ages` [F, 2]; all have latents [F, Z] or none has."""
-        source, target = ages.T
+    def _age(
+        self, pixels: FloatArray, source: FloatArray, target: FloatArray, latents: FloatArray | None
+    ) -> list[FittedFace]:
+        """Age faces [F, 3, S, S] from and to ages [F]; all have latents [F, Z] or none has."""
         z = self.fit(pixels, source, latents).latents
         if latents is not None:
             memory = np.float32(self.config.memory)

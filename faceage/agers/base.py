@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from faceage.checkpoint import read_header
 from faceage.engines.base import Engine, Program
 from faceage.errors import CheckpointError
@@ -75,6 +77,13 @@ class Ages(NamedTuple):
     def rows(cls, source_age: FloatArray, target_age: FloatArray) -> list[Ages]:
         """Return one a person; arguments as `Ager.look`."""
         return [cls(float(source), float(target)) for source, target in zip(source_age, target_age, strict=True)]
+
+    @staticmethod
+    def columns(looks: Sequence[Ages]) -> tuple[FloatArray, FloatArray]:
+        """Return the source and the target ages: float32 [F] each."""
+        return np.array([look.source for look in looks], np.float32), np.array(
+            [look.target for look in looks], np.float32
+        )
 
 
 @dataclass(frozen=True)

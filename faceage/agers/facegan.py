@@ -54,7 +54,7 @@ class FaceGAN:
     ) -> list[FloatArray]:
         """Return the changes of faces, float32 [3, S, S] each; see `base.Ager.observe`."""
         (faces,) = crops
-        source, target = np.array(looks, np.float32).reshape(-1, 2).T
+        source, target = Ages.columns(looks)
         size = faces.size_px
         with self._loading:
             unet = self._unet(size)

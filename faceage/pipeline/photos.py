@@ -148,7 +148,7 @@ def _draw(
         some = faces[rows]
         with timer("gather"):
             crops = [
-                prepare_crops(frames, some.frame_index, some.landmarks, view, int(size))
+                prepare_crops(frames, some.frame_index, some.landmarks, view, size)
                 for view, size in zip(views, kind, strict=True)
             ]
         matrices[rows] = np.stack([each.frame_to_crop for each in crops], 1)
