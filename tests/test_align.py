@@ -1,11 +1,21 @@
 import numpy as np
 import pytest
 
-from faceage.align import MIN_FADE_FRAMES, align_faces, choose_size, face_weights, head_turn, pose_weights
+from faceage.align import (
+    MIN_FADE_FRAMES,
+    align_faces,
+    choose_size,
+    face_weights,
+    head_turn,
+    pose_weights,
+    prepare_crops,
+)  # fmt: skip
 from faceage.errors import ShapeError
-from faceage.geometry import apply_affine, template_5
+from faceage.geometry import TEMPLATE_5, apply_affine, invert_affine, template_5
+from faceage.types import RGB, Frame, View
 
 FACE = template_5(200)[None]
+FACE_VIEW = View("face", TEMPLATE_5, (128, 256, 512))
 
 # A head, in millimetres: eyes, nose tip, mouth corners; x right, y down, z towards the camera.
 HEAD = np.array([[-31, -30, 0], [31, -30, 0], [0, 5, 28], [-25, 35, 2], [25, 35, 2]], np.float64)
@@ -36,14 +46,30 @@ def test_align_puts_the_landmarks_on_the_template():
 
 def test_a_face_gets_the_smallest_size_that_is_fine_enough():
     sides = np.array([20, 128, 159, 161, 200, 319, 321, 500, 3000])
-    chosen = [choose_size(template_5(side)[None] + 40, (128, 256, 512)) for side in sides]
+    chosen = [choose_size(template_5(side)[None] + 40, FACE_VIEW) for side in sides]
     assert chosen == [128, 128, 128, 256, 256, 256, 512, 512, 512]
-    assert choose_size(template_5(3000)[None], (64,)) == 64
+    assert choose_size(template_5(3000)[None], View("face", TEMPLATE_5, (64,))) == 64
 
 
-def test_the_median_view_decides_for_a_track():
-    views = np.stack([template_5(side) for side in (40, 60, 200, 210, 900)])
-    assert choose_size(views, (128, 256, 512)) == 256
+def test_the_median_frame_decides_for_a_track():
+    frames = np.stack([template_5(side) for side in (40, 60, 200, 210, 900)])
+    assert choose_size(frames, FACE_VIEW) == 256
+
+
+def test_a_wider_view_has_more_of_the_picture_and_takes_a_larger_size():
+    head = View("head", 0.25 + TEMPLATE_5 / 2, (128, 256, 512))
+    points = template_5(200)[None] + 100
+    assert choose_size(points, FACE_VIEW) == 256
+    assert choose_size(points, head) == 512
+    picture = np.arange(400, dtype=np.uint8)[None, :, None].repeat(400, 0).repeat(3, 2)
+    frame = Frame(planes=(picture,), pixel_format="rgb24", color=RGB)
+    crops = prepare_crops([frame], np.zeros(1, np.int64), points, head, 128)
+    assert crops.size_px == 128
+    np.testing.assert_allclose(crops.landmarks[0], template_5(128, head.template), atol=1e-3)
+    np.testing.assert_allclose(apply_affine(crops.frame_to_crop, points), crops.landmarks, atol=1e-3)
+    outline = invert_affine(crops.frame_to_crop)[0] @ np.float32([[-0.5, 127.5], [-0.5, 127.5], [1, 1]])
+    np.testing.assert_allclose(outline, [[-0.5, 399.5], [-0.5, 399.5]], atol=0.05)
+    assert len(crops[:0]) == 0
 
 
 def test_align_of_no_face():

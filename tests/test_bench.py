@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from clips import frame_times, make_clip
 
+from faceage.agers.base import Ages
 from faceage.cli import main
 from faceage.cli.environment import machine, versions
 from faceage.errors import NoFaceError
@@ -17,6 +18,7 @@ from faceage.geometry import template_5
 from faceage.models import find_model
 from faceage.pipeline.bench import EVALUATION_STEPS, bench_follow, faces_of, loop_clip
 from faceage.pipeline.naive import _FaceGAN, generated_faces
+from faceage.types import Crops
 
 
 def bench(*args):
@@ -92,7 +94,8 @@ def test_images_by_a_facegan(facegan, tiny_facegan, face_photo):
 def test_the_naive_loop_ages_as_ours_does(facegan, tiny_facegan):
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 128, 128)).astype(np.float32)
     landmarks = template_5(128)[None]
-    ours = facegan.ager.age(pixels, landmarks, np.float32([30]), np.float32([70])).deltas[0]
+    crops = Crops(pixels=pixels, landmarks=landmarks, frame_to_crop=np.zeros((1, 2, 3), np.float32))
+    (ours,) = facegan.ager.observe([Ages(30, 70)], [crops], [None])
     theirs = _FaceGAN(find_model(tiny_facegan)).delta(torch.from_numpy(pixels), landmarks[0], 30.0, 70.0)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.abs(ours).max() > 0.05

@@ -6,14 +6,14 @@ import pytest
 from skimage.data import astronaut
 
 from faceage.checkpoint import read_header, sha256_of
-from faceage.models import ROLES, find_model
+from faceage.models import BUNDLED_MODELS, find_model
 from faceage.pipeline.photos import age_frames
 from faceage.pipeline.request import AgeRequest, load_networks
 from faceage.types import RGB, Frame
 
 
 def all_files():
-    return {path for model in ROLES for path in find_model(model).paths.values()}
+    return {path for model in BUNDLED_MODELS for path in find_model(model).paths.values()}
 
 
 def test_they_say_what_they_are():
@@ -31,7 +31,7 @@ def test_together_they_are_small():
     assert sum(path.stat().st_size for path in all_files()) < 40e6
 
 
-@pytest.mark.parametrize("model", ROLES)
+@pytest.mark.parametrize("model", BUNDLED_MODELS)
 def test_the_change_is_nothing_for_no_years_and_grows_with_them(bundled, model):
     networks = bundled if model == bundled.model else load_networks(model=model)
     changes = []
@@ -49,12 +49,11 @@ def test_the_fit_improves_on_the_encoder(bundled):
         Frame(planes=(np.ascontiguousarray(p),), pixel_format="rgb24", color=RGB)
         for p in (portrait, portrait[:, ::-1], cv2.resize(portrait, (300, 300)))
     ]
-    from faceage.align import align_faces
-    from faceage.kernels import gather_crops
+    from faceage.align import prepare_crops
 
     faces = bundled.detector.detect(frames)
-    (size,) = bundled.ager.sizes_px
-    pixels = gather_crops(frames, faces.frame_index, align_faces(faces.landmarks, size), size)
+    (view,) = bundled.ager.views
+    pixels = prepare_crops(frames, faces.frame_index, faces.landmarks, view, view.sizes_px[0]).pixels
     fit = bundled.ager.fit(pixels, np.full(len(faces), 30, np.float32))
     assert len(faces) == 3
     assert (fit.losses < 0.9 * fit.first_losses).all()

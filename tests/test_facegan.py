@@ -1,29 +1,38 @@
 """The FaceGAN ager: its engines, its sizes, and what it leaves alone."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 from skimage.data import astronaut
 
-from faceage.agers.facegan import BATCH_PIXELS, FaceGAN
-from faceage.agers.programs import model_programs, unet_program
+from faceage.agers.base import Ages, read_view
+from faceage.agers.facegan import BATCH_PIXELS, FaceGAN, unet_program
+from faceage.agers.registry import model_programs
 from faceage.checkpoint import load, save
 from faceage.engines.store import EngineStore
 from faceage.errors import CheckpointError, UnsupportedError
-from faceage.geometry import template_5
+from faceage.geometry import TEMPLATE_5, face_mask, template_5
 from faceage.models import find_model
 from faceage.pipeline.photos import age_frames
 from faceage.pipeline.request import AgeRequest, load_networks
-from faceage.types import RGB, Frame
+from faceage.types import RGB, Crops, Frame, View
 
 
 def faces(count, size=128, seed=0):
+    """Crops of noise, at ages from 20 to 60, and the looks that make everybody 70."""
     random = np.random.default_rng(seed)
     pixels = random.uniform(-1, 1, (count, 3, size, size)).astype(np.float32)
     landmarks = template_5(size) + random.normal(0, size / 100, (count, 5, 2)).astype(np.float32)
-    return pixels, landmarks, np.linspace(20, 60, count, dtype=np.float32), np.full(count, 70, np.float32)
+    crops = Crops(pixels=pixels, landmarks=landmarks, frame_to_crop=np.zeros((count, 2, 3), np.float32))
+    return crops, Ages.rows(np.linspace(20, 60, count, dtype=np.float32), np.full(count, 70, np.float32))
+
+
+def observe(ager, crops, looks):
+    """Return the unmasked changes: float32 [F, 3, S, S]."""
+    return np.array(ager.observe(looks, [crops], [None] * len(looks))).reshape(crops.pixels.shape)
 
 
 def frame(picture):
@@ -33,8 +42,9 @@ def frame(picture):
 def test_both_backends_agree(tiny_facegan):
     programs = model_programs(find_model(tiny_facegan))
     assert list(programs) == ["unet-128", "unet-192", "identity", "age"]
-    pixels, _, now, wanted = faces(3)
-    changes = [EngineStore().load(programs["unet-128"], backend)(pixels, now, wanted)[0] for backend in
+    crops, looks = faces(3)
+    pixels, ages = crops.pixels, Ages.columns(looks)
+    changes = [EngineStore().load(programs["unet-128"], backend)(pixels, *ages)[0] for backend in
                ("openvino", "torch")]  # fmt: skip
     assert changes[0].shape == pixels.shape
     assert np.abs(changes[0]).max() > 0.05
@@ -50,45 +60,50 @@ def test_weights_of_another_version_are_refused_in_one_line(facegan_checkpoint, 
 
 
 def test_a_batch_gives_what_each_face_gives_alone(facegan):
-    batch = faces(BATCH_PIXELS // 128**2 + 2)  # more than one call takes
-    together = facegan.ager.age(*batch)
-    for row in (0, 1, -1):
-        alone = facegan.ager.age(*(column[row:][:1] for column in batch))
-        np.testing.assert_allclose(together.deltas[row], alone.deltas[0], atol=1e-5)
-        np.testing.assert_allclose(together.identity[row], alone.identity[0], atol=1e-4)
+    crops, looks = faces(BATCH_PIXELS // 128**2 + 2)  # more than one call takes
+    together = observe(facegan.ager, crops, looks)
+    for row in (0, 1, len(looks) - 1):
+        (alone,) = observe(facegan.ager, crops[row : row + 1], looks[row : row + 1])
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
 
 
 def test_no_years_change_nothing_and_more_years_change_more(facegan):
-    pixels, landmarks, _, _ = faces(3)
-    aged = facegan.ager.age(pixels, landmarks, np.full(3, 30, np.float32), np.array([30, 40, 60], np.float32))
-    strength = np.abs(aged.deltas).mean((1, 2, 3))
+    crops, _ = faces(3)
+    looks = Ages.rows(np.full(3, 30, np.float32), np.array([30, 40, 60], np.float32))
+    changes = observe(facegan.ager, crops, looks)
+    strength = np.abs(changes).mean((1, 2, 3))
     assert strength[0] == 0 < strength[1] < strength[2]
-    assert aged.identity[0] == pytest.approx(1, abs=1e-4)
+    drawn = [facegan.ager.draw(look, key, key, 0)[0] for look, key in zip(looks, changes, strict=True)]
+    identity = facegan.measure_identity(crops, drawn)
+    assert identity[0] == pytest.approx(1, abs=1e-4)
+    assert identity[2] < identity[1] < identity[0]
+    assert facegan.measure_identity(crops, [None] * 3) == pytest.approx(1, abs=1e-4)
+    assert facegan.measure_identity(crops[:0], []).shape == (0,)
 
 
 def test_eyes_and_mouth_are_left_alone_where_the_face_has_them(facegan):
-    pixels, landmarks, now, wanted = faces(2)
-    moved = landmarks + np.float32([9, -6])
-    for points in (landmarks, moved):
-        deltas = np.abs(facegan.ager.age(pixels, points, now, wanted).deltas).sum(1)
-        for delta, (left, right, nose, *corners) in zip(deltas, points, strict=True):
+    crops, looks = faces(2)
+    moved = crops.landmarks + np.float32([9, -6])
+    for points in (crops.landmarks, moved):
+        changes = np.abs(observe(facegan.ager, replace(crops, landmarks=points), looks)).sum(1)
+        for change, (left, right, nose, *corners) in zip(changes, points, strict=True):
             for x, y in np.rint([left, right, np.mean(corners, 0)]).astype(int):
-                assert delta[y, x] == 0
+                assert change[y, x] == 0
             x, y = np.rint(nose).astype(int)
-            assert delta[y, x] > 0
+            assert change[y, x] > 0
 
 
-def test_it_has_no_latents_and_measures_identity_once(facegan):
-    batch = faces(2)
-    first = facegan.ager.age(*batch)
-    assert first.latents.shape == (2, 0)
-    assert np.isfinite(first.identity).all()
-    again = facegan.ager.age(*batch, first.latents)
-    assert np.isnan(again.identity).all()
-    np.testing.assert_array_equal(first.deltas, again.deltas)
-    nobody = facegan.ager.age(*(column[:0] for column in batch))
-    assert nobody.deltas.shape == (0, 3, 128, 128)
-    assert nobody.identity.shape == (0,)
+def test_a_change_is_masked_and_mixed_between_key_frames(facegan):
+    crops, looks = faces(2)
+    before, after = observe(facegan.ager, crops, looks)
+    (first,) = facegan.ager.draw(looks[0], before, before, 0)
+    assert first.gain is None
+    np.testing.assert_array_equal(first.delta, before * face_mask(128))
+    for edge in (first.delta[:, :2], first.delta[:, -2:], first.delta[..., :2], first.delta[..., -2:]):
+        assert not edge.any()
+    (mixed,) = facegan.ager.draw(looks[0], before, after, 0.25)
+    np.testing.assert_allclose(mixed.delta, (0.75 * before + 0.25 * after) * face_mask(128), atol=1e-6)
+    assert facegan.ager.observe([], [crops[:0]], []) == []
 
 
 def test_an_engine_is_loaded_once_when_the_first_face_needs_its_size(tiny_facegan, facegan):
@@ -98,13 +113,11 @@ def test_an_engine_is_loaded_once_when_the_first_face_needs_its_size(tiny_facega
         loaded.append(role)
         return EngineStore().load(programs[role])
 
-    ager = FaceGAN(
-        unet=lambda size: load(f"unet-{size}"), sizes_px=(128, 192), identity=load("identity"), identity_px=64
-    )
-    assert loaded == ["identity"]
+    ager = FaceGAN(unet=lambda size: load(f"unet-{size}"), view=facegan.ager.views[0])
+    assert loaded == []
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda seed: ager.age(*faces(1, 128, seed)), range(8)))
-    assert loaded == ["identity", "unet-128"]
+        list(pool.map(lambda seed: observe(ager, *faces(1, 128, seed)), range(8)))
+    assert loaded == ["unet-128"]
 
 
 def test_each_face_is_aged_at_the_size_that_it_has(facegan):
@@ -130,6 +143,16 @@ def test_each_face_is_aged_at_the_size_that_it_has(facegan):
 def test_what_it_does_not_have_is_refused(tiny_facegan):
     from faceage.agers.latent import LatentConfig
 
-    for options in ({"composite": "replace"}, {"latent": LatentConfig()}):
-        with pytest.raises(UnsupportedError, match="model tiny-facegan adds its change to the face, without latents"):
-            load_networks(model=tiny_facegan, **options)
+    for name, value in (("composite", "replace"), ("latent", LatentConfig())):
+        message = f"model tiny-facegan has no option {name}; leave it out, or use --model age-cgan"
+        with pytest.raises(UnsupportedError, match=message):
+            load_networks(model=tiny_facegan, **{name: value})
+
+
+def test_a_template_that_this_version_does_not_know_is_refused(facegan_checkpoint, tmp_path):
+    header, weights = load(facegan_checkpoint, "facegan")
+    assert read_view(facegan_checkpoint, [128, 192]) == View("face", TEMPLATE_5, (128, 192))
+    header.dims["template"] = "hand"
+    save(tmp_path / "facegan.safetensors", weights, header)
+    with pytest.raises(CheckpointError, match='template "hand", this version knows face; update faceage'):
+        read_view(tmp_path / "facegan.safetensors", [128])

@@ -12,6 +12,7 @@ from faceage.models import find_model, import_model
 from faceage.models.fetch import facenet_file
 from faceage.networks.facenet import FaceNet
 from faceage.pipeline.request import load_networks
+from faceage.types import Crops
 
 
 @pytest.fixture
@@ -36,12 +37,15 @@ def test_latents_are_fitted_through_it(cache):
     networks = load_networks(
         model="tiny", identity="facenet", backend="torch", latent=LatentConfig(max_evaluations=3, pixel_weight=0)
     )
-    (size,) = networks.ager.sizes_px
+    (size,) = networks.ager.views[0].sizes_px
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, size, size)).astype(np.float32)
     ages = np.full(2, 30, np.float32)
     fit = networks.ager.fit(pixels, ages)
     assert (fit.losses < fit.first_losses).all()
     landmarks = np.repeat(template_5(size)[None], 2, 0)
-    aged = networks.ager.age(pixels, landmarks, ages, ages)
-    np.testing.assert_allclose(aged.deltas, 0, atol=1e-6)
-    np.testing.assert_allclose(aged.identity, 1, atol=1e-4)
+    crops = Crops(pixels=pixels, landmarks=landmarks, frame_to_crop=np.zeros((2, 2, 3), np.float32))
+    looks = networks.ager.look([], ages, ages)
+    keys = networks.ager.observe(looks, [crops], [None, None])
+    changes = [networks.ager.draw(look, key, key, 0)[0] for look, key in zip(looks, keys, strict=True)]
+    np.testing.assert_allclose([change.delta for change in changes], 0, atol=1e-6)
+    np.testing.assert_allclose(networks.measure_identity(crops, changes), 1, atol=1e-4)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from faceage.agers.age_cgan import latent_program
 from faceage.agers.latent import LatentConfig, first_state, optimize_latents
-from faceage.agers.programs import latent_program
 from faceage.engines.store import EngineStore
 from faceage.geometry import face_mask
 from faceage.models import find_model

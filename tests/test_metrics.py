@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `train` is not installe
 
 from faceage.align import align_faces
 from faceage.blend import blend_faces
-from faceage.geometry import TEMPLATE_5
-from faceage.types import RGB, Frame
+from faceage.geometry import TEMPLATE_5, face_mask
+from faceage.types import RGB, Change, Frame
 from train import metrics
 
 LANDMARKS = (TEMPLATE_5 * 200 - 0.5).astype(np.float32)
@@ -110,7 +110,8 @@ def test_touchable_is_where_the_blend_writes_and_not_much_more(random, scale, an
     before = random.integers(60, 190, (*shape, 3), np.uint8)
     after = before.copy()
     delta = random.choice([-1.0, 1.0], (3, size, size)).astype(np.float32)
-    blend_faces(Frame(planes=(after,), pixel_format="rgb24", color=RGB), [delta], [1.0], [matrix])
+    change = Change(delta=delta * face_mask(size))
+    blend_faces(Frame(planes=(after,), pixel_format="rgb24", color=RGB), [change], [1.0], [matrix])
     where = metrics.touchable(matrix, size, shape)
     assert metrics.largest_change(after, before, ~where) == 0
     assert metrics.largest_change(after, before, where) > 30

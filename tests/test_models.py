@@ -8,7 +8,7 @@ import pytest
 
 from faceage.checkpoint import Header, read_header, save
 from faceage.errors import CheckpointError
-from faceage.models import ROLES, fetch, find_model, import_model, list_models, user_folder
+from faceage.models import BUNDLED_MODELS, fetch, find_model, import_model, list_models, user_folder
 
 
 @pytest.fixture
@@ -20,9 +20,14 @@ def cache(tmp_path, monkeypatch):
 def test_an_imported_model_is_found(cache, checkpoints):
     files = import_model("mine", list(checkpoints.values()))
     assert files == find_model("mine")
-    assert list_models() == [*ROLES, "mine"]
+    assert list_models() == [*BUNDLED_MODELS, "mine"]
     assert {path.parent for path in files.paths.values()} == {user_folder() / "mine"}
-    assert {role: read_header(path).arch for role, path in files.paths.items()} == ROLES["age-cgan"]
+    assert {role: read_header(path).arch for role, path in files.paths.items()} == {
+        "generator": "age-cgan-generator",
+        "encoder": "age-cgan-encoder",
+        "age": "age-estimator",
+        "identity": "identity",
+    }
 
 
 def test_an_imported_facegan_takes_the_bundled_readers(cache, facegan_checkpoint):
@@ -38,14 +43,14 @@ def test_an_import_takes_the_place_of_another_architecture(cache, checkpoints, f
     assert import_model("mine", list(checkpoints.values())).architecture == "age-cgan"
     assert import_model("mine", [facegan_checkpoint]).architecture == "facegan"
     assert [path.name for path in (user_folder() / "mine").iterdir()] == ["facegan.safetensors"]
-    assert list_models() == [*ROLES, "mine"]
+    assert list_models() == [*BUNDLED_MODELS, "mine"]
 
 
 def test_a_model_is_of_one_architecture(cache, checkpoints, facegan_checkpoint):
     message = "holds age-cgan-encoder; expected one checkpoint each of facegan, age-estimator, identity"
     with pytest.raises(CheckpointError, match=message):
         import_model("mine", [facegan_checkpoint, checkpoints["age-cgan-encoder"]])
-    assert list_models() == list(ROLES)
+    assert list_models() == list(BUNDLED_MODELS)
 
 
 def test_an_unknown_model_is_refused_with_the_list(cache):
@@ -60,7 +65,7 @@ def test_an_import_into_a_folder_that_cannot_be_written_is_one_line(facegan_chec
         import_model("mine", [facegan_checkpoint])
 
 
-@pytest.mark.parametrize("name", [*ROLES, "../up", "", "a b"])
+@pytest.mark.parametrize("name", [*BUNDLED_MODELS, "../up", "", "a b"])
 def test_a_bad_name_is_refused(cache, checkpoints, name):
     with pytest.raises(CheckpointError, match="cannot name a model"):
         import_model(name, list(checkpoints.values()))
@@ -69,7 +74,7 @@ def test_a_bad_name_is_refused(cache, checkpoints, name):
 def test_the_generator_and_its_encoder_are_needed(cache, checkpoints):
     with pytest.raises(CheckpointError, match="the model lacks age-cgan-encoder"):
         import_model("mine", [checkpoints["age-cgan-generator"]])
-    assert list_models() == list(ROLES)
+    assert list_models() == list(BUNDLED_MODELS)
 
 
 def test_two_files_of_one_role_are_refused(cache, checkpoints):
@@ -134,7 +139,7 @@ def test_facenet_is_fetched_checked_and_converted(cache, served):
     assert list(load_file(path)) == ["conv.weight"]  # without the classifier
     assert read_header(path).arch == "facenet"
     assert [p.name for p in path.parent.iterdir()] == ["facenet.safetensors"]
-    assert list_models() == list(ROLES)  # it is no model of its own
+    assert list_models() == list(BUNDLED_MODELS)  # it is no model of its own
 
 
 def test_a_download_that_differs_leaves_nothing(cache, served, monkeypatch):

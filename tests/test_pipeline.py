@@ -1,5 +1,6 @@
 """The whole path on real codecs and real networks: what changes, and that nothing else does."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -9,14 +10,14 @@ import pytest
 from clips import frame_times, packets_of
 from skimage.data import astronaut
 
-from faceage.align import choose_size
-from faceage.geometry import invert_affine, template_5
+from faceage.align import choose_size, prepare_crops
+from faceage.geometry import TEMPLATE_5, invert_affine, template_5
 from faceage.media.video import EncodeOptions, VideoReader
 from faceage.pipeline.photos import age_frames, age_photos
 from faceage.pipeline.request import AgeRequest, StageTimer
 from faceage.pipeline.sheet import make_sheet
 from faceage.pipeline.video import KEY_EVERY_FRAMES, age_video, scan
-from faceage.types import RGB, Frame
+from faceage.types import RGB, Change, Crops, Frame, View
 
 FRAMES = 30
 LOSSLESS = EncodeOptions(codec="ffv1", overwrite=True)
@@ -84,12 +85,12 @@ def test_only_the_face_changes_and_everything_else_is_kept(either, clip, tmp_pat
 
     with VideoReader(clip) as reader:
         (tracked,) = scan(either, reader, AgeRequest(age=70, source_age=30), None, StageTimer(), lambda *_: None)
-    size = tracked.size_px
-    assert size in either.ager.sizes_px
+    (size,) = tracked.sizes_px
+    assert size in either.ager.views[0].sizes_px
     corners = np.float32([[-0.5, -0.5], [size - 0.5, -0.5], [size - 0.5, size - 0.5], [-0.5, size - 0.5]])
     for i, (before, after) in enumerate(zip(decoded(clip), decoded(target), strict=True)):
         inside = np.zeros(before[0].shape, np.uint8)
-        crop_to_frame = invert_affine(tracked.frame_to_crop[i])
+        crop_to_frame = invert_affine(tracked.frame_to_crop[0][i])
         polygon = corners @ crop_to_frame[:, :2].T + crop_to_frame[:, 2]
         cv2.fillConvexPoly(inside, np.round(polygon).astype(np.int32), 1)
         changed = before[0] != after[0]
@@ -135,9 +136,9 @@ def test_a_track_keeps_one_size_while_the_face_grows(facegan, tmp_path):
     source = write_clip(tmp_path / "grows.mkv", pictures, tone=False)
     with VideoReader(source) as reader:
         (person,) = scan(facegan, reader, AgeRequest(age=70), None, StageTimer(), lambda *_: None)
-    sizes = [choose_size(points[None], facegan.ager.sizes_px) for points in person.track.landmarks]
+    sizes = [choose_size(points[None], facegan.ager.views[0]) for points in person.track.landmarks]
     assert sorted(set(sizes)) == [128, 192]
-    assert person.size_px == sorted(sizes)[len(sizes) // 2]
+    assert person.sizes_px == (sorted(sizes)[len(sizes) // 2],)
 
 
 def test_everybody_s_identity_is_measured_also_of_who_comes_later(either, tmp_path):
@@ -275,19 +276,122 @@ def test_requests_out_of_range_are_refused(options, message):
         AgeRequest(**options)
 
 
+def some_crops(ager, count, seed=0):
+    (size,) = ager.views[0].sizes_px
+    pixels = np.random.default_rng(seed).uniform(-1, 1, (count, 3, size, size)).astype(np.float32)
+    landmarks = np.repeat(template_5(size)[None], count, 0)
+    return Crops(pixels=pixels, landmarks=landmarks, frame_to_crop=np.zeros((count, 2, 3), np.float32))
+
+
 def test_composite_replace_reconstructs_the_face(networks):
     """With "replace" the generated face itself is pasted: what is inside the mask is the generator's."""
     ager = networks.ager
-    (size,) = ager.sizes_px
-    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, size, size)).astype(np.float32)
-    landmarks = np.repeat(template_5(size)[None], 2, 0)
-    source, target = np.float32([30, 30]), np.float32([70, 20])
-    delta = ager.age(pixels, landmarks, source, target)
+    crops = some_crops(ager, 2)
+    looks = ager.look([], np.float32([30, 30]), np.float32([70, 20]))
+    delta = ager.observe(looks, [crops], [None, None])
     ager._composite = "replace"
     try:
-        replaced = ager.age(pixels, landmarks, source, target, delta.latents)
+        replaced = ager.observe(looks, [crops], delta)
     finally:
         ager._composite = "delta"
-    made = pixels + replaced.deltas
+    made = crops.pixels + np.stack([key.delta for key in replaced])
     assert (np.abs(made) <= 1 + 1e-5).all()
-    assert np.abs(replaced.deltas - delta.deltas).max() > 0.1
+    assert max(np.abs(a.delta - b.delta).max() for a, b in zip(replaced, delta, strict=True)) > 0.1
+
+
+def test_faces_seen_first_and_faces_known_may_share_a_batch(networks):
+    ager, count = networks.ager, 4
+    crops = some_crops(ager, count)
+    looks = ager.look([], np.full(count, 30, np.float32), np.full(count, 70, np.float32))
+    first = ager.observe(looks, [crops], [None] * count)
+    mixed = ager.observe(looks, [crops], [None, first[1], None, first[3]])
+    new, known = np.array([0, 2]), np.array([1, 3])
+    apart = {0: None}
+    for rows, previous in ((new, [None, None]), (known, [first[1], first[3]])):
+        keys = ager.observe([looks[i] for i in rows], [crops[rows]], previous)
+        apart |= dict(zip(rows.tolist(), keys, strict=True))
+    for row, key in enumerate(mixed):
+        np.testing.assert_array_equal(key.delta, apart[row].delta)
+        np.testing.assert_array_equal(key.latent, apart[row].latent)
+    assert np.abs(mixed[1].latent - first[1].latent).max() > 0
+
+
+class Darkener:
+    """An ager of two views that multiplies: a tenth darker inside the face, a fifth in the rest of the head.
+
+    It looks at appearances, and its keys say which frame they come from, so that a test can read how keys are mixed.
+    """
+
+    views = (View("face", TEMPLATE_5, (64, 128)), View("head", 0.25 + TEMPLATE_5 / 2, (96,)))
+    needs_appearance = True
+
+    def __init__(self):
+        self.appearances, self.observed, self.shares = [], [], []
+
+    def look(self, appearances, source_age, target_age):
+        self.appearances += appearances
+        return list(zip(source_age.tolist(), target_age.tolist(), strict=True))
+
+    def observe(self, looks, crops, previous):
+        assert len(crops) == 2
+        assert all(len(each) == len(looks) == len(previous) for each in crops)
+        assert crops[1].size_px == 96
+        self.observed += [crops[0].size_px] * len(looks)
+        return [(0 if key is None else key[0] + 1, crops[0].size_px) for key in previous]
+
+    def draw(self, look, before, after, share):
+        self.shares.append((before[0], after[0], share))
+        changes = []
+        for size, gain in ((before[1], -0.1), (96, -0.2)):
+            plateau = np.zeros((size, size), np.float32)
+            plateau[2:-2, 2:-2] = gain
+            changes.append(Change(delta=np.zeros((3, size, size), np.float32), gain=plateau))
+        return changes if look[1] < 80 else [changes[0], None]
+
+
+def test_an_ager_of_two_views_changes_photos(networks, face_picture):
+    mine = replace(networks, ager=Darkener())
+    for age in (70, 85):
+        frame = Frame(planes=(face_picture.copy(),), pixel_format="rgb24", color=RGB)
+        (photo,) = age_frames(mine, [frame], AgeRequest(age=age, source_age=30))
+        assert photo.sizes_px.tolist() in ([64], [128])
+        x, y = np.rint(photo.faces.landmarks[0, 2]).astype(int)
+        before, after = (p[y - 4 : y + 4, x - 4 : x + 4].astype(float) for p in (face_picture, frame.planes[0]))
+        luma = before @ [0.299, 0.587, 0.114] + 0.04 * 255
+        lost = luma * (0.1 if age == 85 else 1 - 0.9 * 0.8)
+        np.testing.assert_allclose(before - after, lost[..., None].repeat(3, 2), atol=1.5)
+        assert 0.5 < photo.identity[0] <= 1
+    (first, _) = mine.ager.appearances
+    assert first.thumbnail.shape == (3, 16, 16)
+    assert np.linalg.norm(first.embedding) == pytest.approx(1, abs=1e-4)
+    faces = photo.faces
+    crops = prepare_crops(
+        [Frame(planes=(face_picture,), pixel_format="rgb24", color=RGB)],
+        faces.frame_index, faces.landmarks, Darkener.views[0], 64,
+    )  # fmt: skip
+    means = crops.pixels[0].reshape(3, 16, 4, 16, 4).mean((2, 4))
+    np.testing.assert_allclose(first.thumbnail, means, atol=1e-5)
+
+
+def test_an_ager_of_two_views_changes_videos_between_key_frames(networks, clip, tmp_path):
+    mine = replace(networks, ager=Darkener())
+    report = age_video(mine, clip, tmp_path / "dark.mkv", AgeRequest(age=70), encode=LOSSLESS)
+    (person,) = report.people
+    assert 0.5 < person["identity"] <= 1
+    assert len(mine.ager.appearances) == 1  # once a person and shot, however many samples
+    _, *shares = mine.ager.shares  # the first is drawn for the identity
+    assert len(shares) == FRAMES
+    for frame, (before, after, share) in enumerate(shares):
+        key = frame // KEY_EVERY_FRAMES
+        end = min((key + 1) * KEY_EVERY_FRAMES, FRAMES - 1)
+        is_key = frame % KEY_EVERY_FRAMES == 0 or frame == FRAMES - 1
+        start = key * KEY_EVERY_FRAMES
+        if is_key:
+            assert (before, share) == (after, 0)
+        else:
+            assert (before, after) == (key, key + 1)
+            assert share == pytest.approx((frame - start) / (end - start))
+    for old, new in zip(decoded(clip), decoded(tmp_path / "dark.mkv"), strict=True):
+        assert old[0].mean() - new[0].mean() > 3
+        for chroma, same in zip(old[1:], new[1:], strict=True):
+            np.testing.assert_array_equal(chroma, same)
