@@ -233,9 +233,10 @@ def _change_cpu(part: _PlaneChange, rect: Rect) -> None:
             gain = warp_samples(gains, to_filtered, size, cv2.BORDER_CONSTANT)
             if samples.ndim == 3:
                 luma = cv2.transform(samples.astype(np.float32), RGB_LUMA[None]).reshape(gain.shape)
-                change += (gain * luma)[..., None]
+                grey = cv2.cvtColor(cv2.multiply(gain, luma, dst=gain), cv2.COLOR_GRAY2RGB)
+                change = cv2.add(change, grey, dst=change)
             else:
-                change += np.multiply(gain, samples, out=gain)
+                change = cv2.add(change, cv2.multiply(gain, samples.astype(np.float32), dst=gain), dst=change)
         _add_rounded(samples, change, layout)
 
 

@@ -34,12 +34,12 @@ PAPER_VERIFIED = {"z0": 0.532, "pixel-wise": 0.598, "identity-preserving": 0.829
 class Targets:
     """What a model of one architecture is to reach."""
 
-    max_mae_years: float
-    min_r: float
-    min_verified: float
-    sharpness: tuple[float, float]
-    max_no_years_codes: float
-    max_deviation_years: float
+    max_mae_years: float = math.inf
+    min_r: float = -math.inf
+    min_verified: float = -math.inf
+    sharpness: tuple[float, float] = (-math.inf, math.inf)
+    max_no_years_codes: float = math.inf
+    max_deviation_years: float = math.inf
     max_kid_ratio: float = math.inf
     """Of the first Age-cGAN's on the card; so is the next."""
     max_warp_ratio: float = math.inf
@@ -65,7 +65,7 @@ TARGETS = {
         max_warp_ratio=0.5,
     ),
 }
-"""By the model's architecture."""
+"""By the model's architecture; one that is not here has none."""
 
 AGE_ERROR = f"age MAE, {POOLED} years"
 AGE_ORDER = "r of requested and judged age"
@@ -139,7 +139,7 @@ def headline(results: dict) -> list[dict]:
     ) -> dict:
         cells = {}
         for model, facts in models.items():
-            value, (low, high) = figure(model), limits(TARGETS[facts["architecture"]])
+            value, (low, high) = figure(model), limits(TARGETS.get(facts["architecture"], Targets()))
             has_limit = math.isfinite(low) or math.isfinite(high)
             cells[model] = {
                 "value": value,

@@ -220,7 +220,7 @@ def test_views_that_are_not_contiguous_work_in_place():
     mirrored = Frame(planes=(buffer[:, ::-1],), pixel_format="rgba", color=RGB)
     plain = Frame(planes=(np.ascontiguousarray(buffer[:, ::-1]),), pixel_format="rgba", color=RGB)
     for frame in (mirrored, plain):
-        apply_change(frame, only(rough_delta()), MATRICES["enlarged"])
+        apply_change(frame, Change(delta=rough_delta(), gain=rough_gain()), MATRICES["enlarged"])
     np.testing.assert_array_equal(buffer[:, ::-1], plain.planes[0])
 
 
