@@ -24,7 +24,13 @@ The mean of MTCNN's landmarks over UTKFace's own 200-pixel crops, made symmetric
 ours frame a face alike: forehead to chin fills the crop."""
 
 
-TEMPLATES = {"face": TEMPLATE_5}
+WHOLE_FACE_TEMPLATE_5 = ((TEMPLATE_5 - 0.5) * 0.8 + (0.5, 0.55)).astype(np.float32)
+"""The same for a crop that holds the whole face, from the hairline to the chin."""
+
+HEAD_TEMPLATE_5 = ((TEMPLATE_5 - 0.5) * 0.36 + (0.5, 0.47)).astype(np.float32)
+"""The same for a crop that holds the head with its hair."""
+
+TEMPLATES = {"face": TEMPLATE_5, "whole face": WHOLE_FACE_TEMPLATE_5, "head": HEAD_TEMPLATE_5}
 """The templates that there are, by the name in a checkpoint's header."""
 
 

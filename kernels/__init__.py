@@ -4,12 +4,13 @@ Each file has its formula, a PyTorch reference (`*_ref`) and a fast implementati
 torch before a reference is called.
 """
 
-from faceage.kernels.apply_change import BLACK_OFFSET, Rect, apply_change, change_crop
+from faceage.kernels.apply_change import BLACK_OFFSET, RGB_LUMA, Rect, apply_change, change_crop
 from faceage.kernels.color import color_of, rgb_to_yuv_delta, yuv_to_rgb
 from faceage.kernels.gather import gather_crops, gather_crops_ref
 
 __all__ = [
     "BLACK_OFFSET",
+    "RGB_LUMA",
     "Rect",
     "apply_change",
     "change_crop",

@@ -20,8 +20,20 @@ FILES = {
     "age-estimator": "age/age-estimator.safetensors",
     "identity": "identity/identity.safetensors",
     "facegan": "facegan/facegan.safetensors",
+    "space": "space/model/space.safetensors",
+    "space-coordinates": "space/coordinates/coordinates.safetensors",
+    "space-hair": "space/hair/hair.safetensors",
 }
-ORDER = ("identity", "age-estimator", "age-cgan-generator", "age-cgan-encoder", "facegan")
+ORDER = (
+    "identity",
+    "age-estimator",
+    "age-cgan-generator",
+    "age-cgan-encoder",
+    "facegan",
+    "space",
+    "space-coordinates",
+    "space-hair",
+)
 """Parents first."""
 TARGET = Path(__file__).parent.parent / "faceage" / "models"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from faceage.agers import age_cgan, facegan
+from faceage.agers import age_cgan, facegan, space
 from faceage.agers.base import Architecture, ModelFiles
 from faceage.agers.programs import reader_program
 from faceage.checkpoint import read_header
 from faceage.engines.base import Program
 
-ARCHITECTURES: tuple[Architecture, ...] = (age_cgan.ARCHITECTURE, facegan.ARCHITECTURE)
+ARCHITECTURES: tuple[Architecture, ...] = (age_cgan.ARCHITECTURE, facegan.ARCHITECTURE, space.ARCHITECTURE)
 SHARED_ROLES = {"age": "age-estimator", "identity": "identity"}
 """Roles of the networks that only measure, and the architectures of their checkpoints: a model that lacks them takes
 the bundled ones."""

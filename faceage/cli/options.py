@@ -97,6 +97,7 @@ class NetworkOptions:
     precision: Precision | Literal["auto"]
     identity: Literal["compact", "facenet"]
     composite: Composite
+    hair: Literal["on", "off"]
     min_face: float | None
 
     def __post_init__(self) -> None:
@@ -124,6 +125,7 @@ class NetworkOptions:
             precision=precision,
             detect=DetectConfig(min_face_px=self.min_face),
             composite=self.composite,
+            hair=self.hair == "on",
         )
 
     def load(self, out: Output) -> Networks:
@@ -167,6 +169,10 @@ network_options = group(
     click.option(
         "--composite", type=click.Choice(["delta", "replace"]), default="delta", show_default=True,
         help="delta adds the change to the face; replace pastes the generated face (Age-cGAN only).",
+    ),
+    click.option(
+        "--hair", type=click.Choice(["on", "off"]), default="on", show_default=True,
+        help="Whether hair turns grey (the space model only).",
     ),
     click.option("--min-face", type=float, metavar="PX", help="Smallest face, in pixels. Default: by picture size."),
 )  # fmt: skip

@@ -24,6 +24,7 @@ from faceage.detect import DetectConfig, Detector, detector_programs, load_detec
 from faceage.engines.base import Engine, Precision, Program
 from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
+from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
 from faceage.kernels import change_crop, gather_crops
 from faceage.models import DEFAULT_MODEL, find_model
 from faceage.models.fetch import facenet_file
@@ -147,8 +148,24 @@ class Networks:
             for face, change in zip(crops.pixels, changes, strict=True)
         ]
         after = np.stack(changed) if changed else crops.pixels
-        embeddings = [self.identity(_shrink(faces, self.identity_px))[0] for faces in (crops.pixels, after)]
+        embeddings = [self.identity(self._frame_face(faces))[0] for faces in (crops.pixels, after)]
         return (embeddings[0] * embeddings[1]).sum(1)
+
+    def _frame_face(self, pixels: FloatArray) -> FloatArray:
+        """Return crops [F, 3, S, S] of the ager's first view as the identity network frames a face."""
+        template = self.ager.views[0].template
+        if template is TEMPLATE_5:
+            return _shrink(pixels, self.identity_px)
+        # The template's own landmarks say how the two crops lie in one another. The smaller side is read by area first.
+        side = self.identity_px
+        faces = _shrink(pixels, min(pixels.shape[-1], 2 * side))
+        inner, outer = template_5(side), template_5(faces.shape[-1], template)
+        (matrix,) = similarity_to_template(outer[None], inner)
+        framed = [
+            cv2.warpAffine(face.transpose(1, 2, 0), matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
+            for face in faces
+        ]
+        return np.stack(framed).transpose(0, 3, 1, 2) if framed else np.zeros((0, 3, side, side), np.float32)
 
 
 def _shrink(pixels: FloatArray, side_px: int) -> FloatArray:
@@ -195,6 +212,7 @@ def load_networks(
     detect: DetectConfig | None = None,
     latent: LatentConfig | None = None,
     composite: Composite = "delta",
+    hair: bool = True,
     on_build: OnBuild | None = None,
 ) -> Networks:
     """Load (and on the first run build) the engines of a model.
@@ -211,6 +229,7 @@ def load_networks(
         detect: what to look for.
         latent: how latents are optimized, for an architecture that has them.
         composite: how the change is made, for an architecture that has a choice; see `agers.age_cgan.AgeCGAN`.
+        hair: let hair turn grey, for an architecture that can.
         on_build: called with an engine's name before it is built; see `engines.store.OnBuild`.
 
     Raises:
@@ -236,6 +255,8 @@ def load_networks(
     given: dict[str, object] = {} if latent is None else {"latent": latent}
     if composite != "delta":
         given["composite"] = composite
+    if not hair:
+        given["hair"] = hair
     for name in given:
         if name not in architecture.options:
             able = " or ".join(f"--model {other.name}" for other in ARCHITECTURES if name in other.options)

@@ -1,0 +1,120 @@
+"""Grey hair: hair loses colour and gains luma where it is darker than grey hair would be; its strands stay.
+
+With m the mask, a = grey m, Y the luma, base its mean over some strands, and L what grey hair has in the light that is
+on the face:
+
+    Y' = Y + a LIFT max(L - base, 0) + a DETAIL (Y - base),        chroma' = (1 - a FADE) chroma
+
+It is linear in Y, so the picture's own strands are scaled at its own resolution. Working in the signal, not in its
+logarithm, leaves the noise of dark hair alone.
+
+Reference: Panhard, Lozano, Loussouarn, Br. J. Dermatol. 2012 (how grey people are by age).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA
+from faceage.types import Change, FloatArray
+
+HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
+"""Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
+LIFT, DETAIL, FADE = 0.72, 1.0, 0.85
+GREY_SHARE = 0.75
+"""Luma of grey hair, as a share of that of the face's skin."""
+GREY_RANGE = (0.28, 0.75)
+BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
+"""Widths of the base's blur, in sides of the crop, and of the filter that takes out noise before it."""
+GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
+RIM = 0.06
+"""The mask falls to 0 over this share of the crop at its rims: long hair fades out there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HairKey:
+    """What was seen of one head at a key frame; float32 [S, S] each but the last."""
+
+    mask: FloatArray
+    """Share of hair in a pixel."""
+    base: FloatArray
+    """Luma in [0, 1], without strands."""
+    chroma: FloatArray
+    """[S/2, S/2, 3], RGB less luma."""
+    skin_luma: float
+    """Of the face's skin."""
+
+
+def grey_amount(source: float, target: float) -> float:
+    """Return how grey hair gets, 0 to 1, beyond how grey it is at the source age; 0 for younger targets."""
+    now, then = (1 / (1 + np.exp(-(age - HALF_GREY_YEARS) / GREY_SPREAD_YEARS)) for age in (source, target))
+    return float(max(0.0, (then - now) / (1 - now)))
+
+
+def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
+    """Return what greying needs of one head.
+
+    Args:
+        pixels: float32 [3, S, S], RGB in [-1, 1].
+        logit: float32 [C, C], the network's; its rims are softer than strands.
+    """
+    size = pixels.shape[-1]
+    rgb = (pixels.transpose(1, 2, 0) + 1) / 2
+    luma = rgb @ RGB_LUMA
+    probability = cv2.resize(1 / (1 + np.exp(-logit)), (size, size), interpolation=cv2.INTER_LINEAR)
+    mask = np.clip((_guided(probability, luma) - 0.25) / 0.5, 0, 1)
+    mask = mask * mask * (3 - 2 * mask) * _rim(size)
+    calm = cv2.bilateralFilter(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
+    weight = cv2.GaussianBlur(mask, (0, 0), BASE_SIGMA * size)
+    base = cv2.GaussianBlur(calm * mask, (0, 0), BASE_SIGMA * size) / np.maximum(weight, 1e-3)
+    half = (size // 2, size // 2)
+    skin = slice(int(0.42 * size), int(0.52 * size))
+    return HairKey(
+        mask=mask,
+        base=np.where(weight > 1e-3, base, luma).astype(np.float32),
+        chroma=cv2.resize(rgb - luma[..., None], half, interpolation=cv2.INTER_AREA),
+        skin_luma=float(np.median(luma[skin, int(0.42 * size) : int(0.58 * size)])),
+    )
+
+
+def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Change:
+    """Return the change of a head's hair; `grey` in [0, 1], the rest as `agers.base.Ager.draw`."""
+    t = np.float32(share)
+
+    def mix(a: FloatArray, b: FloatArray) -> FloatArray:
+        return a if before is after else (1 - t) * a + t * b
+
+    mask, base, chroma = (mix(getattr(before, n), getattr(after, n)) for n in ("mask", "base", "chroma"))
+    size = mask.shape[0]
+    skin = (1 - share) * before.skin_luma + share * after.skin_luma
+    target = np.float32(np.clip(GREY_SHARE * skin, *GREY_RANGE))
+    amount = np.float32(grey) * mask
+    gain = DETAIL * amount
+    lift = LIFT * amount * np.maximum(target - base, 0) - gain * (base + np.float32(BLACK_OFFSET))
+    faded = cv2.resize(amount, chroma.shape[:2])[..., None] * chroma * np.float32(-2 * FADE)
+    delta = cv2.resize(faded, (size, size)).transpose(2, 0, 1) + 2 * lift
+    return Change(delta=np.ascontiguousarray(delta), gain=gain)
+
+
+def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:
+    """Return the guided filter of p by a picture (He, Sun, Tang, ECCV 2010): rims move to the picture's edges."""
+    radius = max(2, round(GUIDE_RADIUS * p.shape[0]))
+    window = (2 * radius + 1, 2 * radius + 1)
+
+    def mean(x: FloatArray) -> FloatArray:
+        return cv2.blur(x, window, borderType=cv2.BORDER_REPLICATE)
+
+    mean_p, mean_i = mean(p), mean(guide)
+    slope = (mean(p * guide) - mean_p * mean_i) / (mean(guide * guide) - mean_i * mean_i + GUIDE_EPSILON)
+    return mean(slope) * guide + mean(mean_p - slope * mean_i)
+
+
+def _rim(size_px: int) -> FloatArray:
+    """Return 1 inside, falling smoothly to exactly 0 on the outer two pixels: float32 [S, S]."""
+    distance = np.minimum(np.arange(size_px), np.arange(size_px)[::-1]) - 1.5
+    ramp = np.clip(distance / (RIM * size_px), 0, 1).astype(np.float32)
+    ramp = ramp * ramp * (3 - 2 * ramp)
+    return ramp[:, None] * ramp[None, :]

@@ -1,0 +1,238 @@
+"""The space model: the change lives in the face's own space and is drawn at the picture's own resolution.
+
+What age changes is stored on one canonical face: prototypes (how the mean face of each age differs, at the light, the
+colours and the appearance of the person) and wrinkles (creases of real old faces). Once a person and shot they are
+mixed to one canonical change. At key frames a small network says where each pixel of the crop lies on the canonical
+face; in every frame the change is read there, and scales the luma of the picture. Wrinkles are thus as sharp as they
+are stored, the same in the whole shot, and stay on the skin. Hair is found by a second network in a wider crop and
+turns grey strand by strand (`agers.hair`).
+
+Reference: Burt and Perrett, Proc. R. Soc. B 1995 (prototypes); Tiddeman, Burt, Perrett, IEEE CG&A 2001 (means lose
+wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densely aligned); Güler et al., CVPR 2017
+(dense coordinates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from faceage.agers.base import Architecture, EngineOf, ModelFiles, read_view
+from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
+from faceage.agers.hair import HairKey, draw_hair, find_hair, grey_amount
+from faceage.agers.programs import EXAMPLES, load_network
+from faceage.checkpoint import read_header, sha256_of
+from faceage.engines.base import BATCH, Engine, Program, TensorSpec, fingerprint, module_file
+from faceage.engines.examples import example_faces
+from faceage.geometry import similarity_to_template, template_5
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA
+from faceage.types import Appearance, Change, Crops, FloatArray, View
+
+FACE_SIZES_PX = (128, 256)
+HEAD_SIZES_PX = (160, 320)
+COLOUR_PX = 32
+"""Side of the map of the face's own colours, which chroma changes follow."""
+SMOOTH_SIGMA, SMOOTH_RANGE = 0.03, 0.16
+"""Younger skin: the bilateral filter's width in sides of the crop, and in luma."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was decided for one person: the canonical change, and how grey the hair gets."""
+
+    tone: FloatArray
+    """float32 [256, 256, 4]: log ratio of luma, changes of log R/G and of log B/G, share of fine detail taken away."""
+    grey: float
+    """0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceKey:
+    """What was seen of one face at a key frame."""
+
+    size_px: int
+    """S, the side of the crop in which the change is drawn."""
+    coordinates: FloatArray
+    """float32 [C, C, 2], canonical pixels; C is half the side of the network's input."""
+    colours: FloatArray
+    """float32 [32, 32, 3], RGB in [0, 1]."""
+    smooth: FloatArray | None
+    """float32 [S, S], luma in [0, 1] without fine detail; None where none is taken away."""
+    uncovered: FloatArray | None
+    """float32 [C, C], 1 where no hair covers the face; None: not looked for."""
+    hair: HairKey | None
+
+
+class SpaceAger:
+    """The space model (`base.Ager`) over its two networks and its canonical parameters."""
+
+    needs_appearance = True
+
+    def __init__(
+        self, *, coordinates: Engine, hair: Engine | None, canonical: CanonicalModel, views: tuple[View, ...]
+    ) -> None:
+        """Use engines of `_programs`.
+
+        Args:
+            coordinates: faces [F, 3, S, S] -> coordinates [F, 2, S/2, S/2], fractions of the canonical face.
+            hair: heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]; None: hair keeps its colour.
+            canonical: what age changes.
+            views: the face's, and the head's where there is a hair network.
+        """
+        self._coordinates, self._hair, self._canonical = coordinates, hair, canonical
+        self.views = views
+
+    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Look]:
+        """Mix each person's canonical change; see `base.Ager.look`."""
+        looks = []
+        for appearance, source, target in zip(appearances, source_age, target_age, strict=True):
+            tone = self._canonical.mix(appearance, float(source), float(target))
+            looks.append(Look(tone=tone, grey=grey_amount(float(source), float(target))))
+        return looks
+
+    def observe(
+        self, looks: Sequence[Look], crops: Sequence[Crops], previous: Sequence[FaceKey | None]
+    ) -> list[FaceKey]:
+        """Find coordinates, colours and hair; see `base.Ager.observe`."""
+        faces = crops[0]
+        (maps,) = self._coordinates(_reduce(faces.pixels, self.views[0].sizes_px[0]))
+        where = np.ascontiguousarray(maps.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
+        if self._hair is None:
+            hair: list[HairKey | None] = [None] * len(faces)
+        else:
+            (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
+            hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
+        keys = []
+        for look, pixels, coordinates, found in zip(looks, faces.pixels, where, hair, strict=True):
+            rgb = (pixels.transpose(1, 2, 0) + 1) / 2
+            keys.append(
+                FaceKey(
+                    size_px=faces.size_px,
+                    coordinates=coordinates,
+                    colours=cv2.resize(rgb, (COLOUR_PX, COLOUR_PX), interpolation=cv2.INTER_AREA),
+                    smooth=_smooth(rgb @ RGB_LUMA) if look.tone[..., 3].any() else None,
+                    uncovered=None if found is None else self._uncovered(found, coordinates.shape[0]),
+                    hair=found,
+                )
+            )
+        return keys
+
+    def _uncovered(self, hair: HairKey, side_px: int) -> FloatArray:
+        """Return where a face's crop shows no hair: float32 [side_px, side_px]."""
+        face, head = (view.template for view in self.views)
+        matrix = similarity_to_template(template_5(hair.mask.shape[0], head)[None], template_5(side_px, face))[0]
+        covered = cv2.warpAffine(hair.mask, matrix, (side_px, side_px), flags=cv2.INTER_LINEAR)
+        return 1 - np.clip(covered, 0, 1)
+
+    def draw(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> list[Change | None]:
+        """Read the change where the face lies; see `base.Ager.draw`."""
+        changes: list[Change | None] = [self._draw_face(look, before, after, share)]
+        if len(self.views) > 1:
+            hair = None
+            if look.grey and before.hair is not None and after.hair is not None:
+                hair = draw_hair(look.grey, before.hair, after.hair, share)
+            changes.append(hair)
+        return changes
+
+    def _draw_face(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> Change:
+        size = before.size_px
+        tone = self._read(look.tone, _mix(before.coordinates, after.coordinates, share), size)
+        if before.uncovered is not None and after.uncovered is not None:
+            tone *= cv2.resize(_mix(before.uncovered, after.uncovered, share), (size, size))[..., None]
+        tone[:2], tone[-2:], tone[:, :2], tone[:, -2:] = 0, 0, 0, 0
+        ratio = np.exp(tone[..., 0])
+        delta = self._chroma(tone, _mix(before.colours, after.colours, share), size)
+        gain = ratio - 1
+        if before.smooth is not None and after.smooth is not None:
+            taken = ratio * tone[..., 3]
+            gain -= taken
+            delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + np.float32(BLACK_OFFSET))
+        return Change(delta=delta, gain=gain)
+
+    @staticmethod
+    def _read(tone: FloatArray, coordinates: FloatArray, size_px: int) -> FloatArray:
+        """Return the canonical change at the pixels of the crop: float32 [S, S, 4]."""
+        where = cv2.resize(coordinates, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+        return cv2.remap(tone, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+
+    @staticmethod
+    def _chroma(tone: FloatArray, colours: FloatArray, size_px: int) -> FloatArray:
+        """Return the change of chroma, without luma: float32 [3, S, S], RGB in units of [-1, 1].
+
+        The colours of the face change by the log ratios; what of that is grey is the gain's.
+        """
+        half = (size_px // 2, size_px // 2)
+        small = cv2.resize(tone[..., :3], half, interpolation=cv2.INTER_AREA)
+        rgb = cv2.resize(colours, half) + np.float32(BLACK_OFFSET)
+        log_g = small[..., 0] - RGB_LUMA[0] * small[..., 1] - RGB_LUMA[2] * small[..., 2]
+        logs = np.stack([log_g + small[..., 1], log_g, log_g + small[..., 2]], -1)
+        change = 2 * rgb * np.expm1(logs)
+        change -= (change @ RGB_LUMA)[..., None]
+        return np.ascontiguousarray(cv2.resize(change, (size_px, size_px)).transpose(2, 0, 1))
+
+
+def _mix(before: FloatArray, after: FloatArray, share: float) -> FloatArray:
+    return before if before is after else (1 - np.float32(share)) * before + np.float32(share) * after
+
+
+def _reduce(pixels: FloatArray, side_px: int) -> FloatArray:
+    """Return crops [F, 3, S, S] at the side that a network takes; S is a multiple of it."""
+    times = pixels.shape[-1] // side_px
+    return pixels if times == 1 else pixels.reshape(-1, 3, side_px, times, side_px, times).mean((3, 5))
+
+
+def _smooth(luma: FloatArray) -> FloatArray:
+    """Return luma [S, S] in [0, 1] without fine detail; edges are kept."""
+    return cv2.bilateralFilter(luma, -1, SMOOTH_RANGE, SMOOTH_SIGMA * luma.shape[0])
+
+
+def map_program(checkpoint: Path) -> Program:
+    """Crops [F, 3, S, S] -> maps [F, C, S/2, S/2] of a `networks.space.MapNet`."""
+    header = read_header(checkpoint)
+    size, outputs = header.dims["size_px"], header.dims["outputs"]
+
+    def build() -> tuple:
+        import torch
+
+        from faceage.networks.space import MapDims, MapNet
+
+        network = load_network(checkpoint, lambda dims: MapNet(MapDims(**dims)))
+        return network, (torch.from_numpy(example_faces(EXAMPLES, size)),)
+
+    return Program(
+        name=header.arch,
+        fingerprint=fingerprint(sha256_of(checkpoint), module_file("faceage.networks.space")),
+        build=build,
+        inputs=(TensorSpec("crops", (BATCH, 3, size, size)),),
+        outputs=(TensorSpec("maps", (BATCH, outputs, size // 2, size // 2)),),
+        exact=True,
+    )
+
+
+def _programs(files: ModelFiles, identity: Path) -> dict[str, Program]:
+    return {role: map_program(files.paths[role]) for role in ("coordinates", "hair")}
+
+
+def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAger:
+    views = [read_view(files.paths["coordinates"], FACE_SIZES_PX)]
+    if hair:
+        views.append(read_view(files.paths["hair"], HEAD_SIZES_PX))
+    return SpaceAger(
+        coordinates=engine("coordinates"),
+        hair=engine("hair") if hair else None,
+        canonical=read_canonical(files.generator),
+        views=tuple(views),
+    )
+
+
+ARCHITECTURE = Architecture(
+    name="space",
+    roles={"generator": "space", "coordinates": "space-coordinates", "hair": "space-hair"},
+    programs=_programs,
+    make=_make,
+    options=("hair",),
+)

@@ -1,0 +1,235 @@
+"""The space model: what is mixed for a person, where it is drawn, and what it leaves alone."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from skimage.data import astronaut
+
+from faceage.agers.canonical import CANONICAL_PX, hats, limit, read_canonical
+from faceage.agers.hair import draw_hair, find_hair, grey_amount
+from faceage.agers.space import FACE_SIZES_PX, HEAD_SIZES_PX, SpaceAger
+from faceage.errors import UnsupportedError
+from faceage.geometry import TEMPLATES, template_5
+from faceage.kernels import RGB_LUMA, change_crop
+from faceage.models import find_model
+from faceage.pipeline.photos import age_frames
+from faceage.pipeline.request import AgeRequest, load_networks
+from faceage.types import RGB, Appearance, Crops, Frame, View
+
+
+@pytest.fixture(scope="module")
+def canonical():
+    return read_canonical(find_model("space").generator)
+
+
+@pytest.fixture(scope="module")
+def space(tiny_model):
+    """The bundled space model, loaded once."""
+    return load_networks(model="space")
+
+
+@pytest.fixture
+def appearance():
+    random = np.random.default_rng(0)
+    embedding = random.normal(size=128).astype(np.float32)
+    thumbnail = random.uniform(-0.2, 0.4, (3, 16, 16)).astype(np.float32)
+    return Appearance(embedding=embedding / np.linalg.norm(embedding), thumbnail=thumbnail)
+
+
+def portrait():
+    return Frame(planes=(np.ascontiguousarray(astronaut()),), pixel_format="rgb24", color=RGB)
+
+
+def aged(networks, **request):
+    frame = portrait()
+    (photo,) = age_frames(networks, [frame], AgeRequest(**request))
+    return frame.planes[0].astype(int), photo
+
+
+def test_no_years_change_nothing(canonical, appearance):
+    assert not canonical.mix(appearance, 40, 40).any()
+
+
+def test_older_faces_get_creases_and_younger_ones_lose_detail(canonical, appearance):
+    older, younger = canonical.mix(appearance, 30, 75), canonical.mix(appearance, 60, 25)
+    assert older.shape == (CANONICAL_PX, CANONICAL_PX, 4)
+    fine = [np.abs(tone[..., 0] - cv2.GaussianBlur(tone[..., 0], (0, 0), 4)).mean() for tone in (older, younger)]
+    assert fine[0] > 2 * fine[1]
+    assert not older[..., 3].any()
+    assert younger[..., 3].max() > 0.5
+
+
+def test_dark_detail_of_old_skin_is_redder(canonical, appearance):
+    tone = canonical.mix(appearance, 30, 75)
+    cheek = tone[140:170, 60:100].reshape(-1, 4)
+    assert np.corrcoef(cheek[:, 0], cheek[:, 1])[0, 1] < -0.5
+    assert np.corrcoef(cheek[:, 0], cheek[:, 2])[0, 1] > 0.5
+
+
+def test_the_canonical_change_is_zero_at_the_outline(canonical, appearance):
+    tone = canonical.mix(appearance, 30, 80)
+    assert not tone[canonical.areas.mask == 0].any()
+    assert not tone[[0, -1]].any()
+    assert not tone[:, [0, -1]].any()
+
+
+def test_changes_are_limited_softly():
+    x = np.array([-10, -0.01, 0, 0.01, 10], np.float32)
+    np.testing.assert_allclose(limit(x, 0.3, 0.1), [-0.3, -0.01, 0, 0.01, 0.1], rtol=0.01, atol=1e-6)
+
+
+def test_hats_interpolate_and_stop_at_the_last_knots():
+    ages = np.array([10, 14, 19, 24, 90], np.float32)
+    basis = hats(ages)
+    np.testing.assert_allclose(basis.sum(1), 1)
+    np.testing.assert_allclose(basis[2, :2], [0.5, 0.5])
+    assert basis[0, 0] == basis[1, 0] == basis[4, -1] == 1
+
+
+@pytest.mark.parametrize(("source", "low", "high"), [(25, 0.55, 0.75), (60, 0.3, 0.6)])
+def test_hair_greys_with_age_and_only_by_what_it_is_not_yet(source, low, high):
+    amounts = [grey_amount(source, target) for target in (source, source + 5, 70, 85)]
+    assert amounts[0] == 0
+    assert amounts == sorted(amounts)
+    assert low < amounts[2] < high
+    assert grey_amount(70, 30) == 0
+
+
+def head(hair_luma, size=160):
+    """A head crop: grey skin below, striped brown hair above; and the logits of a network that is sure of it."""
+    rgb = np.full((size, size, 3), 0.6, np.float32)
+    stripes = 0.02 * np.sin(np.arange(size) * 2)[None, :, None]
+    rgb[: size // 3] = hair_luma * np.array([1.2, 1.0, 0.7]) + stripes
+    logits = np.full((size // 2, size // 2), -12, np.float32)
+    logits[: size // 6] = 12
+    return (rgb.transpose(2, 0, 1) * 2 - 1).astype(np.float32), logits
+
+
+def test_dark_hair_turns_grey_and_keeps_its_strands():
+    pixels, logits = head(0.15)
+    key = find_hair(pixels, logits)
+    after = (change_crop(pixels, draw_hair(0.8, key, key, 0.0)).transpose(1, 2, 0) + 1) / 2
+    before = (pixels.transpose(1, 2, 0) + 1) / 2
+    part = (slice(20, 40), slice(40, 120))
+    luma = [(picture @ RGB_LUMA)[part] for picture in (before, after)]
+    assert luma[1].mean() > luma[0].mean() + 0.1
+    assert luma[1].std() > luma[0].std()
+    colour = [np.abs(picture - (picture @ RGB_LUMA)[..., None])[part].mean() for picture in (before, after)]
+    assert colour[1] < 0.5 * colour[0]
+    np.testing.assert_allclose(after[90:150], before[90:150], atol=2e-3)  # skin
+
+
+def test_bright_hair_is_not_darkened():
+    pixels, logits = head(0.8)
+    key = find_hair(pixels, logits)
+    after = change_crop(pixels, draw_hair(1.0, key, key, 0.0))
+    luma = [np.tensordot(RGB_LUMA, picture, 1)[20:40, 40:120].mean() for picture in (pixels, after)]
+    assert luma[1] > luma[0] - 0.01
+
+
+def test_the_hair_of_the_rim_is_left_alone():
+    pixels, logits = head(0.15)
+    key = find_hair(pixels, np.full_like(logits, 12))
+    change = draw_hair(1.0, key, key, 0.0)
+    for part in (change.gain, *change.delta):
+        for rim in (part[:2], part[-2:], part[:, :2], part[:, -2:]):
+            assert not rim.any()
+
+
+def canned(coordinates, canonical):
+    """An ager whose coordinate network gives the same map for everybody; no hair."""
+    view = View("face", TEMPLATES["whole face"], FACE_SIZES_PX)
+    return SpaceAger(
+        coordinates=lambda x: (np.repeat(coordinates[None], len(x), 0),), hair=None, canonical=canonical, views=(view,)
+    )
+
+
+@pytest.mark.parametrize("size", FACE_SIZES_PX)
+def test_the_change_is_drawn_where_the_coordinates_say(canonical, appearance, size):
+    axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
+    x, y = np.meshgrid(axis, axis)
+    crops = Crops(
+        pixels=np.zeros((1, 3, size, size), np.float32),
+        landmarks=template_5(size, TEMPLATES["whole face"])[None],
+        frame_to_crop=np.zeros((1, 2, 3), np.float32),
+    )
+    gains = []
+    for shift in (0.0, 0.125):
+        ager = canned(np.stack([x + shift, y]), canonical)
+        (look,) = ager.look([appearance], np.array([30], np.float32), np.array([75], np.float32))
+        (key,) = ager.observe([look], [crops], [None])
+        (change,) = ager.draw(look, key, key, 0.0)
+        gains.append(change.gain)
+    expected = np.expm1(cv2.resize(look.tone[..., 0], (size, size), interpolation=cv2.INTER_AREA))
+    inner = slice(size // 8, -size // 8)
+    assert np.corrcoef(gains[0][inner, inner].ravel(), expected[inner, inner].ravel())[0, 1] > 0.95
+    moved = np.roll(gains[0], -size // 8, 1)
+    # The map is sampled anew, so the two agree but for interpolation.
+    assert np.corrcoef(gains[1][inner, inner].ravel(), moved[inner, inner].ravel())[0, 1] > 0.98
+
+
+def test_chroma_changes_without_luma(canonical, appearance):
+    tone = canonical.mix(appearance, 30, 75)
+    colours = np.full((32, 32, 3), (0.7, 0.5, 0.4), np.float32)
+    delta = SpaceAger._chroma(tone, colours, CANONICAL_PX)
+    assert np.abs(delta).max() > 0.01
+    assert np.abs(np.tensordot(RGB_LUMA, delta, 1)).max() < 1e-5
+
+
+def test_a_portrait_is_aged_and_the_rest_of_it_is_left_alone(space):
+    before = astronaut().astype(int)
+    older, photo = aged(space, age=75, source_age=30)
+    assert np.abs(older - before).max() > 20
+    assert 0.3 < photo.identity[0] < 0.99
+    # The bottom of the picture is neither face nor hair.
+    assert (older[400:] == before[400:]).all()
+
+
+def test_hair_turns_grey_or_not(space):
+    with_hair, photo = aged(space, age=80, source_age=30)
+    frame = portrait()
+    age_frames(load_networks(model="space", hair=False), [frame], AgeRequest(age=80, source_age=30))
+    x, y = photo.faces.landmarks[0].mean(0)
+    eyes = np.linalg.norm(photo.faces.landmarks[0][1] - photo.faces.landmarks[0][0])
+    above = (slice(int(y - 2.6 * eyes), int(y - 1.9 * eyes)), slice(int(x - eyes / 2), int(x + eyes / 2)))
+    assert (frame.planes[0][above] == astronaut()[above]).all()
+    saturation = [np.ptp(picture[above], axis=-1).mean() for picture in (with_hair, astronaut().astype(int))]
+    assert saturation[0] < 0.8 * saturation[1]
+
+
+def test_hair_is_an_option_of_this_model_alone():
+    with pytest.raises(UnsupportedError, match="has no option hair; leave it out, or use --model space"):
+        load_networks(model="facegan", hair=False)
+
+
+def test_younger_skin_is_smoother(space):
+    before = astronaut().astype(int)
+    younger, photo = aged(space, age=20, source_age=55)
+    (x0, y0), (x1, y1) = photo.faces.landmarks[0][0], photo.faces.landmarks[0][4]
+    inside = (slice(int(y0) + 8, int(y1)), slice(int(x0), int(x1)))
+    detail = [
+        np.abs(luma - cv2.GaussianBlur(luma, (0, 0), 2)).mean()
+        for luma in ((picture[inside] @ RGB_LUMA).astype(np.float32) for picture in (before, younger))
+    ]
+    assert detail[1] < detail[0]
+
+
+def test_keys_mix_linearly_in_time(space):
+    frame = portrait()
+    faces = space.detector.detect([frame])
+    from faceage.align import prepare_crops
+
+    ager = space.ager
+    crops = [
+        prepare_crops([frame], faces.frame_index, faces.landmarks, view, size)
+        for view, size in zip(ager.views, (128, HEAD_SIZES_PX[0]), strict=True)
+    ]
+    (look,) = ager.look(space.sample_appearances([frame], faces)[:1], np.array([30.0]), np.array([75.0]))
+    (key,) = ager.observe([look], [crop[:1] for crop in crops], [None])
+    twin = replace(key, coordinates=key.coordinates.copy())
+    once, mixed = ager.draw(look, key, key, 0.0), ager.draw(look, key, twin, 0.3)
+    for a, b in zip(once, mixed, strict=True):
+        np.testing.assert_allclose(a.gain, b.gain, atol=1e-5)
+        np.testing.assert_allclose(a.delta, b.delta, atol=1e-5)

@@ -1,0 +1,1 @@
+"""The space model: meshes, prototypes, creases, and its two networks."""
