@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from faceage.agers import age_cgan
-from train.age_cgan.aging import calm, read_by_all
+from train.age_cgan.aging import calm
+from train.losses import read_by_all
 
 
 def test_training_weakens_the_change_as_the_product_does():

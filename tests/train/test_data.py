@@ -214,7 +214,7 @@ def test_a_seed_is_one_sequence_of_batches(labelled):
 
 @pytest.mark.parametrize("count", [3, 8, 21])
 def test_shift_and_jitter_is_differentiable(count):
-    from train.data import shift_and_jitter
+    from train.augment import shift_and_jitter
 
     torch.manual_seed(0)
     x = torch.rand(count, 3, 16, 16, requires_grad=True)
@@ -226,7 +226,7 @@ def test_shift_and_jitter_is_differentiable(count):
 
 
 def test_a_shift_moves_pixels_and_repeats_the_rim():
-    from train.data import shift_and_jitter
+    from train.augment import shift_and_jitter
 
     torch.manual_seed(0)
     x = torch.rand(64, 3, 16, 16)
@@ -246,7 +246,7 @@ def test_a_shift_moves_pixels_and_repeats_the_rim():
 
 
 def test_jitter_changes_brightness_and_contrast_within_bounds():
-    from train.data import shift_and_jitter
+    from train.augment import shift_and_jitter
 
     torch.manual_seed(0)
     x = torch.rand(256, 3, 16, 16)

@@ -298,7 +298,7 @@ def test_teacher_embeddings_follow_faces_and_mirrors(archive, cache, faces, teac
 
 
 def test_degrade_softens_a_quarter():
-    from train.readers.identity import degrade
+    from train.augment import degrade
 
     x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     out = degrade(x)
