@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 DATASET = {"name": "UTKFace", "licence": "non-commercial research only"}
 VALIDATION_FILE = Path(__file__).parent / "validation.txt"
 """The names of the pictures that are never trained on; see `train.split`."""
-_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg\.chip\.jpg")
+UTKFACE_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg\.chip\.jpg")
 AAF_NAME = re.compile(r"(\d{5})A(\d{2})\.jpg")
 """File names of All-Age-Faces: number, age. Up to `AAF_LAST_WOMAN` the numbers are women's.
 
@@ -91,11 +91,11 @@ class FaceSet:
 def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (file name, JPEG bytes) of every picture in a tar or a folder, in the order of their names."""
     if path.is_dir():
-        for file in sorted(path.rglob("*.jpg"), key=lambda p: p.name):
+        for file in sorted(path.rglob("*.[jJ][pP][gG]"), key=lambda p: p.name):
             yield file.name, file.read_bytes()
         return
     with tarfile.open(path) as tar:
-        members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".jpg")]
+        members = [m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(".jpg")]
         for member in sorted(members, key=lambda m: m.name.rsplit("/", 1)[-1]):
             stream = tar.extractfile(member)
             if stream is not None:
@@ -161,7 +161,7 @@ def _archive_key(archive: Path) -> str:
 def _prepare(archive: Path, stored_px: int) -> dict[str, np.ndarray]:
     pictures, labels, names, bad_names = [], [], [], 0
     for name, data in read_archive(archive):
-        match = _NAME.fullmatch(name)
+        match = UTKFACE_NAME.fullmatch(name)
         if match is None:
             bad_names += 1
             continue
@@ -172,7 +172,7 @@ def _prepare(archive: Path, stored_px: int) -> dict[str, np.ndarray]:
         pictures.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
         labels.append([int(match[i]) for i in (1, 2, 3)])
         names.append(name)
-    landmarks, scores = _find_landmarks(pictures)
+    landmarks, scores = find_landmarks(pictures)
     kept = np.flatnonzero(scores >= _MIN_SCORE)
     if not len(kept):
         raise CheckpointError(
@@ -211,7 +211,7 @@ def warp_faces(
     return np.stack(warped)
 
 
-def _find_landmarks(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def find_landmarks(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Run MTCNN's O-Net twice on every picture: the archive's crops are centred, so no search is needed."""
     from facenet_pytorch.models.mtcnn import ONet
 

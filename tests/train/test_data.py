@@ -31,7 +31,7 @@ def no_detection(monkeypatch):
     def refuse(pictures):
         raise AssertionError(f"O-Net was run on {len(pictures)} pictures")
 
-    monkeypatch.setattr("train.data._find_landmarks", refuse)
+    monkeypatch.setattr("train.data.find_landmarks", refuse)
 
 
 def test_a_tar_in_any_order_gives_the_faces_of_the_folder(archive, faces, tmp_path, caplog):
