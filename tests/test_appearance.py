@@ -295,3 +295,70 @@ def test_too_few_pictures_for_a_blind_sheet_are_refused(tmp_path):
     result = CliRunner().invoke(main, [str(arg) for arg in args])
     assert result.exit_code == 1
     assert "share 0 names" in result.stderr
+
+
+# The command
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch):
+    """One public face in many lights, as UTKFace's, All-Age-Faces' and FG-NET's files name it."""
+    from faceage.geometry import similarity_to_template
+
+    photo = pytest.importorskip("skimage.data").astronaut()
+    eyes = np.array([[204.1, 100.8], [247.5, 104.0], [225.1, 129.0], [201.7, 139.5], [245.5, 142.0]], np.float32)
+    matrix = similarity_to_template(eyes[None], (TEMPLATE_5 * 200 - 0.5).astype(np.float32))[0]
+    face = cv2.warpAffine(photo, matrix, (200, 200))
+    head = photo[:260, 90:360]
+
+    def write(name, picture, gain):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), cv2.convertScaleAbs(picture, alpha=gain)[:, :, ::-1])
+
+    for i, age in enumerate([22, 25, 28, 24, 26, 27, 40, 41, 45, 44, 48, 49, 64, 66, 70, 72, 75, 76]):
+        write(f"utkface/{age}_1_0_2017{i:013d}.jpg.chip.jpg", face, 0.7 + 0.03 * i)
+    for number, age in [(1, 30), (2, 35), (3, 70), (4, 72), (5, 74), (6, 38)]:
+        write(f"aaf/{number:05d}A{age}.jpg", head, 0.7 + 0.05 * number)
+    for i, name in enumerate(["001A20", "001A35", "001A36", "002A25", "002A45"]):
+        write(f"fgnet/images/{name}.JPG", head, 0.75 + 0.05 * i)
+    monkeypatch.setattr("train.evaluate.photos.is_validation", lambda name: True)
+    return tmp_path
+
+
+def test_the_command_writes_tables_and_pictures(tiny_facegan, archives, tmp_path):
+    import torch
+    from click.testing import CliRunner
+
+    from train.evaluate.appearance import main
+    from train.readers.teacher import MobileFaceNet
+
+    torch.manual_seed(0)
+    torch.save({"net_state_dict": MobileFaceNet().state_dict()}, tmp_path / "teacher.ckpt")
+    options = {
+        "data": archives / "utkface", "heads": archives / "aaf", "fgnet": archives / "fgnet", "out": tmp_path / "out",
+        "teacher": tmp_path / "teacher.ckpt", "model": tiny_facegan,
+    }  # fmt: skip
+    args = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    result = CliRunner().invoke(main, [*args, "--pictures"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "appearance.json").read_text())
+    rows = results["directions"]["to 70"]["rows"]
+    assert rows["do nothing"]["identity"] == pytest.approx(1, abs=1e-3)
+    assert rows["do nothing"]["prototype"]["recovery"] == pytest.approx(0, abs=1e-3)
+    assert set(rows["do nothing"]["dirt"].values()) == {0.0}
+    assert rows[tiny_facegan]["dirt"]["low"] > 0
+    assert rows["stripes"]["c2st_fine"]["auc"] > rows["real photos"]["c2st_fine"]["auc"]
+    assert results["hair"]["rows"]["do nothing"].keys() == {"hair_luma", "hair_chroma", "brow_luma", "brow_chroma"}
+    figures = results["fgnet"][tiny_facegan]
+    assert figures["older"]["gain"]["n"] == figures["younger"]["gain"]["n"] == 3
+    assert (tmp_path / "out" / "appearance.md").read_text().strip() in result.stdout
+    made = tmp_path / "out" / "pictures"
+    names = {file.name for file in (made / "do-nothing" / "to-70").iterdir()}
+    assert names == {file.name for file in (made / tiny_facegan / "to-70").iterdir()}
+    # Pictures made elsewhere are measured as the product's are.
+    more = ["--row", f"elsewhere={made / tiny_facegan}", "--out", str(tmp_path / "b")]
+    again = CliRunner().invoke(main, [*args[:2], *args[-4:], *more])
+    assert again.exit_code == 0, again.output
+    rows = json.loads((tmp_path / "b" / "appearance.json").read_text())["directions"]["to 70"]["rows"]
+    assert rows["elsewhere"] == rows[tiny_facegan]

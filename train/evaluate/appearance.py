@@ -23,6 +23,7 @@ from time import perf_counter
 import click
 import cv2
 import numpy as np
+import torch
 
 from faceage.errors import MediaError
 from faceage.geometry import template_5
@@ -30,12 +31,11 @@ from faceage.models import ROLES
 from faceage.pipeline.request import Networks, load_networks
 from faceage.types import FloatArray
 from train.data import find_landmarks, warp_faces
-from train.evaluate import hair
+from train.evaluate import fgnet, hair
 from train.evaluate.bands import band_energies, energy_errors
 from train.evaluate.c2st import fine_features, full_features, held_out_auc
 from train.evaluate.composites import age_pictures
 from train.evaluate.faces import blur_face, mask_in_picture, paste_face
-from train.evaluate.fgnet import GAPS, FGNet, embed_faces
 from train.evaluate.photos import Photos, draw_alike, read_aaf, read_utkface
 from train.evaluate.prototype import dirt, log_colours, recovery
 from train.evaluate.scorecard import plain, show, table
@@ -133,7 +133,7 @@ class Measures:
 
     def __init__(self, sources: Photos, real: Photos, teacher: MobileFaceNet, networks: Networks) -> None:
         self._sources, self._teacher, self._networks = sources, teacher, networks
-        self._who = embed_faces(teacher, list(sources.pictures), sources.landmarks)
+        self._who = fgnet.embed_faces(teacher, list(sources.pictures), sources.landmarks)
         self._before = aligned(list(sources.pictures), sources.landmarks, VIEW_PX)
         self._real_crops = aligned(list(real.pictures), real.landmarks, VIEW_PX)
         self._before_logs, self._real_logs = log_colours(self._before), log_colours(self._real_crops)
@@ -146,7 +146,7 @@ class Measures:
         landmarks, scores = find_landmarks(pictures)  # as the real ones' were found
         seen = view(pictures, landmarks)
         crops = aligned(pictures, self._sources.landmarks, VIEW_PX)
-        who = embed_faces(self._teacher, pictures, self._sources.landmarks)
+        who = fgnet.embed_faces(self._teacher, pictures, self._sources.landmarks)
         made_logs = log_colours(crops)
         return {
             "c2st_full": held_out_auc(full_features(seen), self._real["full"]),
@@ -195,7 +195,7 @@ def render(results: dict) -> str:
     if results["hair"]:
         parts.append(render_hair(results["hair"]))
     if results["fgnet"]:
-        parts.append(render_fgnet(results["fgnet"]))
+        parts.append(fgnet.render(results["fgnet"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -219,28 +219,6 @@ def render_hair(section: dict) -> str:
     rows = [(row, *(show(figures[name], 2) for name in names)) for row, figures in section["rows"].items()]
     title = f"## Hair and brows at 70, in deviations of real people: {section['n']} heads, {section['real']} real"
     return f"{title}\n\n" + table(("", "hair luma", "hair chroma", "brow luma", "brow chroma"), rows)
-
-
-def render_fgnet(models: dict) -> str:
-    """Return the results on FG-NET as Markdown: similarity to the real photo of the age, less the untouched photo's."""
-
-    def interval(figures: dict) -> str:
-        return f"{figures['mean']:+.3f} ({figures['low']:+.3f} .. {figures['high']:+.3f})"
-
-    header = ["", "n", "gain (95 % by person)", *GAPS, "identity", "detected", "recognised", "untouched"]
-    rows = []
-    for direction in ("older", "younger"):
-        for model, results in models.items():
-            f = results[direction]
-            figures = [each["mean"] for each in f["by_gap"].values()] + [f["identity"], f["detected"]]
-            figures += [f["recognised"][key] for key in ("aged", "untouched")]
-            cells = (show(figure, 3) for figure in figures)
-            rows.append((f"{model}, {direction}", str(f["gain"]["n"]), interval(f["gain"]), *cells))
-        some = next(iter(models.values()))[direction]
-        for name, key in ((STRANGER, "gain_stranger"), ("other real photos, the ceiling", "gain_ceiling")):
-            rows.append((f"{name}, {direction}", str(some[key]["n"]), interval(some[key]), *[""] * 7))
-    title = "## FG-NET: similarity to the person's real photo of the age, less the untouched photo's"
-    return f"{title}\n\n" + table(header, rows)
 
 
 def measure_direction(
@@ -305,7 +283,9 @@ def _named_folder(_: click.Context, __: click.Parameter, values: tuple[str, ...]
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="Tells people apart.")
 @click.option("--heads", type=click.Path(exists=True, path_type=Path), help="All-Age-Faces: measure hair and brows.")
-@click.option("--fgnet", type=click.Path(exists=True, path_type=Path), help="FG-NET: compare with the person's photos.")
+@click.option(
+    "--fgnet", "people", type=click.Path(exists=True, path_type=Path), help="FG-NET: compare with the person's photos."
+)
 @click.option("--model", "models", multiple=True, default=list(ROLES), help="As `faceage models list` shows.")
 @click.option(
     "--row", "rows", multiple=True, metavar="NAME=FOLDER", callback=_named_folder, help="Pictures made elsewhere."
@@ -314,25 +294,26 @@ def _named_folder(_: click.Context, __: click.Parameter, values: tuple[str, ...]
 @click.option("--pictures", is_flag=True, help="Write all pictures, a folder a row.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
 def main(
-    data: Path, teacher: Path, heads: Path | None, fgnet: Path | None, models: tuple[str, ...], rows: dict[str, Path],
+    data: Path, teacher: Path, heads: Path | None, people: Path | None, models: tuple[str, ...], rows: dict[str, Path],
     count: int, pictures: bool, out: Path,
 ) -> None:  # fmt: skip
     """Measure what the eye sees."""
     logging.basicConfig(format="%(relativeCreated)8.0f ms  %(message)s")
     log.setLevel(logging.INFO)
+    torch.set_num_threads(1)  # ageing has its own threads; small batches gain nothing from more
     started = perf_counter()
     loaded = [load_networks(model=model) for model in models]
     judge = load_teacher(teacher)
     photos = read_utkface(data)
+    log.info("%d validation pictures read", len(photos))
     folder = out / "pictures" if pictures else None
     results: dict = {"commit": git_commit(), "directions": {}, "hair": None, "fgnet": {}}
     for name in DIRECTIONS:
         results["directions"][name] = measure_direction(name, photos, loaded, judge, count, rows, folder)
     if heads is not None:
         results["hair"] = measure_hair(heads, loaded, count, rows, folder)
-    if fgnet is not None:
-        people = FGNet(fgnet, loaded[0], judge)
-        results["fgnet"] = {networks.model: people.figures(networks) for networks in loaded}
+    if people is not None:
+        results["fgnet"] = fgnet.measure(people, loaded, judge)
     results["seconds"] = perf_counter() - started
     out.mkdir(parents=True, exist_ok=True)
     (out / "appearance.json").write_text(json.dumps(plain(results), indent=1))

@@ -27,7 +27,7 @@ LBP_SCALES = (1, 2, 4)
 """The picture is reduced by these before its patterns are counted."""
 RIDGE = 0.03
 """Weight of the squared coefficients, of standardised features, beside the mean loss."""
-FOLDS, REPEATS = 5, 4
+FOLDS, REPEATS = 5, 2
 
 
 def _uniform_codes() -> IntArray:

@@ -44,6 +44,7 @@ from faceage.track import Tracker
 from faceage.types import RGB, FloatArray, Frame, IntArray
 from train.age_cgan.latent import CHOICES, teacher_view
 from train.data import FaceSet, load_faces
+from train.evaluate import fgnet
 from train.evaluate.composites import age_pictures
 from train.evaluate.faces import (
     AGE_GROUPS,
@@ -74,6 +75,7 @@ from train.evaluate.sections import (
 )
 from train.evaluate.video import Followed, measure_tracks
 from train.readers.judge import JUDGE_PX
+from train.readers.teacher import load_teacher
 from train.run import Script, git_commit
 
 log = logging.getLogger(__name__)
@@ -325,10 +327,13 @@ def _describe(files: ModelFiles) -> dict:
     "--reader", "readers", type=click.Path(exists=True, path_type=Path), multiple=True,
     help="An age estimator that was in a loss: how far is it fooled?",
 )  # fmt: skip
+@click.option(
+    "--fgnet", "people", type=click.Path(exists=True, path_type=Path), help="FG-NET: compare with the person's photos."
+)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 def main(
     data: Path, teacher: Path, judge: Path, out: Path, models: tuple[str, ...], count: int, media: tuple[Path, ...],
-    readers: tuple[Path, ...], cache: Path,
+    readers: tuple[Path, ...], people: Path | None, cache: Path,
 ) -> None:  # fmt: skip
     """Write the quality scorecard of one or more models, side by side."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
@@ -336,8 +341,9 @@ def main(
     panel = Panel(judge, teacher, readers)
     loaded = [load_networks(model=model) for model in dict.fromkeys(models)]
     results = evaluate(data, cache, panel, loaded, count, find_clips(media), out)
+    results["fgnet"] = fgnet.measure(people, loaded, load_teacher(teacher)) if people else None
     (out / "scorecard.json").write_text(json.dumps(plain(results), indent=1))
-    card = render(results)
+    card = render(results) + (f"\n{fgnet.render(results['fgnet'])}\n" if people else "")
     (out / "scorecard.md").write_text(card)
     click.echo(card)
     if results["wrong"]:

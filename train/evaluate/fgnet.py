@@ -28,6 +28,7 @@ from faceage.types import FloatArray, IntArray
 from train.data import warp_faces
 from train.evaluate.composites import SAME_FACE, age_pictures
 from train.evaluate.photos import Photos, largest_faces, read_fgnet
+from train.evaluate.scorecard import show, table
 from train.readers.teacher import TEMPLATE_96X112, MobileFaceNet, embed
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,34 @@ class FGNet:
             "detected": float(aged.found.mean()),
             "mean_gap": float(gaps.mean()),
         }  # fmt: skip
+
+
+def measure(archive: Path, models: list[Networks], teacher: MobileFaceNet) -> dict:
+    """Return the results of each model, by its name."""
+    photos = FGNet(archive, models[0], teacher)
+    return {networks.model: photos.figures(networks) for networks in models}
+
+
+def render(models: dict) -> str:
+    """Return the results on FG-NET as Markdown: similarity to the real photo of the age, less the untouched photo's."""
+
+    def interval(figures: dict) -> str:
+        return f"{figures['mean']:+.3f} ({figures['low']:+.3f} .. {figures['high']:+.3f})"
+
+    header = ["", "n", "gain (95 % by person)", *GAPS, "identity", "detected", "recognised", "untouched"]
+    rows = []
+    for direction in ("older", "younger"):
+        for model, results in models.items():
+            f = results[direction]
+            figures = [each["mean"] for each in f["by_gap"].values()] + [f["identity"], f["detected"]]
+            figures += [f["recognised"][key] for key in ("aged", "untouched")]
+            cells = (show(figure, 3) for figure in figures)
+            rows.append((f"{model}, {direction}", str(f["gain"]["n"]), interval(f["gain"]), *cells))
+        some = next(iter(models.values()))[direction]
+        for name, key in (("a stranger", "gain_stranger"), ("other real photos, the ceiling", "gain_ceiling")):
+            rows.append((f"{name}, {direction}", str(some[key]["n"]), interval(some[key]), *[""] * 7))
+    title = "## FG-NET: similarity to the person's real photo of the age, less the untouched photo's"
+    return f"{title}\n\n" + table(header, rows)
 
 
 def embed_photos(teacher: MobileFaceNet, photos: Photos) -> FloatArray:
