@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `train` is not installe
 
 from faceage.geometry import TEMPLATE_5, face_mask
 from faceage.types import ColorSpec, Frame
-from train import evaluate_faces as ef
-from train import scorecard as sc
 from train.data import FaceSet
-from train.evaluate_video import MIN_SAMPLES, SAMPLES, Followed, measure_tracks
+from train.evaluate import faces as ef
+from train.evaluate import scorecard as sc
+from train.evaluate.video import MIN_SAMPLES, SAMPLES, Followed, measure_tracks
 
 SIDE = 200
 LANDMARKS = (TEMPLATE_5 * SIDE - 0.5).astype(np.float32)
@@ -144,7 +144,7 @@ def astronaut():
 
 
 def test_the_product_s_pictures_come_back_in_order(networks, astronaut):
-    from train.evaluate import age_pictures
+    from train.evaluate.composites import age_pictures
 
     face, points = astronaut
     nothing = np.full_like(face, 90)
@@ -161,7 +161,7 @@ def test_the_product_s_pictures_come_back_in_order(networks, astronaut):
 
 
 def test_a_face_elsewhere_is_not_the_one_that_was_asked_for(networks, astronaut):
-    from train.evaluate import age_pictures
+    from train.evaluate.composites import age_pictures
 
     face, points = astronaut
     made = age_pictures(networks, [face], points[None] + 60, np.array([70], np.float32))
@@ -412,8 +412,8 @@ def judges(tmp_path_factory):
 
     from faceage.checkpoint import Header, save
     from faceage.networks.regressors import AgeEstimator, TrunkDims
-    from train.judge import Judge
-    from train.teacher import MobileFaceNet
+    from train.readers.judge import Judge
+    from train.readers.teacher import MobileFaceNet
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("judges")
@@ -448,7 +448,7 @@ def test_the_command_writes_everything_and_refuses_judges_that_know_nothing(
 ):
     from click.testing import CliRunner
 
-    from train.evaluate import main
+    from train.evaluate.evaluate import main
 
     options = {
         "data": archive, "teacher": judges / "teacher.ckpt", "judge": judges / "judge.safetensors",

@@ -14,7 +14,7 @@ from faceage.align import align_faces
 from faceage.blend import blend_faces
 from faceage.geometry import TEMPLATE_5, face_mask
 from faceage.types import RGB, Change, Frame
-from train import metrics
+from train.evaluate import metrics
 
 LANDMARKS = (TEMPLATE_5 * 200 - 0.5).astype(np.float32)
 

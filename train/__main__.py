@@ -68,28 +68,32 @@ def commands(
     loss = ["--identity", identity, "--reader", readers[0], "--reader", readers[1]]
     aged = ["--generator", runs / "aging" / "generator.safetensors", "--identity", identity]
     training: list[tuple[str, str, list]] = [
-        ("identity", "identity", ["--teacher", teacher]),
-        ("age", "age_estimator", []),
-        ("reader64", "age_estimator", ["--half", 0]),
-        ("reader32", "age_estimator", ["--half", 0, "--size", 32]),
-        ("judge", "judge", []),
-        ("gan", "gan", ["--identity", identity]),
-        ("encoder", "encoder", ["--generator", generator, "--identity", identity]),
-        ("aging", "aging", ["--gan", runs / "gan", "--encoder", runs / "encoder" / "encoder.safetensors", *loss]),
-        ("stylegan", "stylegan", ["--size", pair_px, *loss]),
-        ("facegan", "facegan", ["--aging", runs / "aging", "--pairs", runs / "pairs", *loss]),
+        ("identity", "readers.identity", ["--teacher", teacher]),
+        ("age", "readers.age_estimator", []),
+        ("reader64", "readers.age_estimator", ["--half", 0]),
+        ("reader32", "readers.age_estimator", ["--half", 0, "--size", 32]),
+        ("judge", "readers.judge", []),
+        ("gan", "age_cgan.gan", ["--identity", identity]),
+        ("encoder", "age_cgan.encoder", ["--generator", generator, "--identity", identity]),
+        (
+            "aging",
+            "age_cgan.aging",
+            ["--gan", runs / "gan", "--encoder", runs / "encoder" / "encoder.safetensors", *loss],
+        ),
+        ("stylegan", "facegan.stylegan", ["--size", pair_px, *loss]),
+        ("facegan", "facegan.facegan", ["--aging", runs / "aging", "--pairs", runs / "pairs", *loss]),
     ]
     steps: list[tuple[str, list]] = []
     for step, script, args in training:
         if step == "facegan":
             generator = runs / "stylegan" / "stylegan.safetensors"
             made = ["--generator", generator, *loss, "--out", runs / "pairs"]
-            steps.append(("pairs", ["train.make_pairs", *made]))
+            steps.append(("pairs", ["train.facegan.make_pairs", *made]))
         place = ["--data", data, "--cache", cache, "--out", runs / step, "--minutes", minutes[step]]
         steps.append((step, [f"train.{script}", *place, *args]))
     place = ["--data", data, "--cache", cache, "--out"]
     encoder = runs / "aging" / "encoder.safetensors"
-    steps.append(("curvature", ["train.curvature", *place, runs / "curvature", "--encoder", encoder, *aged]))
+    steps.append(("curvature", ["train.age_cgan.curvature", *place, runs / "curvature", "--encoder", encoder, *aged]))
     steps.append(("bundle", ["train.bundle", "--runs", runs]))
     return [(step, [str(arg) for arg in args]) for step, args in steps]
 

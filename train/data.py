@@ -15,12 +15,12 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from faceage.ages import age_to_classes
@@ -32,7 +32,14 @@ log = logging.getLogger(__name__)
 DATASET = {"name": "UTKFace", "licence": "non-commercial research only"}
 VALIDATION_FILE = Path(__file__).parent / "validation.txt"
 """The names of the pictures that are never trained on; see `train.split`."""
-_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg\.chip\.jpg")
+UTKFACE_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg\.chip\.jpg")
+AAF_NAME = re.compile(r"(\d{5})A(\d{2})\.jpg")
+"""File names of All-Age-Faces: number, age. Up to `AAF_LAST_WOMAN` the numbers are women's.
+
+Reference: Cheng et al., Exploiting effective facial patches for robust gender recognition, Tsinghua Science and
+Technology 24(3), 2019.
+"""
+AAF_LAST_WOMAN = 7380
 _CACHE_VERSION = 4
 _STORED_PX = (128, 192)
 """Faces are cached at the smallest of these sides that will do, of a 200-pixel original, and reduced on loading."""
@@ -84,15 +91,31 @@ class FaceSet:
 def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (file name, JPEG bytes) of every picture in a tar or a folder, in the order of their names."""
     if path.is_dir():
-        for file in sorted(path.rglob("*.jpg"), key=lambda p: p.name):
+        for file in sorted(path.rglob("*.[jJ][pP][gG]"), key=lambda p: p.name):
             yield file.name, file.read_bytes()
         return
     with tarfile.open(path) as tar:
-        members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".jpg")]
+        members = [m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(".jpg")]
         for member in sorted(members, key=lambda m: m.name.rsplit("/", 1)[-1]):
             stream = tar.extractfile(member)
             if stream is not None:
                 yield member.name.rsplit("/", 1)[-1], stream.read()
+
+
+def is_validation(name: str) -> bool:
+    """Return whether a picture is for validation, and never trained on.
+
+    UTKFace's by `VALIDATION_FILE`. Of All-Age-Faces' photos, each of another person, an eighth, drawn by the hash of
+    the file name.
+    """
+    if AAF_NAME.fullmatch(name):
+        return hashlib.sha256(name.encode()).digest()[0] % 8 == 0
+    return name in _validation_names(VALIDATION_FILE)
+
+
+@cache
+def _validation_names(file: Path) -> frozenset[str]:
+    return frozenset(file.read_text().split())
 
 
 def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
@@ -102,7 +125,7 @@ def load_faces(archive: Path, size_px: int, cache: Path) -> FaceSet:
         CheckpointError: if the archive has none of that file's pictures.
     """
     faces = align_archive(archive, size_px, cache)
-    validation = np.isin(faces.names, VALIDATION_FILE.read_text().split())
+    validation = np.array([is_validation(name) for name in faces.names.tolist()])
     if not validation.any():
         raise CheckpointError(
             f"{archive} has none of the pictures that {VALIDATION_FILE.name} keeps for validation; "
@@ -138,7 +161,7 @@ def _archive_key(archive: Path) -> str:
 def _prepare(archive: Path, stored_px: int) -> dict[str, np.ndarray]:
     pictures, labels, names, bad_names = [], [], [], 0
     for name, data in read_archive(archive):
-        match = _NAME.fullmatch(name)
+        match = UTKFACE_NAME.fullmatch(name)
         if match is None:
             bad_names += 1
             continue
@@ -149,7 +172,7 @@ def _prepare(archive: Path, stored_px: int) -> dict[str, np.ndarray]:
         pictures.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
         labels.append([int(match[i]) for i in (1, 2, 3)])
         names.append(name)
-    landmarks, scores = _find_landmarks(pictures)
+    landmarks, scores = find_landmarks(pictures)
     kept = np.flatnonzero(scores >= _MIN_SCORE)
     if not len(kept):
         raise CheckpointError(
@@ -188,7 +211,7 @@ def warp_faces(
     return np.stack(warped)
 
 
-def _find_landmarks(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def find_landmarks(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Run MTCNN's O-Net twice on every picture: the archive's crops are centred, so no search is needed."""
     from facenet_pytorch.models.mtcnn import ONet
 
@@ -285,33 +308,3 @@ class Sampler:
                 "give it the same archive and split, or name another --out"
             )
         self.random.bit_generator.state = json.loads(state["random"])
-
-
-def shift_and_jitter(x: Tensor, shift_px: int = 4, colour: float = 0.2) -> Tensor:
-    """Move, brighten and rescale the contrast of each picture differently; differentiable.
-
-    The same kind of change is made to real and generated pictures, so the discriminator cannot learn the training
-    set by heart, nor a reader the exact position of a pixel (Zhao et al., Differentiable Augmentation, NeurIPS 2020).
-    """
-    count, _, side, _ = x.shape
-    padded = F.pad(x, [shift_px] * 4, mode="replicate")
-    # One shift for each of eight groups: slices have a cheap gradient, a gather by index does not.
-    shifts = torch.randint(0, 2 * shift_px + 1, (8, 2)).tolist()
-    groups = zip(padded.tensor_split(8), shifts, strict=True)
-    x = torch.cat([part[:, :, top : top + side, left : left + side] for part, (top, left) in groups])
-    x = x.contiguous(memory_format=torch.channels_last)
-    gain = 1 + colour * (torch.rand(count, 1, 1, 1, device=x.device) * 2 - 1)
-    offset = torch.rand(count, 3, 1, 1, device=x.device) + torch.rand(count, 1, 1, 1, device=x.device) * 2 - 1.5
-    mean = x.mean((2, 3), keepdim=True)
-    return (x - mean) * gain + mean + colour * offset
-
-
-def zoom(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Turn (up to 10 degrees) and scale (up to 10 %) each face [N, S, S, 3] by an amount of its own."""
-    centre = (pixels.shape[1] - 1) / 2
-    made = []
-    for face in pixels:
-        angle, scale = random.uniform(-10, 10), random.uniform(0.9, 1.1)
-        matrix = cv2.getRotationMatrix2D((centre, centre), angle, scale)
-        made.append(cv2.warpAffine(face, matrix, face.shape[1::-1], borderMode=cv2.BORDER_REFLECT_101))
-    return np.stack(made)

@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from train.data import VALIDATION_FILE, align_archive
-from train.identity import teacher_embeddings
+from train.readers.identity import teacher_embeddings
 from train.run import Script
 
 VALIDATION_SHARE = 0.1

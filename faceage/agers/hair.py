@@ -104,7 +104,7 @@ def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:
     radius = max(2, round(GUIDE_RADIUS * p.shape[0]))
     window = (2 * radius + 1, 2 * radius + 1)
 
-    def mean(x: FloatArray) -> FloatArray:
+    def mean(x: np.ndarray) -> np.ndarray:
         return cv2.blur(x, window, borderType=cv2.BORDER_REPLICATE)
 
     mean_p, mean_i = mean(p), mean(guide)

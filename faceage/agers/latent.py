@@ -87,8 +87,8 @@ def optimize_latents(
         start: float32 [F, Z]. F may be 0.
         problem: what else the step takes a face: classes [F, K], faces [F, 3, S, S], embeddings [F, D].
         config: see there.
-        root: float32 [Z, Z], C with C C^T about the inverse of the objective's curvature (`train.curvature`), or the
-            identity.
+        root: float32 [Z, Z], C with C C^T about the inverse of the objective's curvature (`train.age_cgan.curvature`),
+            or the identity.
         budget: int64 [F], evaluations of each face at most; None: `config.max_evaluations` for all.
     """
     count, width = start.shape

@@ -162,7 +162,7 @@ class Encoder(nn.Module):
         self.hidden = nn.Linear(C[-1] * _FIRST_SIDE_PX**2, dims.encoder_hidden, bias=False)
         self.norm = nn.BatchNorm1d(dims.encoder_hidden)
         self.out = nn.Linear(dims.encoder_hidden, dims.latent)
-        # Not the encoder's own, but wherever its z is optimized this is needed with it: see `train.curvature`.
+        # Not the encoder's own, but wherever its z is optimized this is needed with it: see `train.age_cgan.curvature`.
         self.register_buffer("latent_root", torch.eye(dims.latent))
 
     def forward(self, x_N3SS: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def teacher(tmp_path_factory):
     """A teacher that knows nothing."""
     import torch
 
-    from train.teacher import MobileFaceNet
+    from train.readers.teacher import MobileFaceNet
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("teacher") / "teacher.ckpt"

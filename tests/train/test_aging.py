@@ -1,10 +1,11 @@
-"""What `train.aging` does to a face is what the product does."""
+"""What `train.age_cgan.aging` does to a face is what the product does."""
 
 import numpy as np
 import torch
 
 from faceage.agers import age_cgan
-from train.aging import calm, read_by_all
+from train.age_cgan.aging import calm
+from train.losses import read_by_all
 
 
 def test_training_weakens_the_change_as_the_product_does():

@@ -31,7 +31,7 @@ def no_detection(monkeypatch):
     def refuse(pictures):
         raise AssertionError(f"O-Net was run on {len(pictures)} pictures")
 
-    monkeypatch.setattr("train.data._find_landmarks", refuse)
+    monkeypatch.setattr("train.data.find_landmarks", refuse)
 
 
 def test_a_tar_in_any_order_gives_the_faces_of_the_folder(archive, faces, tmp_path, caplog):
@@ -214,7 +214,7 @@ def test_a_seed_is_one_sequence_of_batches(labelled):
 
 @pytest.mark.parametrize("count", [3, 8, 21])
 def test_shift_and_jitter_is_differentiable(count):
-    from train.data import shift_and_jitter
+    from train.augment import shift_and_jitter
 
     torch.manual_seed(0)
     x = torch.rand(count, 3, 16, 16, requires_grad=True)
@@ -226,7 +226,7 @@ def test_shift_and_jitter_is_differentiable(count):
 
 
 def test_a_shift_moves_pixels_and_repeats_the_rim():
-    from train.data import shift_and_jitter
+    from train.augment import shift_and_jitter
 
     torch.manual_seed(0)
     x = torch.rand(64, 3, 16, 16)
@@ -246,7 +246,7 @@ def test_a_shift_moves_pixels_and_repeats_the_rim():
 
 
 def test_jitter_changes_brightness_and_contrast_within_bounds():
-    from train.data import shift_and_jitter
+    from train.augment import shift_and_jitter
 
     torch.manual_seed(0)
     x = torch.rand(256, 3, 16, 16)
@@ -261,7 +261,7 @@ def test_jitter_changes_brightness_and_contrast_within_bounds():
 
 def test_warped_faces_reach_any_template(archive, faces):
     from train.data import read_archive, warp_faces
-    from train.teacher import TEMPLATE_96X112
+    from train.readers.teacher import TEMPLATE_96X112
 
     data = dict(read_archive(archive))
     pictures = [cv2.imdecode(np.frombuffer(data[name], np.uint8), cv2.IMREAD_COLOR) for name in faces.names[:3]]
@@ -288,3 +288,13 @@ def test_faces_without_a_split_are_refused(archive, cache, tmp_path, monkeypatch
     monkeypatch.setattr("train.data.VALIDATION_FILE", tmp_path / "validation.txt")
     with pytest.raises(CheckpointError, match=r"none of the pictures that validation\.txt keeps"):
         load_faces(archive, 64, cache)
+
+
+def test_photos_of_all_age_faces_are_split_by_the_hash_of_their_name():
+    from train.data import is_validation
+
+    names = [f"{number:05d}A{20 + number % 60}.jpg" for number in range(4000)]
+    kept = [name for name in names if is_validation(name)]
+    assert len(kept) / len(names) == pytest.approx(1 / 8, abs=0.02)
+    assert is_validation("00013A33.jpg") == (hashlib.sha256(b"00013A33.jpg").digest()[0] % 8 == 0)
+    assert not is_validation("1_0_0_20170101000000000.jpg.chip.jpg")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import BATCH, FILES, TICK_IMAGES, shrink_networks, small_facegan, small_gan, small_styles
+from tiny import BATCH, FILES, TICK_IMAGES, module_name, shrink_networks, small_facegan, small_gan, small_styles
 
 from faceage.checkpoint import Header, load, read_header, save, sha256_of
 from faceage.geometry import face_mask
@@ -17,12 +17,12 @@ from faceage.networks.age_cgan import Discriminator, Encoder, Generator
 from faceage.networks.facegan import FaceGANDims, PatchDiscriminator, UNet
 from faceage.networks.regressors import AgeEstimator, IdentityNet, TrunkDims
 from faceage.networks.stylegan import StyleDiscriminator, StyleGANDims, StyleGenerator
-from train.facegan import Teacher, age_faces, pair_losses, random_motion, view, weights_of
-from train.make_pairs import AGES, PairSampler, load_pairs
+from train.facegan.facegan import Teacher, age_faces, pair_losses, random_motion, view, weights_of
+from train.facegan.make_pairs import AGES, PairSampler, load_pairs
 
 
 def invoke(script, *args):
-    module = importlib.import_module(f"train.{script}")
+    module = importlib.import_module(module_name(script))
     return CliRunner().invoke(module.main, [str(arg) for arg in args], catch_exceptions=False)
 
 
@@ -34,8 +34,8 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         shrink_networks(patch)
         for script in ("stylegan", "facegan"):
-            config = importlib.import_module(f"train.{script}").Config
-            patch.setattr(f"train.{script}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))
+            config = importlib.import_module(module_name(script)).Config
+            patch.setattr(f"{module_name(script)}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))
         yield
     torch.set_num_threads(threads)
 
@@ -243,8 +243,8 @@ def test_a_filter_that_leaves_nothing_says_so(runs, helpers, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("pairs", "has no pairs.npz; name the --out of train.make_pairs"),
-        ("aging", "has no resume.pt, which holds the adversary; name the run folder of train.aging"),
+        ("pairs", "has no pairs.npz; name the --out of train.facegan.make_pairs"),
+        ("aging", "has no resume.pt, which holds the adversary; name the run folder of train.age_cgan.aging"),
     ],
 )
 def test_a_folder_without_what_is_needed_is_refused(runs, archive, cache, helpers, aging, tmp_path, option, message):

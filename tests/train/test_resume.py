@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import BATCH, FILES, SMALL_TRUNK, TICK_IMAGES, shrink_networks, shrink_steps, small_gan
+from tiny import BATCH, FILES, SMALL_TRUNK, TICK_IMAGES, module_name, shrink_networks, shrink_steps, small_gan
 
 from faceage.checkpoint import Header, load, read_header, save
 from train.data import Sampler
@@ -24,7 +24,11 @@ from train.run import Run
 IMAGES = 3 * TICK_IMAGES + BATCH
 """Budget of a run: three ticks, and a step that is none."""
 ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = [path.stem for path in sorted((ROOT / "train").glob("*.py")) if "\ndef main(" in path.read_text()]
+SCRIPTS = [
+    ".".join(path.relative_to(ROOT / "train").with_suffix("").parts)
+    for path in sorted((ROOT / "train").rglob("*.py"))
+    if "\ndef main(" in path.read_text()
+]
 
 
 class KilledError(Exception):
@@ -92,7 +96,7 @@ def command(archive, cache, faces, parents):
 
 
 def invoke(script, arguments):
-    return CliRunner().invoke(importlib.import_module(f"train.{script}").main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(importlib.import_module(module_name(script)).main, arguments, catch_exceptions=False)
 
 
 def train(script, arguments):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import FILES, shrink_networks
+from tiny import FILES, module_name, shrink_networks
 
 from faceage.checkpoint import load, read_header, sha256_of
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
@@ -31,7 +31,7 @@ FOLDERS = {"identity": "identity", "gan": "gan", "age_estimator": "age", "encode
 
 
 def invoke(script, *args):
-    module = importlib.import_module(f"train.{script}")
+    module = importlib.import_module(module_name(script))
     result = CliRunner().invoke(module.main, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result
@@ -39,7 +39,7 @@ def invoke(script, *args):
 
 def refused(script, *args):
     """Run a script that must end with one line and exit code 1."""
-    module = importlib.import_module(f"train.{script}")
+    module = importlib.import_module(module_name(script))
     result = CliRunner().invoke(module.main, [str(arg) for arg in args], catch_exceptions=False)
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("Error: ")
@@ -219,7 +219,7 @@ def test_encoder_refuses_the_wrong_checkpoint(runs, archive, cache, tmp_path, ge
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_dry_run_shows_the_configuration_and_writes_nothing(archive, tmp_path, monkeypatch, size):
-    monkeypatch.setattr("train.gan.AgeCGANDims", AgeCGANDims)
+    monkeypatch.setattr("train.age_cgan.gan.AgeCGANDims", AgeCGANDims)
     result = invoke("gan", "--data", archive, "--out", tmp_path / "out", "--size", size, "--dry-run")
     assert "generator_rate=0.0002" in result.stderr
     assert f"size_px={size}" in result.stderr
@@ -240,7 +240,7 @@ def test_one_command_runs_every_step_in_order(archive, teacher, cache, tmp_path,
         out = context.params.get("out")
         if out is not None:  # leave what the step would, so that the next one finds its inputs
             out.mkdir(parents=True, exist_ok=True)
-            stem = exports.get(module.split(".")[1], "age-estimator" if "age" in module else "encoder")
+            stem = exports.get(module.split(".")[-1], "age-estimator" if "age" in module else "encoder")
             made.extend([out / f"{stem}.safetensors", out / "encoder.safetensors"])
             for file in made[-2:]:
                 file.touch()
@@ -259,8 +259,13 @@ def test_one_command_runs_every_step_in_order(archive, teacher, cache, tmp_path,
     ]
     assert CliRunner().invoke(main, [*arguments, "--hours", "2"]).exit_code == 0
     assert len(ran) == len(SHARES) + 3
-    assert ran[-6:-2] == ["train.aging", "train.stylegan", "train.make_pairs", "train.facegan"]
-    assert ran[-2:] == ["train.curvature", "train.bundle"]
+    assert ran[-6:-2] == [
+        "train.age_cgan.aging",
+        "train.facegan.stylegan",
+        "train.facegan.make_pairs",
+        "train.facegan.facegan",
+    ]
+    assert ran[-2:] == ["train.age_cgan.curvature", "train.bundle"]
     assert sum(SHARES.values()) == pytest.approx(1)
     result = CliRunner().invoke(main, [*arguments, "--hours", "3"])
     assert result.exit_code == 1
@@ -275,8 +280,8 @@ def test_gan_trains_without_an_identity_network(archive, cache, tmp_path):
 
 def test_teacher_embeddings_follow_faces_and_mirrors(archive, cache, faces, teacher, tmp_path):
     from train.data import read_archive, warp_faces
-    from train.identity import teacher_embeddings
-    from train.teacher import TEMPLATE_96X112, embed, load_teacher
+    from train.readers.identity import teacher_embeddings
+    from train.readers.teacher import TEMPLATE_96X112, embed, load_teacher
 
     embeddings = teacher_embeddings(archive, teacher, faces, tmp_path)
     assert embeddings.shape == (2, len(faces), 128)
@@ -293,7 +298,7 @@ def test_teacher_embeddings_follow_faces_and_mirrors(archive, cache, faces, teac
 
 
 def test_degrade_softens_a_quarter():
-    from train.identity import degrade
+    from train.augment import degrade
 
     x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     out = degrade(x)
@@ -312,7 +317,7 @@ def latent_args(runs, archive, cache, teacher, out):
 
 def test_latent_measures_every_choice(runs, archive, cache, teacher, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("train.latent._plot", lambda curves, path: drawn.append((set(curves), path.name)))
+    monkeypatch.setattr("train.age_cgan.latent._plot", lambda curves, path: drawn.append((set(curves), path.name)))
     invoke("latent", *latent_args(runs, archive, cache, teacher, tmp_path / "latent"))
     report = json.loads((tmp_path / "latent" / "latent.json").read_text())
     assert report["faces"] == 4
@@ -332,7 +337,7 @@ def test_latent_measures_every_choice(runs, archive, cache, teacher, tmp_path, m
 
 def test_curves_are_plotted(tmp_path):
     pytest.importorskip("matplotlib")
-    from train.latent import _plot
+    from train.age_cgan.latent import _plot
 
     track = [(0.1, 3.0), (0.2, 2.0)]
     _plot({name: {"L-BFGS": track, "Adam": track} for name in ("a", "b")}, tmp_path / "curves.png")

@@ -32,7 +32,18 @@ FILES = {
     "facegan": "facegan.safetensors",
 }
 """Script that trains -> what it exports."""
+PACKAGES = {
+    "readers": ("identity", "age_estimator", "judge", "teacher"),
+    "age_cgan": ("gan", "encoder", "aging", "latent", "curvature"),
+    "facegan": ("stylegan", "make_pairs", "facegan"),
+}
 BATCH, TICK_IMAGES = 8, 24
+
+
+def module_name(script):
+    """Return the dotted name of a script of `train`."""
+    package = next((f"{name}." for name, scripts in PACKAGES.items() if script in scripts), "")
+    return f"train.{package}{script}"
 
 
 def small_gan(**dims):
@@ -61,20 +72,20 @@ def small_facegan(**dims):
 
 def shrink_networks(patch):
     """Give every script networks that take milliseconds a step."""
-    patch.setattr("train.gan.AgeCGANDims", small_gan)
-    patch.setattr("train.identity.TrunkDims", small_trunk)
-    patch.setattr("train.age_estimator.TrunkDims", small_trunk)
-    patch.setattr("train.judge._WIDTHS", (4, 8, 8, 8))
-    patch.setattr("train.stylegan.StyleGANDims", small_styles)
-    patch.setattr("train.stylegan.WIDTHS", {64: (8, 8, 8, 8, 8)})
-    patch.setattr("train.facegan.FaceGANDims", small_facegan)
+    patch.setattr("train.age_cgan.gan.AgeCGANDims", small_gan)
+    patch.setattr("train.readers.identity.TrunkDims", small_trunk)
+    patch.setattr("train.readers.age_estimator.TrunkDims", small_trunk)
+    patch.setattr("train.readers.judge._WIDTHS", (4, 8, 8, 8))
+    patch.setattr("train.facegan.stylegan.StyleGANDims", small_styles)
+    patch.setattr("train.facegan.stylegan.WIDTHS", {64: (8, 8, 8, 8, 8)})
+    patch.setattr("train.facegan.facegan.FaceGANDims", small_facegan)
 
 
 def shrink_steps(patch):
     """Give every script a small batch, and a tick every third step."""
     for script in FILES:
-        config = importlib.import_module(f"train.{script}").Config
-        patch.setattr(f"train.{script}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))
+        config = importlib.import_module(module_name(script)).Config
+        patch.setattr(f"{module_name(script)}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))
 
 
 def main(validation_file, script, *args):
@@ -86,7 +97,7 @@ def main(validation_file, script, *args):
         patch.setattr("train.data.VALIDATION_FILE", Path(validation_file))
         shrink_networks(patch)
         shrink_steps(patch)
-        importlib.import_module(f"train.{script}").main(args)
+        importlib.import_module(module_name(script)).main(args)
 
 
 if __name__ == "__main__":

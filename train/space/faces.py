@@ -8,9 +8,7 @@ mesh teacher is MediaPipe's face mesh (Kartynnik et al. 2019, arXiv:1907.06724),
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +18,12 @@ import cv2
 import numpy as np
 
 from faceage.geometry import TEMPLATE_5, apply_affine, invert_affine, similarity_to_template
-from train.data import VALIDATION_FILE, _find_landmarks, read_archive
+from train.data import AAF_LAST_WOMAN, AAF_NAME, UTKFACE_NAME, find_landmarks, is_validation, read_archive
 from train.run import Script
 
 log = logging.getLogger(__name__)
 
 UTKFACE, AAF = 0, 1
-_UTK_NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d{14,20})\.jpg\.chip\.jpg")
-_AAF_NAME = re.compile(r"(\d{5})A(\d{2})\.jpg")
-AAF_FIRST_MAN = 7381
-"""In All-Age-Faces, photos below this number show women."""
 MESH_PX = 192
 _MESH_SIDE = 1.5
 """Side of the mesh network's crop, in sides of the aligned crop of the product."""
@@ -138,20 +132,15 @@ def _crop_of(mesh: np.ndarray) -> np.ndarray:
     return np.column_stack([linear, offset]).astype(np.float32)
 
 
-def is_aaf_validation(name: str) -> bool:
-    """Return whether a picture of All-Age-Faces is kept for validation: an eighth, by the hash of its name."""
-    return hashlib.sha256(name.encode()).digest()[0] % 8 == 0
-
-
 def _read_utkface(archive: Path) -> tuple[list[tuple], list[np.ndarray], np.ndarray]:
     rows, pictures = [], []
     for name, data in read_archive(archive):
-        match = _UTK_NAME.fullmatch(name)
+        match = UTKFACE_NAME.fullmatch(name)
         picture = read_picture(data) if match else None
         if match and picture is not None:
             rows.append((name, UTKFACE, int(match[1]), int(match[2]), int(match[3])))
             pictures.append(picture)
-    landmarks, scores = _find_landmarks(pictures)
+    landmarks, scores = find_landmarks(pictures)
     kept = np.flatnonzero(scores >= 0.9)
     return [rows[i] for i in kept], [pictures[i] for i in kept], landmarks[kept]
 
@@ -164,7 +153,7 @@ def _read_aaf(archive: Path) -> tuple[list[tuple], list[np.ndarray], np.ndarray]
     detector = load_detector(EngineStore(), DetectConfig(min_face_px=60), threads=2)
     rows, pictures, landmarks = [], [], []
     for name, data in read_archive(archive):
-        match = _AAF_NAME.fullmatch(name)
+        match = AAF_NAME.fullmatch(name)
         picture = read_picture(data) if match else None
         if not match or picture is None:
             continue
@@ -172,7 +161,7 @@ def _read_aaf(archive: Path) -> tuple[list[tuple], list[np.ndarray], np.ndarray]
         faces = faces[faces.scores >= 0.9]
         if len(faces):
             largest = np.argmax(faces.boxes[:, 3] - faces.boxes[:, 1])
-            rows.append((name, AAF, int(match[2]), int(int(match[1]) < AAF_FIRST_MAN), 2))
+            rows.append((name, AAF, int(match[2]), int(int(match[1]) <= AAF_LAST_WOMAN), 2))
             pictures.append(picture)
             landmarks.append(faces.landmarks[largest])
     return rows, pictures, np.stack(landmarks)
@@ -198,7 +187,6 @@ def main(utkface: Path, aaf: Path, mesh: Path, out: Path) -> None:
         presences.append(presence)
         log.info("%s: meshes found", archive.name)
     names, dataset, ages, genders, races = zip(*rows, strict=True)
-    utk_validation = set(VALIDATION_FILE.read_text().split())
     heads = Heads(
         names=np.array(names),
         dataset=np.array(dataset),
@@ -208,12 +196,7 @@ def main(utkface: Path, aaf: Path, mesh: Path, out: Path) -> None:
         landmarks=np.concatenate(points).astype(np.float32),
         mesh=np.concatenate(meshes),
         presence=np.concatenate(presences),
-        validation=np.array(
-            [
-                is_aaf_validation(name) if d == AAF else name in utk_validation
-                for d, name in zip(dataset, names, strict=True)
-            ]
-        ),
+        validation=np.array([is_validation(name) for name in names]),
     )
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "faces.npz", **{name: getattr(heads, name) for name in Heads.__dataclass_fields__})

@@ -186,13 +186,14 @@ def main(folder: Path, archives: tuple[Path, ...], identity: Path, out: Path) ->
     X, penalty = design(columns, covariates, canonical)
     table = np.log(np.arange(256, dtype=np.float32) / 255 + LOG_OFFSET)
     gram = (X.T * weights) @ X + penalty
-    X32, coefficients = X.astype(np.float32), None
+    X32 = X.astype(np.float32)
+    coefficients = np.zeros((X.shape[1], 0), np.float32)
     for _ in range(ROUNDS):
         moments = np.zeros((X.shape[1], CANONICAL_PX * CANONICAL_PX * 3), np.float32)
         for start in range(0, len(kept), _CHUNK):
             rows = slice(start, start + _CHUNK)
             logs = table[faces[kept[rows]]].reshape(len(kept[rows]), -1)
-            if coefficients is not None:
+            if coefficients.size:
                 fitted = X32[rows] @ coefficients
                 np.clip(logs, fitted - OUTLIER, fitted + OUTLIER, out=logs)
             moments += (X32[rows] * weights[rows, None].astype(np.float32)).T @ logs

@@ -1,6 +1,6 @@
 r"""The shape of the latent objective, measured once, so that optimizing it takes fewer evaluations.
 
-    python -m train.curvature --data utkface.tar --generator runs/aging/generator.safetensors \
+    python -m train.age_cgan.curvature --data utkface.tar --generator runs/aging/generator.safetensors \
         --encoder runs/aging/encoder.safetensors --identity runs/identity/identity.safetensors --out runs/curvature
 
 Directions of z differ 200-fold in how much they change a face. The objective's Gauss-Newton curvature
@@ -26,7 +26,7 @@ from faceage.checkpoint import load, save
 from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from train.data import load_faces, to_tensor
-from train.identity import load_identity
+from train.readers.identity import load_identity
 from train.run import Script
 
 STEP = 0.05
@@ -35,9 +35,15 @@ STEP = 0.05
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
-@click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.aging.")
-@click.option("--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.aging.")
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
+@click.option(
+    "--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.age_cgan.aging."
+)
+@click.option(
+    "--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.age_cgan.aging."
+)
+@click.option(
+    "--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.readers.identity."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for encoder.safetensors.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 @click.option("--faces", "count", type=click.IntRange(1), default=64, help="Training faces, drawn at random.")

@@ -18,15 +18,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
 
 import click
 import numpy as np
@@ -41,13 +37,15 @@ from faceage.errors import NoFaceError
 from faceage.media.rotation import upright
 from faceage.media.video import EncodeOptions, VideoReader
 from faceage.models import BUNDLED_MODELS, find_model
-from faceage.pipeline.photos import AgedPhoto, age_frames
 from faceage.pipeline.request import AgeRequest, Networks, load_networks
 from faceage.pipeline.video import age_video
 from faceage.track import Tracker
 from faceage.types import RGB, FloatArray, Frame, IntArray
+from train.age_cgan.latent import CHOICES, teacher_view
 from train.data import FaceSet, load_faces
-from train.evaluate_faces import (
+from train.evaluate import fgnet
+from train.evaluate.composites import age_pictures
+from train.evaluate.faces import (
     AGE_GROUPS,
     GENDERS,
     OLDEST_JUDGED_YEARS,
@@ -59,7 +57,9 @@ from train.evaluate_faces import (
     read_pictures,
     unlike_faces,
 )
-from train.evaluate_sections import (
+from train.evaluate.metrics import age_figures, match_thresholds
+from train.evaluate.scorecard import headline, plain, render, write_sheet, wrong
+from train.evaluate.sections import (
     SEED,
     Evaluation,
     add_baselines,
@@ -72,12 +72,10 @@ from train.evaluate_sections import (
     sharpness_section,
     slices_section,
 )
-from train.evaluate_video import Followed, measure_tracks
-from train.judge import JUDGE_PX
-from train.latent import CHOICES, teacher_view
-from train.metrics import age_figures, largest_change, match_thresholds, touchable
+from train.evaluate.video import Followed, measure_tracks
+from train.readers.judge import JUDGE_PX
+from train.readers.teacher import load_teacher
 from train.run import Script, git_commit
-from train.scorecard import headline, plain, render, write_sheet, wrong
 
 log = logging.getLogger(__name__)
 
@@ -85,91 +83,11 @@ FALSE_MATCH_RATES = {"0.1": 0.001, "1": 0.01}
 """By their names in per cent."""
 CYCLE_FACES = 60
 CYCLE_GAP_YEARS = 30
-BATCH_PICTURES = 8
-SAME_FACE = 0.5
-"""The product's face is the one that was asked for if their landmarks are nearer than this, in eye distances."""
 LATENT_BATCH = 32
 VIDEO_BY_YEARS = 30.0
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 SHEET_FACES = 10
 SHEET_AGES = tuple(range(20, 81, 10))
-
-
-@dataclass(frozen=True)
-class Composites:
-    """What the product made of R pictures."""
-
-    pictures: list[np.ndarray]
-    shares: FloatArray
-    """[R], the share of the change that the face got: 0 where it was left alone, NaN where it was not found."""
-    source_ages: FloatArray
-    """[R], years, as the product estimated it; NaN where the face was not found."""
-    outside: IntArray
-    """[R], the largest change outside the masks of all faces that were found, in codes."""
-
-
-class _Made(NamedTuple):
-    """A row of `Composites`."""
-
-    picture: np.ndarray
-    share: float
-    source_age: float
-    outside: int
-
-
-def age_pictures(
-    networks: Networks,
-    pictures: list[np.ndarray],
-    landmarks: FloatArray,
-    targets: FloatArray,
-    *,
-    is_present_age: bool = False,
-) -> Composites:
-    """Age pictures as `faceage images` does, each to its own target.
-
-    Args:
-        networks: of a model.
-        pictures: uint8 [H, W, 3], RGB: R of them.
-        landmarks: float32 [R, 5, 2], which face is meant.
-        targets: float32 [R], years.
-        is_present_age: the targets are given as the present ages too, instead of letting the product estimate those.
-    """
-    jobs = []
-    for target in np.unique(targets):
-        rows = np.flatnonzero(targets == target)
-        jobs += [rows[i : i + BATCH_PICTURES] for i in range(0, len(rows), BATCH_PICTURES)]
-
-    def work(rows: IntArray) -> list[_Made]:
-        frames = [Frame(planes=(pictures[i].copy(),), pixel_format="rgb24", color=RGB) for i in rows]
-        target = float(targets[rows[0]])
-        request = AgeRequest(age=target, source_age=target if is_present_age else None)
-        photos = age_frames(networks, frames, request)
-        return [
-            _inspect(frame.planes[0], pictures[i], photo, landmarks[i])
-            for i, frame, photo in zip(rows, frames, photos, strict=True)
-        ]
-
-    made: dict[int, _Made] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for rows, done in zip(jobs, pool.map(work, jobs), strict=True):
-            made |= dict(zip(rows.tolist(), done, strict=True))
-    columns = zip(*(made[i] for i in range(len(pictures))), strict=True)
-    after, shares, source_ages, outside = columns
-    return Composites(list(after), np.array(shares), np.array(source_ages), np.array(outside))
-
-
-def _inspect(after: np.ndarray, before: np.ndarray, photo: AgedPhoto, landmarks: FloatArray) -> _Made:
-    """Measure what was done to one picture; `landmarks` [5, 2] say which face was meant."""
-    share, source_age = math.nan, math.nan
-    eyes = np.linalg.norm(landmarks[1] - landmarks[0])
-    off = np.linalg.norm(photo.faces.landmarks - landmarks, axis=-1).mean(-1) / eyes
-    if len(off) and off.min() < SAME_FACE:
-        share, source_age = float(photo.weights[off.argmin()]), float(photo.source_ages[off.argmin()])
-    inside = np.zeros(after.shape[:2], bool)
-    for matrix, size, weight in zip(photo.frame_to_crop, photo.sizes_px, photo.weights, strict=True):
-        if weight > 0:
-            inside |= touchable(matrix, int(size), after.shape[:2])
-    return _Made(after, share, source_age, largest_change(after, before, ~inside))
 
 
 def cycle_section(e: Evaluation, networks: Networks) -> dict:
@@ -398,7 +316,9 @@ def _describe(files: ModelFiles) -> dict:
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="Judges identity.")
-@click.option("--judge", type=click.Path(exists=True, path_type=Path), required=True, help="Judges age; train.judge.")
+@click.option(
+    "--judge", type=click.Path(exists=True, path_type=Path), required=True, help="Judges age; train.readers.judge."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the scorecard.")
 @click.option("--model", "models", multiple=True, default=BUNDLED_MODELS, help="As `faceage models list` shows.")
 @click.option("--faces", "count", type=click.IntRange(len(AGE_GROUPS)), default=300, help="Validation faces to age.")
@@ -409,10 +329,13 @@ def _describe(files: ModelFiles) -> dict:
     "--reader", "readers", type=click.Path(exists=True, path_type=Path), multiple=True,
     help="An age estimator that was in a loss: how far is it fooled?",
 )  # fmt: skip
+@click.option(
+    "--fgnet", "people", type=click.Path(exists=True, path_type=Path), help="FG-NET: compare with the person's photos."
+)
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")
 def main(
     data: Path, teacher: Path, judge: Path, out: Path, models: tuple[str, ...], count: int, media: tuple[Path, ...],
-    readers: tuple[Path, ...], cache: Path,
+    readers: tuple[Path, ...], people: Path | None, cache: Path,
 ) -> None:  # fmt: skip
     """Write the quality scorecard of one or more models, side by side."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
@@ -420,8 +343,9 @@ def main(
     panel = Panel(judge, teacher, readers)
     loaded = [load_networks(model=model) for model in dict.fromkeys(models)]
     results = evaluate(data, cache, panel, loaded, count, find_clips(media), out)
+    results["fgnet"] = fgnet.measure(people, loaded, load_teacher(teacher)) if people else None
     (out / "scorecard.json").write_text(json.dumps(plain(results), indent=1))
-    card = render(results)
+    card = render(results) + (f"\n{fgnet.render(results['fgnet'])}\n" if people else "")
     (out / "scorecard.md").write_text(card)
     click.echo(card)
     if results["wrong"]:

@@ -16,7 +16,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from train.evaluate_faces import POOLED
+from train.evaluate.faces import POOLED
 
 NOTHING = "do nothing"
 MEAN_1, MEAN_2 = "mean difference x1", "mean difference x2"

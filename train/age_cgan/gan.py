@@ -1,10 +1,11 @@
 """Step 1 of Age-cGAN: generator and discriminator, conditioned on age.
 
-    python -m train.gan --data utkface.tar --out runs/gan --minutes 60 \
+    python -m train.age_cgan.gan --data utkface.tar --out runs/gan --minutes 60 \
         --identity runs/identity/identity.safetensors
 
-Writes `generator.safetensors` (averaged weights), the input of `train.encoder`, and `sheet.png`: each z at the six age
-classes, three z a row. With `--identity`, one z is taught to stay one person at every age in the last part of the run.
+Writes `generator.safetensors` (averaged weights), the input of `train.age_cgan.encoder`, and `sheet.png`: each z at the
+six age classes, three z a row. With `--identity`, one z is taught to stay one person at every age in the last part of
+the run.
 
 The discriminator also sees real faces with a wrong age (Reed et al. 2016) as fakes: only then must it look at y.
 
@@ -23,8 +24,9 @@ import torch.nn.functional as F
 
 from faceage.checkpoint import Header, save
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Generator
-from train.data import DATASET, Sampler, load_faces, shift_and_jitter
-from train.identity import load_identity
+from train.augment import shift_and_jitter
+from train.data import DATASET, Sampler, load_faces
+from train.readers.identity import load_identity
 from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 
@@ -51,7 +53,9 @@ class Config:
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @run_options(minutes=45.0)
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), help="From train.identity: keep who z is.")
+@click.option(
+    "--identity", type=click.Path(exists=True, path_type=Path), help="From train.readers.identity: keep who z is."
+)
 @click.option("--size", "size_px", type=click.Choice(["64", "128"]), default="64", help="Side of the faces, px.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration and stop.")
 def main(

@@ -1,6 +1,6 @@
 """FaceGAN, step 3: the U-Net, on real faces and on synthetic pairs.
 
-    python -m train.facegan --data utkface.tar --pairs runs/pairs --aging runs/aging \
+    python -m train.facegan.facegan --data utkface.tar --pairs runs/pairs --aging runs/aging \
         --identity runs/identity/identity.safetensors --reader runs/reader64/age-estimator.safetensors \
         --reader runs/reader32/age-estimator.safetensors --out runs/facegan --minutes 120
 
@@ -18,7 +18,7 @@ What a real face looks like at another age nobody knows, so it is taught by
   cheek gets darker than the other;
 - the way back: aged and made young again, it must be the same picture.
 
-Synthetic pairs (`train.make_pairs`) show the same person at two ages: there the change itself is known. Writes
+Synthetic pairs (`train.facegan.make_pairs`) show the same person at two ages: there the change itself is known. Writes
 `facegan.safetensors` and `sheet.png`: validation faces, then each at 20, 40, 60 and 80.
 """
 
@@ -43,13 +43,14 @@ from faceage.geometry import face_mask, skin_mask
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Encoder, Generator
 from faceage.networks.facegan import FaceGANDims, PatchDiscriminator, UNet
 from faceage.networks.regressors import AgeEstimator, IdentityNet
-from train.age_estimator import load_reader, reader_option
-from train.aging import calm, read_by_all
-from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
-from train.identity import degrade, identity_option, load_identity
-from train.make_pairs import PairSampler, load_pairs
+from train.age_cgan.aging import calm
+from train.augment import degrade, shift_and_jitter
+from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
+from train.facegan.make_pairs import PairSampler, load_pairs
+from train.losses import r1_penalty, read_by_all
+from train.readers.age_estimator import load_reader, reader_option
+from train.readers.identity import identity_option, load_identity
 from train.run import EMA, Part, Run, Script, device, git_commit, run_options, sheet
-from train.stylegan import r1_penalty
 
 SHEET_AGES = (20, 40, 60, 80)
 STORED_PX = 192
@@ -70,7 +71,7 @@ class Config:
     fine_rate: float = 4e-4
     r1_weight: float = 0.5
     r1_every_steps: int = 16
-    """The fine adversary's gradient penalty, as in `train.stylegan`; the coarse one has spectral norms."""
+    """The fine adversary's gradient penalty, as in `train.facegan.stylegan`; the coarse one has spectral norms."""
     betas: tuple[float, float] = (0.0, 0.99)
     label_sigma_years: float = 4.0
     """Noise on the source age: the product reads it off the face."""
@@ -111,7 +112,7 @@ def weights_of(side_px: int, where: torch.device) -> Tensor:
 
 
 class Teacher(nn.Module):
-    """Age-cGAN as `train.aging` left it: the change that the product would make, without optimizing z."""
+    """Age-cGAN as `train.age_cgan.aging` left it: the change that the product would make, without optimizing z."""
 
     def __init__(self, encoder: Path, generator: Path) -> None:
         super().__init__()
@@ -236,8 +237,10 @@ def pair_losses(
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @run_options(minutes=120.0)
-@click.option("--aging", type=click.Path(exists=True, path_type=Path), required=True, help="Run folder of train.aging.")
-@click.option("--pairs", type=click.Path(exists=True, path_type=Path), help="Folder of train.make_pairs.")
+@click.option(
+    "--aging", type=click.Path(exists=True, path_type=Path), required=True, help="Run folder of train.age_cgan.aging."
+)
+@click.option("--pairs", type=click.Path(exists=True, path_type=Path), help="Folder of train.facegan.make_pairs.")
 @identity_option
 @reader_option
 @click.option(
@@ -268,7 +271,7 @@ def main(
     adversary = aging / "resume.pt"
     if not adversary.exists():
         raise CheckpointError(
-            f"{aging} has no resume.pt, which holds the adversary; name the run folder of train.aging"
+            f"{aging} has no resume.pt, which holds the adversary; name the run folder of train.age_cgan.aging"
         )
     coarse.load_state_dict(torch.load(adversary, weights_only=True, map_location="cpu")["D"])
     coarse = coarse.to(**layout)

@@ -1,6 +1,6 @@
 """Step 3 of Age-cGAN: latent optimization on faces of the validation split, measured.
 
-    python -m train.latent --data utkface.tar --generator runs/gan/generator.safetensors \
+    python -m train.age_cgan.latent --data utkface.tar --generator runs/gan/generator.safetensors \
         --encoder runs/encoder/encoder.safetensors --identity runs/identity/identity.safetensors \
         --teacher mobilefacenet_casia.ckpt --out runs/latent
 
@@ -30,9 +30,9 @@ from faceage.geometry import TEMPLATE_5, face_mask, similarity_to_template
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from faceage.networks.latent import AutogradGradient, LatentObjective, LatentStep
 from train.data import load_faces, to_tensor
-from train.identity import load_identity
+from train.readers.identity import load_identity
+from train.readers.teacher import TEMPLATE_96X112, embed, load_teacher
 from train.run import Script, sheet
-from train.teacher import TEMPLATE_96X112, embed, load_teacher
 
 _PRODUCT = LatentConfig()
 CHOICES = {
@@ -72,9 +72,15 @@ def teacher_view(faces: torch.Tensor) -> np.ndarray:
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--data", type=click.Path(exists=True, path_type=Path), required=True, help="UTKFace, a tar or a folder.")
-@click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.gan.")
-@click.option("--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.encoder.")
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
+@click.option(
+    "--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.age_cgan.gan."
+)
+@click.option(
+    "--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.age_cgan.encoder."
+)
+@click.option(
+    "--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.readers.identity."
+)
 @click.option("--teacher", type=click.Path(exists=True, path_type=Path), required=True, help="Judges identity.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the results.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/cache"), help="Aligned faces.")

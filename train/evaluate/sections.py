@@ -12,7 +12,7 @@ import numpy as np
 from faceage.align import align_faces
 from faceage.types import FloatArray, IntArray
 from train.data import FaceSet
-from train.evaluate_faces import (
+from train.evaluate.faces import (
     AGE_GROUPS,
     GENDERS,
     PICTURE_CROP_PX,
@@ -28,9 +28,9 @@ from train.evaluate_faces import (
     paste_face,
     real_pictures,
 )
-from train.judge import HALF
-from train.metrics import age_figures, kid, largest_change, luma, sharpness_ratios, touchable
-from train.scorecard import BLUR, BLUR_ALL, MEAN_1, MEAN_2, NOTHING, OTHER, REAL, REAL_PAIR, Worse, show
+from train.evaluate.metrics import age_figures, kid, largest_change, luma, sharpness_ratios, touchable
+from train.evaluate.scorecard import BLUR, BLUR_ALL, MEAN_1, MEAN_2, NOTHING, OTHER, REAL, REAL_PAIR, Worse, show
+from train.readers.judge import HALF
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """The compact identity network, distilled from a face-recognition teacher.
 
-    python -m train.identity --data utkface.tar --teacher mobilefacenet_casia.ckpt --out runs/identity --minutes 12
+    python -m train.readers.identity --data utkface.tar --teacher mobilefacenet_casia.ckpt --out runs/identity \
+        --minutes 12
 
 The student reads 64-px crops in Age-cGAN's own alignment, so that a generated face goes straight in. It learns the
 teacher's embedding of each (mirrored, shifted, recoloured, blurred) training face by cosine; the validation figures are
@@ -18,16 +19,16 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from faceage.checkpoint import Header, load, save, sha256_of
 from faceage.networks.regressors import IdentityNet, TrunkDims
-from train.data import DATASET, FaceSet, Sampler, load_faces, read_archive, shift_and_jitter, to_tensor, warp_faces
+from train.augment import degrade, shift_and_jitter
+from train.data import DATASET, FaceSet, Sampler, load_faces, read_archive, to_tensor, warp_faces
+from train.readers.teacher import TEMPLATE_96X112, embed, load_teacher
 from train.run import EMA, Run, Script, device, git_commit, run_options
-from train.teacher import TEMPLATE_96X112, embed, load_teacher
 
 identity_option = click.option(
-    "--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity."
+    "--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.readers.identity."
 )
 """The identity network of a loss, for `load_identity`."""
 
@@ -75,13 +76,6 @@ def load_identity(path: Path) -> IdentityNet:
     net = IdentityNet(TrunkDims(**header.dims))
     net.load_state_dict(weights)
     return net.eval().requires_grad_(False)
-
-
-def degrade(x: torch.Tensor) -> torch.Tensor:
-    """Blur a quarter of the batch by halving it and back: generated faces are softer than photographs."""
-    part = len(x) // 4
-    soft = F.interpolate(F.avg_pool2d(x[:part], 2), scale_factor=2.0, mode="bilinear", align_corners=False)
-    return torch.cat([soft, x[part:]])
 
 
 @torch.inference_mode()

@@ -1,14 +1,15 @@
 """The compact age estimator: reads the source age of a face, once a person and shot.
 
-    python -m train.age_estimator --data utkface.tar --out runs/age --minutes 10
+    python -m train.readers.age_estimator --data utkface.tar --out runs/age --minutes 10
 
 A distribution over the years 0 to 100 (Rothe et al., DEX, 2015), taught with soft labels (Geng, Label Distribution
 Learning, TKDE 2016) because UTKFace's ages are themselves estimates. Writes `age-estimator.safetensors`.
 
-`train.aging` needs two more for its loss, which must not be taught by the pictures that `train.judge` learned from:
+`train.age_cgan.aging` needs two more for its loss, which must not be taught by the pictures that `train.readers.judge`
+learned from:
 
-    python -m train.age_estimator --data utkface.tar --out runs/reader64 --minutes 10 --half 0
-    python -m train.age_estimator --data utkface.tar --out runs/reader32 --minutes 8 --half 0 --size 32
+    python -m train.readers.age_estimator --data utkface.tar --out runs/reader64 --minutes 10 --half 0
+    python -m train.readers.age_estimator --data utkface.tar --out runs/reader32 --minutes 8 --half 0 --size 32
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import torch
 from faceage.checkpoint import Header, load, save
 from faceage.errors import CheckpointError
 from faceage.networks.regressors import AgeEstimator, TrunkDims
-from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
-from train.identity import degrade
-from train.metrics import age_figures
+from train.augment import degrade, shift_and_jitter, zoom
+from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
+from train.evaluate.metrics import age_figures
 from train.run import EMA, Run, Script, device, git_commit, run_options
 
 LOSS_HALF = 0
-"""The half of the training pictures for estimators that are in a loss; `train.judge` learns from the other."""
+"""The half of the training pictures for estimators that are in a loss; `train.readers.judge` learns from the other."""
 
 reader_option = click.option(
     "--reader",
@@ -39,7 +40,7 @@ reader_option = click.option(
     type=click.Path(exists=True, path_type=Path),
     multiple=True,
     required=True,
-    help="From train.age_estimator --half 0; several.",
+    help="From train.readers.age_estimator --half 0; several.",
 )
 """The estimators of a loss, for `load_reader`."""
 

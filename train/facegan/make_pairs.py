@@ -1,10 +1,10 @@
 """FaceGAN, step 2: synthetic pairs, the same person at several ages.
 
-    python -m train.make_pairs --generator runs/stylegan/stylegan.safetensors \
+    python -m train.facegan.make_pairs --generator runs/stylegan/stylegan.safetensors \
         --identity runs/identity/identity.safetensors --reader runs/reader64/age-estimator.safetensors \
         --reader runs/reader32/age-estimator.safetensors --out runs/pairs --people 4000
 
-Each z of `train.stylegan` is drawn at `AGES`. Pictures that the estimators read as another age, or in which the
+Each z of `train.facegan.stylegan` is drawn at `AGES`. Pictures that the estimators read as another age, or in which the
 identity network does not see the person of the others, are left out, and people with fewer than two pictures left.
 The same seed and checkpoints give the same set. Writes `pairs.npz`, `manifest.json` and `sheet.png`.
 """
@@ -24,12 +24,12 @@ from torch import Tensor
 from faceage.ages import age_to_classes
 from faceage.checkpoint import sha256_of
 from faceage.errors import CheckpointError
-from train.age_estimator import load_reader, reader_option
-from train.aging import read_by_all
 from train.data import to_tensor
-from train.identity import identity_option, load_identity
+from train.facegan.stylegan import load_stylegan
+from train.losses import read_by_all
+from train.readers.age_estimator import load_reader, reader_option
+from train.readers.identity import identity_option, load_identity
 from train.run import Script, device, sheet
-from train.stylegan import load_stylegan
 
 AGES = (10, 20, 30, 40, 50, 60, 70, 80)
 BATCH = 16
@@ -56,7 +56,7 @@ def load_pairs(folder: Path) -> Pairs:
     """
     file = folder / "pairs.npz"
     if not file.exists():
-        raise CheckpointError(f"{folder} has no pairs.npz; name the --out of train.make_pairs")
+        raise CheckpointError(f"{folder} has no pairs.npz; name the --out of train.facegan.make_pairs")
     with np.load(file, allow_pickle=False) as data:
         return Pairs(data["pixels"], data["people"], data["ages"])
 
@@ -94,7 +94,9 @@ class PairSampler:
 
 
 @click.command(cls=Script, context_settings={"show_default": True})
-@click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.stylegan.")
+@click.option(
+    "--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.facegan.stylegan."
+)
 @identity_option
 @reader_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the pairs.")

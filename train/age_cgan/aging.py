@@ -1,6 +1,6 @@
 """Step 3 of training: encoder and generator together, on what the product does with a real face.
 
-    python -m train.aging --data utkface.tar --gan runs/gan --encoder runs/encoder/encoder.safetensors \
+    python -m train.age_cgan.aging --data utkface.tar --gan runs/gan --encoder runs/encoder/encoder.safetensors \
         --identity runs/identity/identity.safetensors --reader runs/reader64/age-estimator.safetensors \
         --reader runs/reader32/age-estimator.safetensors --out runs/aging --minutes 60
 
@@ -38,9 +38,11 @@ from faceage.errors import CheckpointError
 from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Encoder, Generator
 from faceage.networks.regressors import AgeEstimator
-from train.age_estimator import load_reader, reader_option
-from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
-from train.identity import degrade, identity_option, load_identity
+from train.augment import degrade, shift_and_jitter
+from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
+from train.losses import read_by_all
+from train.readers.age_estimator import load_reader, reader_option
+from train.readers.identity import identity_option, load_identity
 from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 SHEET_AGES = (20, 40, 60, 80)
@@ -93,11 +95,6 @@ def calm(delta: Tensor) -> Tensor:
     return (luma + CHROMA_SHARE * chroma) * shares
 
 
-def read_by_all(readers: list[AgeEstimator], x: Tensor) -> Tensor:
-    """Return the ages [readers, N] that estimators of any input size read off faces."""
-    return torch.stack([reader(F.interpolate(x, reader.trunk.dims.size_px, mode="area")) for reader in readers])
-
-
 def age_faces(
     E: Encoder, G: Generator, mask: Tensor, x: Tensor, source: Tensor, target: Tensor, noise: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -136,8 +133,12 @@ def validate(
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @run_options(minutes=60.0)
-@click.option("--gan", type=click.Path(exists=True, path_type=Path), required=True, help="Run folder of train.gan.")
-@click.option("--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.encoder.")
+@click.option(
+    "--gan", type=click.Path(exists=True, path_type=Path), required=True, help="Run folder of train.age_cgan.gan."
+)
+@click.option(
+    "--encoder", type=click.Path(exists=True, path_type=Path), required=True, help="From train.age_cgan.encoder."
+)
 @identity_option
 @reader_option
 def main(
@@ -164,7 +165,7 @@ def main(
     discriminator = gan / "resume.pt"
     if not discriminator.exists():
         raise CheckpointError(
-            f"{gan} has no resume.pt, which holds the discriminator; name the run folder of train.gan"
+            f"{gan} has no resume.pt, which holds the discriminator; name the run folder of train.age_cgan.gan"
         )
     D.load_state_dict(torch.load(discriminator, weights_only=True, map_location="cpu")["D"])
     # In evaluation mode batch norm is what the product runs: no batch's statistics come between the two ages.

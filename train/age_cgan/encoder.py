@@ -1,6 +1,6 @@
 """Step 2 of Age-cGAN: the encoder, for an initial latent of a real face.
 
-    python -m train.encoder --data utkface.tar --generator runs/gan/generator.safetensors \
+    python -m train.age_cgan.encoder --data utkface.tar --generator runs/gan/generator.safetensors \
         --identity runs/identity/identity.safetensors --out runs/encoder --minutes 20
 
 The generator is frozen. On generated faces the loss is the paper's: the Euclidean distance of E(G(z, y)) to z. Real
@@ -27,8 +27,9 @@ from faceage.checkpoint import Header, load, save
 from faceage.geometry import face_mask
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
 from faceage.networks.regressors import IdentityNet
-from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor
-from train.identity import load_identity
+from train.augment import shift_and_jitter
+from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
+from train.readers.identity import load_identity
 from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 
@@ -83,8 +84,12 @@ def validate(
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @run_options(minutes=20.0)
-@click.option("--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.gan.")
-@click.option("--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.identity.")
+@click.option(
+    "--generator", type=click.Path(exists=True, path_type=Path), required=True, help="From train.age_cgan.gan."
+)
+@click.option(
+    "--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.readers.identity."
+)
 def main(
     data: Path, out: Path, cache: Path, minutes: float, images: int | None, generator: Path, identity: Path
 ) -> None:

@@ -1,12 +1,12 @@
 """FaceGAN, step 1: a StyleGAN2 conditioned on age, in which one z is one person at every age.
 
-    python -m train.stylegan --data utkface.tar --identity runs/identity/identity.safetensors \
+    python -m train.facegan.stylegan --data utkface.tar --identity runs/identity/identity.safetensors \
         --reader runs/reader64/age-estimator.safetensors --reader runs/reader32/age-estimator.safetensors \
         --out runs/stylegan --minutes 60 --size 64
 
 Every batch holds each z at two ages. The adversary sees both, and real faces with a wrong age as fakes; an identity
 network holds the two together, estimators say whether the ages are right. Writes `stylegan.safetensors` (averaged
-weights), the input of `train.make_pairs`, and `sheet.png`: rows are identities, columns ages 10 to 80.
+weights), the input of `train.facegan.make_pairs`, and `sheet.png`: rows are identities, columns ages 10 to 80.
 
 Reference: Karras et al., CVPR 2020 (weight demodulation, R1 every sixteenth step); Zhao et al.: Differentiable
 Augmentation, NeurIPS 2020; Reed et al. 2016 (wrong labels as fakes).
@@ -15,7 +15,6 @@ Augmentation, NeurIPS 2020; Reed et al. 2016 (wrong labels as fakes).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +22,15 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from faceage.ages import OLDEST_YEARS, age_to_classes
 from faceage.checkpoint import Header, load, save
 from faceage.networks.stylegan import StyleDiscriminator, StyleGANDims, StyleGenerator
-from train.age_estimator import load_reader, reader_option
-from train.aging import read_by_all
-from train.data import DATASET, Sampler, load_faces, shift_and_jitter
-from train.identity import degrade, identity_option, load_identity
+from train.augment import degrade, shift_and_jitter
+from train.data import DATASET, Sampler, load_faces
+from train.losses import r1_penalty, read_by_all
+from train.readers.age_estimator import load_reader, reader_option
+from train.readers.identity import identity_option, load_identity
 from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
 
 SHEET_AGES = (10, 20, 30, 40, 50, 60, 70, 80)
@@ -70,13 +69,6 @@ def load_stylegan(path: Path) -> StyleGenerator:
     net = StyleGenerator(StyleGANDims(**header.dims))
     net.load_state_dict(weights)
     return net.eval().requires_grad_(False)
-
-
-def r1_penalty(D: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Return the mean squared gradient of the logits with respect to real faces (Mescheder et al., ICML 2018)."""
-    x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
-    return gradient.square().sum((1, 2, 3)).mean()
 
 
 @click.command(cls=Script, context_settings={"show_default": True})

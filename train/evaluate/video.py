@@ -12,8 +12,8 @@ from faceage.align import align_faces
 from faceage.geometry import invert_affine
 from faceage.kernels import gather_crops
 from faceage.types import FloatArray, Frame, IntArray
-from train.judge import JUDGE_PX
-from train.metrics import landmark_jitter, optical_flow, picture_mask, warp_residual
+from train.evaluate.metrics import landmark_jitter, optical_flow, picture_mask, warp_residual
+from train.readers.judge import JUDGE_PX
 
 SAMPLES = 40
 """Frames a track at most whose age is read, evenly spaced; so many pairs of neighbours give the warp error."""

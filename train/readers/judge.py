@@ -1,6 +1,6 @@
 """The judge: an age estimator that is in no loss, for `train.evaluate` alone.
 
-    python -m train.judge --data utkface.tar --out runs/judge --minutes 20
+    python -m train.readers.judge --data utkface.tar --out runs/judge --minutes 20
 
 A network that is in a generator's loss can be fooled by that generator, and so can its twin. The judge therefore has
 another architecture than `AgeEstimator` (a pre-activation ResNet with global pooling, at 128 px), another kind of
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceage.checkpoint import Header, load, save
-from train.age_estimator import LOSS_HALF, age_metrics
-from train.data import DATASET, FaceSet, Sampler, load_faces, shift_and_jitter, to_tensor, zoom
+from train.augment import shift_and_jitter, soften, zoom
+from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
+from train.readers.age_estimator import LOSS_HALF, age_metrics
 from train.run import EMA, Run, Script, device, git_commit, run_options
 
 JUDGE_PX = 128
@@ -97,14 +98,6 @@ def load_judge(path: Path) -> Judge:
     judge = Judge()
     judge.load_state_dict(load(path, "judge")[1])
     return judge.eval().requires_grad_(False)
-
-
-def soften(x: Tensor) -> Tensor:
-    """Blur half of the batch, a quarter more: photographs come in every sharpness, which must not say an age."""
-    blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="bicubic", align_corners=False)
-    part = len(x) // 4
-    more = F.interpolate(F.avg_pool2d(x[:part], 3, 3), x.shape[2:], mode="bicubic", align_corners=False)
-    return torch.cat([more, blurred[part : 2 * part], x[2 * part :]])
 
 
 @torch.inference_mode()

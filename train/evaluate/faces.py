@@ -20,11 +20,11 @@ from faceage.checkpoint import sha256_of
 from faceage.geometry import TEMPLATE_5, face_mask
 from faceage.kernels import apply_change
 from faceage.types import RGB, Change, FloatArray, Frame, IntArray
-from train.age_estimator import load_reader
 from train.data import FaceSet, read_archive, to_tensor, warp_faces
-from train.judge import JUDGE_PX, load_judge, read_ages
-from train.metrics import picture_mask
-from train.teacher import TEMPLATE_96X112, embed, load_teacher
+from train.evaluate.metrics import picture_mask
+from train.readers.age_estimator import load_reader
+from train.readers.judge import JUDGE_PX, load_judge, read_ages
+from train.readers.teacher import TEMPLATE_96X112, embed, load_teacher
 
 AGE_GROUPS = ((15, 24), (25, 34), (35, 44), (45, 54), (55, 64), (65, 80))
 """First and last year of each group; faces are drawn evenly over them."""

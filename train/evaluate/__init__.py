@@ -1,0 +1,1 @@
+"""What the product does to faces and clips, measured."""

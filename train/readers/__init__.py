@@ -1,0 +1,1 @@
+"""Networks that read faces: identity, age, and the recognition teacher."""
