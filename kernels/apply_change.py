@@ -64,6 +64,9 @@ _KR, _KB = LUMA_WEIGHTS["bt601"]
 RGB_LUMA = np.array([_KR, 1 - _KR - _KB, _KB], np.float32)
 """Weights of R, G and B in the luma of packed RGB."""
 
+MAX_PART = 0.8
+"""A crop of which less than this changes is cut to what changes: hair is a small part of a head's crop."""
+
 STRIP_SAMPLES = 32768
 """Samples changed at a time: the float32 strip (128 KiB) stays in the cache."""
 
@@ -76,11 +79,11 @@ class _PlaneChange:
     """[H, W] or [H, W, C], without alpha."""
     layout: PixelLayout
     matrix: Matrix23
-    """Crop pixels to samples of the plane."""
+    """Pixels of that part to samples of the plane."""
     delta: FloatArray
-    """float32 [S, S, C], codes."""
+    """float32 [H', W', C], codes: the part of the crop in which anything changes."""
     gain: FloatArray | None
-    """float32 [S, S]; None for chroma, and where luma is not scaled."""
+    """float32 [H', W']; None for chroma, and where luma is not scaled."""
     black: float
     span: float
     """Codes of E'Y = 0, and of the range of E'Y."""
@@ -105,9 +108,28 @@ def _plane_steps(crop_to_samples: Matrix23) -> tuple[float, float]:
     return step_x, step_y
 
 
-def _covered_rect(crop_to_samples: Matrix23, size_px: int, width: int, height: int) -> Rect | None:
-    """Return the samples of a plane that can change: between the centres of the crop's corner pixels."""
-    corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * (size_px - 1.0)
+def _changing_part(change: Change) -> Rect:
+    """Return the pixels of the crop outside which the change is 0."""
+    size = change.size_px
+    changes = (change.delta != 0).any(axis=0)
+    if change.gain is not None:
+        changes |= change.gain != 0
+    rows, columns = np.flatnonzero(changes.any(1)), np.flatnonzero(changes.any(0))
+    box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    is_small = (box[2] - box[0]) * (box[3] - box[1]) < MAX_PART * size * size
+    return box if is_small else (0, 0, size, size)
+
+
+def _grown(part: Rect, crop_to_samples: Matrix23, size_px: int) -> Rect:
+    """Return a part of the crop with what the filters of a plane reach beyond it."""
+    margins = [2 + math.ceil(step) for step in _plane_steps(crop_to_samples)] * 2
+    x0, y0, x1, y1 = (edge + sign * by for edge, sign, by in zip(part, (-1, -1, 1, 1), margins, strict=True))
+    return max(x0, 0), max(y0, 0), min(x1, size_px), min(y1, size_px)
+
+
+def _covered_rect(crop_to_samples: Matrix23, shape: tuple[int, int], width: int, height: int) -> Rect | None:
+    """Return the samples of a plane that can change: between the centres of the corner pixels of maps [H', W']."""
+    corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * (shape[1] - 1.0, shape[0] - 1.0)
     corners = corners @ crop_to_samples[:, :2].T + crop_to_samples[:, 2]
     x0, y0 = (max(math.floor(v), 0) for v in corners.min(0))
     x1, y1 = (min(math.ceil(v) + 1, n) for v, n in zip(corners.max(0), (width, height), strict=True))
@@ -141,12 +163,12 @@ def _filter_matrix_ref(size: int, step: float) -> tuple[FloatArray, int]:
 
 
 def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect) -> torch.Tensor:
-    """Return the maps [S, S, C] at the samples of `rect`: float64 [H, W, C]."""
+    """Return the maps [H', W', C] at the samples of `rect`: float64 [H, W, C]."""
     import torch
 
-    size = maps.shape[0]
+    height, width = maps.shape[:2]
     step_x, step_y = _plane_steps(matrix)
-    (filter_x, kx), (filter_y, ky) = _filter_matrix_ref(size, step_x), _filter_matrix_ref(size, step_y)
+    (filter_x, kx), (filter_y, ky) = _filter_matrix_ref(width, step_x), _filter_matrix_ref(height, step_y)
     factors = (torch.from_numpy(np.ascontiguousarray(a)).double() for a in (filter_y, filter_x, maps))
     filtered = torch.einsum("iy,jx,yxc->cij", *factors)
     m = torch.from_numpy(_samples_to_filtered(matrix, rect, kx, ky))
@@ -154,7 +176,7 @@ def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect) -> torch.Tensor:
     y, x = torch.meshgrid(torch.arange(y1 - y0).double(), torch.arange(x1 - x0).double(), indexing="ij")
     u, v = m[0, 0] * x + m[0, 1] * y + m[0, 2], m[1, 0] * x + m[1, 1] * y + m[1, 2]
     # grid_sample wants -1 and 1 at the centres of the first and the last sample.
-    grid = torch.stack([2 * u / (kx * size - 1) - 1, 2 * v / (ky * size - 1) - 1], -1)
+    grid = torch.stack([2 * u / (kx * width - 1) - 1, 2 * v / (ky * height - 1) - 1], -1)
     sampled = torch.nn.functional.grid_sample(filtered[None], grid[None], padding_mode="zeros", align_corners=True)
     return sampled[0].permute(1, 2, 0)
 
@@ -195,11 +217,11 @@ def _axis_kernel(size: int, step: float) -> tuple[FloatArray, int, int]:
 
 
 def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> tuple[FloatArray, int, int]:
-    """Return D of the module's formula, float32 [ky * S, kx * S, C], with kx and ky."""
-    size = maps.shape[0]
-    kernel_x, anchor_x, kx = _axis_kernel(size, step_x)
-    kernel_y, anchor_y, ky = _axis_kernel(size, step_y)
-    spread = np.zeros((ky * size, kx * size, *maps.shape[2:]), np.float32)
+    """Return D of the module's formula, float32 [ky * H', kx * W', C], with kx and ky."""
+    height, width = maps.shape[:2]
+    kernel_x, anchor_x, kx = _axis_kernel(width, step_x)
+    kernel_y, anchor_y, ky = _axis_kernel(height, step_y)
+    spread = np.zeros((ky * height, kx * width, *maps.shape[2:]), np.float32)
     spread[::ky, ::kx] = maps
     border = cv2.BORDER_CONSTANT
     filtered = cv2.sepFilter2D(spread, -1, kernel_x, kernel_y, anchor=(anchor_x, anchor_y), borderType=border)
@@ -290,18 +312,22 @@ def apply_change(
     codes = cv2.transform(change.delta.transpose(1, 2, 0), rgb_to_yuv_delta(color, layout.bit_depth))
     black, span = luma_codes(color, layout.bit_depth)
     run = _change_ref if impl == "ref" else _change_cpu
+    changing = _changing_part(change)
     touched: list[Rect] = []
     for plane, spec in zip(frame.planes, layout.planes, strict=True):
         matrix = crop_to_plane(frame_to_crop, spec, color.chroma_siting)
-        rect = _covered_rect(matrix, change.size_px, plane.shape[1], plane.shape[0])
+        left, top, right, bottom = _grown(changing, matrix, change.size_px)
+        inner = slice(top, bottom), slice(left, right)
+        matrix = compose_affine(matrix, np.array([[1.0, 0, left], [0, 1, top]]))
+        rect = _covered_rect(matrix, (bottom - top, right - left), plane.shape[1], plane.shape[0])
         if rect is None:
             continue
         part = _PlaneChange(
             plane=plane[..., :3] if plane.ndim == 3 else plane,
             layout=layout,
             matrix=matrix,
-            delta=_components(codes, spec),
-            gain=gain if spec.components[0] in "YR" else None,
+            delta=_components(codes, spec)[inner],
+            gain=gain[inner] if gain is not None and spec.components[0] in "YR" else None,
             black=black,
             span=span,
         )

@@ -37,6 +37,9 @@ TRAIN_MAY_USE = {name for name, layer in LAYERS.items() if layer <= 2} | {
     "agers.latent",
     "agers.age_cgan",
     "agers.facegan",
+    "agers.canonical",
+    "detect",
+    "engines.store",
 }
 HEAVY = ("torch", "cv2", "av", "onnxruntime", "openvino", "numpy", "rich")
 

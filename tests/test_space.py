@@ -142,7 +142,10 @@ def canned(coordinates, canonical):
     """An ager whose coordinate network gives the same map for everybody; no hair."""
     view = View("face", TEMPLATES["whole face"], FACE_SIZES_PX)
     return SpaceAger(
-        coordinates=lambda x: (np.repeat(coordinates[None], len(x), 0),), hair=None, canonical=canonical, views=(view,)
+        coordinates=lambda x, landmarks: (np.repeat(coordinates[None], len(x), 0),),
+        hair=None,
+        canonical=canonical,
+        views=(view,),
     )
 
 

@@ -1,6 +1,6 @@
 """Copy finished checkpoints into the package, in half precision.
 
-python -m train.bundle --runs runs            # all of them
+python -m train.bundle --runs runs            # all that python -m train makes
 python -m train.bundle --runs runs facegan    # one: the hashes of its parents stay those of their runs
 """
 
@@ -24,28 +24,21 @@ FILES = {
     "space-coordinates": "space/coordinates/coordinates.safetensors",
     "space-hair": "space/hair/hair.safetensors",
 }
-ORDER = (
-    "identity",
-    "age-estimator",
-    "age-cgan-generator",
-    "age-cgan-encoder",
-    "facegan",
-    "space",
-    "space-coordinates",
-    "space-hair",
-)
-"""Parents first."""
+TOGETHER = ("identity", "age-estimator", "age-cgan-generator", "age-cgan-encoder", "facegan")
+"""What `python -m train` makes, parents first."""
+SPACE = ("space", "space-coordinates", "space-hair")
+"""The space model, which has scripts of its own."""
 TARGET = Path(__file__).parent.parent / "faceage" / "models"
 
 
 @click.command(cls=Script)
 @click.option("--runs", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the run folders.")
-@click.argument("archs", nargs=-1, type=click.Choice(ORDER), metavar="[NETWORK]...")
+@click.argument("archs", nargs=-1, type=click.Choice(TOGETHER + SPACE), metavar="[NETWORK]...")
 def main(runs: Path, archs: tuple[str, ...]) -> None:
-    """Bundle the checkpoints of the named networks, or of all."""
+    """Bundle the checkpoints of the named networks, or of all that `python -m train` makes."""
     renamed: dict[str, str] = {}  # hash of a full-precision parent to that of its bundled copy
-    for arch in ORDER:
-        if archs and arch not in archs:
+    for arch in TOGETHER + SPACE:
+        if arch not in (archs or TOGETHER):
             continue
         header, weights = load(runs / FILES[arch], arch)
         parents = {stage: renamed.get(sha, sha) for stage, sha in header.parents.items()}

@@ -23,13 +23,15 @@ from faceage.types import Change, FloatArray
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
-LIFT, DETAIL, FADE = 0.72, 1.0, 0.85
+LIFT, DETAIL, FADE = 0.66, 1.5, 0.85
 GREY_SHARE = 0.75
 """Luma of grey hair, as a share of that of the face's skin."""
 GREY_RANGE = (0.28, 0.75)
 BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
 """Widths of the base's blur, in sides of the crop, and of the filter that takes out noise before it."""
 GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
+UNSURE, SURE = 0.4, 0.8
+"""Probability of hair up to which nothing turns grey, and from which it does in full."""
 RIM = 0.06
 """The mask falls to 0 over this share of the crop at its rims: long hair fades out there."""
 
@@ -65,7 +67,7 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     rgb = (pixels.transpose(1, 2, 0) + 1) / 2
     luma = rgb @ RGB_LUMA
     probability = cv2.resize(1 / (1 + np.exp(-logit)), (size, size), interpolation=cv2.INTER_LINEAR)
-    mask = np.clip((_guided(probability, luma) - 0.25) / 0.5, 0, 1)
+    mask = np.clip((_guided(probability, luma) - UNSURE) / (SURE - UNSURE), 0, 1)
     mask = mask * mask * (3 - 2 * mask) * _rim(size)
     calm = cv2.bilateralFilter(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
     weight = cv2.GaussianBlur(mask, (0, 0), BASE_SIGMA * size)

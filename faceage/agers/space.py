@@ -14,7 +14,7 @@ wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from faceage.agers.programs import EXAMPLES, load_network
 from faceage.checkpoint import read_header, sha256_of
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec, fingerprint, module_file
 from faceage.engines.examples import example_faces
-from faceage.geometry import similarity_to_template, template_5
+from faceage.geometry import TEMPLATES, similarity_to_template, template_5
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA
 from faceage.types import Appearance, Change, Crops, FloatArray, View
 
@@ -78,7 +78,8 @@ class SpaceAger:
         """Use engines of `_programs`.
 
         Args:
-            coordinates: faces [F, 3, S, S] -> coordinates [F, 2, S/2, S/2], fractions of the canonical face.
+            coordinates: (faces [F, 3, S, S], landmarks [F, 5, 2] as fractions of the crop) -> coordinates
+                [F, 2, S/2, S/2], fractions of the canonical picture.
             hair: heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]; None: hair keeps its colour.
             canonical: what age changes.
             views: the face's, and the head's where there is a hair network.
@@ -99,7 +100,8 @@ class SpaceAger:
     ) -> list[FaceKey]:
         """Find coordinates, colours and hair; see `base.Ager.observe`."""
         faces = crops[0]
-        (maps,) = self._coordinates(_reduce(faces.pixels, self.views[0].sizes_px[0]))
+        landmarks = ((faces.landmarks + 0.5) / faces.size_px).astype(np.float32)
+        (maps,) = self._coordinates(_reduce(faces.pixels, self.views[0].sizes_px[0]), landmarks)
         where = np.ascontiguousarray(maps.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
         if self._hair is None:
             hair: list[HairKey | None] = [None] * len(faces)
@@ -187,13 +189,28 @@ def _reduce(pixels: FloatArray, side_px: int) -> FloatArray:
 
 def _smooth(luma: FloatArray) -> FloatArray:
     """Return luma [S, S] in [0, 1] without fine detail; edges are kept."""
-    return cv2.bilateralFilter(luma, -1, SMOOTH_RANGE, SMOOTH_SIGMA * luma.shape[0])
+    half = cv2.resize(luma, (luma.shape[1] // 2, luma.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    return cv2.resize(cv2.bilateralFilter(half, -1, SMOOTH_RANGE, SMOOTH_SIGMA * half.shape[0]), luma.shape[::-1])
 
 
-def map_program(checkpoint: Path) -> Program:
-    """Crops [F, 3, S, S] -> maps [F, C, S/2, S/2] of a `networks.space.MapNet`."""
-    header = read_header(checkpoint)
-    size, outputs = header.dims["size_px"], header.dims["outputs"]
+def coordinates_program(checkpoint: Path) -> Program:
+    """(faces [F, 3, S, S], landmarks [F, 5, 2]) -> coordinates; see `networks.space.CoordinateNet`."""
+    dims = read_header(checkpoint).dims
+
+    def build() -> tuple:
+        import torch
+
+        from faceage.networks.space import CoordinateNet, MapDims
+
+        network = load_network(checkpoint, lambda dims: CoordinateNet(MapDims(**dims)))
+        landmarks = torch.from_numpy(np.stack([TEMPLATES[dims["template"]]] * EXAMPLES))
+        return network, (torch.from_numpy(example_faces(EXAMPLES, dims["size_px"])), landmarks)
+
+    return _program(checkpoint, build, (TensorSpec("landmarks", (BATCH, 5, 2)),))
+
+
+def hair_program(checkpoint: Path) -> Program:
+    """Heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]."""
 
     def build() -> tuple:
         import torch
@@ -201,20 +218,30 @@ def map_program(checkpoint: Path) -> Program:
         from faceage.networks.space import MapDims, MapNet
 
         network = load_network(checkpoint, lambda dims: MapNet(MapDims(**dims)))
-        return network, (torch.from_numpy(example_faces(EXAMPLES, size)),)
+        return network, (torch.from_numpy(example_faces(EXAMPLES, read_header(checkpoint).dims["size_px"])),)
 
+    return _program(checkpoint, build, ())
+
+
+def _program(checkpoint: Path, build: Callable[[], tuple], more: tuple[TensorSpec, ...]) -> Program:
+    header = read_header(checkpoint)
+    size = header.dims["size_px"]
+    sources = [module_file(f"faceage.networks.{name}") for name in ("space", "facegan")]
     return Program(
         name=header.arch,
-        fingerprint=fingerprint(sha256_of(checkpoint), module_file("faceage.networks.space")),
+        fingerprint=fingerprint(sha256_of(checkpoint), *sources, module_file("faceage.geometry")),
         build=build,
-        inputs=(TensorSpec("crops", (BATCH, 3, size, size)),),
-        outputs=(TensorSpec("maps", (BATCH, outputs, size // 2, size // 2)),),
+        inputs=(TensorSpec("crops", (BATCH, 3, size, size)), *more),
+        outputs=(TensorSpec("maps", (BATCH, header.dims["outputs"], size // 2, size // 2)),),
         exact=True,
     )
 
 
 def _programs(files: ModelFiles, identity: Path) -> dict[str, Program]:
-    return {role: map_program(files.paths[role]) for role in ("coordinates", "hair")}
+    return {
+        "coordinates": coordinates_program(files.paths["coordinates"]),
+        "hair": hair_program(files.paths["hair"]),
+    }
 
 
 def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAger:

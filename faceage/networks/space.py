@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faceage.geometry import TEMPLATES
 from faceage.networks.facegan import _Conv, _double, _halve
 
 
@@ -85,3 +86,28 @@ class MapNet(nn.Module):
             x = F.leaky_relu(_double(up(x)) + skips.pop(), 0.2)
             x = F.leaky_relu(conv(x), 0.2)
         return self.scale * (self.head(x) + self.bias_map)
+
+
+class CoordinateNet(nn.Module):
+    """(crop, landmarks) -> where each pixel of the crop lies on the canonical face.
+
+    A face's five landmarks say most of it already, linearly; the network draws what they do not: the outline, the
+    expression, the perspective.
+    """
+
+    def __init__(self, dims: MapDims) -> None:
+        super().__init__()
+        self.net = MapNet(dims)
+        half = dims.size_px // 2
+        self.landmark_maps = nn.Parameter(torch.zeros(10, dims.outputs, half, half))
+        self.register_buffer("template", torch.from_numpy(TEMPLATES[dims.template].copy()), persistent=False)
+
+    def forward(self, x_N3SS: Tensor, landmarks_N52: Tensor) -> Tensor:
+        """Return coordinates [N, 2, S/2, S/2], fractions of the canonical picture.
+
+        Args:
+            x_N3SS: aligned faces, RGB in [-1, 1].
+            landmarks_N52: their landmarks as fractions of the crop's side.
+        """
+        offsets = (landmarks_N52 - self.template).flatten(1)
+        return self.net(x_N3SS) + torch.einsum("nk,kchw->nchw", offsets, self.landmark_maps)

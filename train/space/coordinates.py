@@ -24,15 +24,16 @@ from torch import Tensor
 
 from faceage.checkpoint import Header, save
 from faceage.geometry import WHOLE_FACE_TEMPLATE_5, apply_affine, similarity_to_template
-from faceage.networks.space import MapDims, MapNet
+from faceage.networks.space import CoordinateNet, MapDims
 from train.data import to_tensor
 from train.run import EMA, Run, Script, device, git_commit
 from train.space.canonical import CANONICAL_PX, ENLARGE, FACE_CENTRE, OVAL, Canonical
 from train.space.faces import Heads, pictures_of
+from train.space.landmark_maps import fit, true_map
 
 STORED_PX, CONTEXT = 176, 1.1
 """Side of the stored crops, and how much wider than the network's crop they are."""
-RING = (1.08, 1.2)
+RINGS = (1.08, 1.2)
 """Points outside the face: its outline, enlarged about its middle."""
 DATASET = {"name": "UTKFace and All-Age-Faces (a part)", "licence": "non-commercial research only"}
 
@@ -48,6 +49,10 @@ class Config:
     """Bounds of the augmentation: the landmarks that align crops are off by so much."""
     zoom: float = 0.07
     shift: float = 0.025
+    landmark_noise: float = 0.006
+    """Deviation of the landmarks, as a fraction of the crop's side: what a video's are off by."""
+    fitted_faces: int = 900
+    """Faces for the linear part."""
     ema_half_life_images: int = 10_000
     tick_images: int = 4_000
     seed: int = 11
@@ -69,7 +74,7 @@ class Points:
         between = np.einsum("pk,npkc->npc", self._weights, mesh[:, self._corners])
         outline = mesh[:, OVAL]
         middle = outline.mean(1, keepdims=True)
-        rings = [middle + scale * (outline - middle) for scale in RING]
+        rings = [middle + scale * (outline - middle) for scale in RINGS]
         return np.concatenate([mesh, between, *rings], 1)
 
     def seen(self, mesh: np.ndarray) -> np.ndarray:
@@ -85,7 +90,7 @@ class Points:
 
 
 def stored_crops(heads: Heads, archives: list[Path], folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return wide crops uint8 [N, S, S, 3] (a memory map) and meshes in their pixels [N, 468, 2]."""
+    """Return wide crops uint8 [N, S, S, 3] (a memory map), and meshes and landmarks in their pixels [N, 473, 2]."""
     template = (((WHOLE_FACE_TEMPLATE_5 - 0.5) / CONTEXT + 0.5) * STORED_PX - 0.5).astype(np.float32)
     matrices = similarity_to_template(heads.landmarks, template)
     file = folder / f"crops-{STORED_PX}.npy"
@@ -98,15 +103,27 @@ def stored_crops(heads: Heads, archives: list[Path], folder: Path) -> tuple[np.n
             crops[i] = cv2.warpAffine(picture, matrices[i], size, flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REPLICATE)
         crops.flush()
         part.rename(file)
-    return np.load(file, mmap_mode="r"), apply_affine(matrices, heads.mesh[..., :2])
+    points = np.concatenate([heads.mesh[..., :2], heads.landmarks], 1)
+    return np.load(file, mmap_mode="r"), apply_affine(matrices, points)
 
 
 def draw(
-    crops: np.ndarray, mesh: np.ndarray, rows: np.ndarray, canonical: Canonical, random: np.random.Generator,
+    crops: np.ndarray, points: np.ndarray, rows: np.ndarray, canonical: Canonical, random: np.random.Generator,
     config: Config, size_px: int,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Return augmented crops uint8 [B, S, S, 3] and their meshes [B, 468, 2]."""
-    faces, points = [], []
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Return augmented crops uint8 [B, S, S, 3], meshes [B, 468, 2] in their pixels, and landmarks [B, 5, 2].
+
+    Args:
+        crops: uint8 [N, T, T, 3], wider.
+        points: float32 [N, 473, 2], their meshes and landmarks.
+        rows: int64 [B], which faces.
+        canonical: the canonical face.
+        random: what is drawn is drawn from it.
+        config: how much is changed.
+        size_px: S.
+    """
+    mirror = np.concatenate([canonical.mirror, len(canonical.mirror) + np.array([1, 0, 2, 4, 3])])
+    faces, moved = [], []
     for row in rows:
         angle = random.uniform(-1, 1) * config.turn_degrees
         scale = size_px * CONTEXT / STORED_PX * math.exp(random.uniform(-1, 1) * config.zoom)
@@ -114,13 +131,15 @@ def draw(
         matrix[:, 2] += (size_px - STORED_PX) / 2 + random.uniform(-1, 1, 2) * config.shift * size_px
         matrix = matrix.astype(np.float32)
         face = cv2.warpAffine(crops[row], matrix, (size_px, size_px), borderMode=cv2.BORDER_REPLICATE)
-        mesh_points = apply_affine(matrix[None], mesh[row][None])[0]
+        there = apply_affine(matrix[None], points[row][None])[0]
         if random.random() < 0.5:
             face = face[:, ::-1]
-            mesh_points = (mesh_points * (-1, 1) + (size_px - 1, 0))[canonical.mirror]
+            there = (there * (-1, 1) + (size_px - 1, 0))[mirror]
         faces.append(spoil(np.ascontiguousarray(face), random))
-        points.append(mesh_points)
-    return np.stack(faces), np.stack(points).astype(np.float32)
+        moved.append(there)
+    both = np.stack(moved).astype(np.float32)
+    landmarks = both[:, -5:] + random.normal(0, config.landmark_noise * size_px, (len(both), 5, 2)).astype(np.float32)
+    return np.stack(faces), both[:, :-5], landmarks
 
 
 def spoil(face: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -167,7 +186,7 @@ def identity_map(size_px: int) -> Tensor:
 def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, images: int | None) -> None:
     """Train the coordinate network."""
     cv2.setNumThreads(1)
-    config, dims = Config(), MapDims(size_px=128, outputs=2, scale=0.04)
+    config, dims = Config(), MapDims(size_px=128, outputs=2, scale=0.02)
     size = dims.size_px
     torch.manual_seed(config.seed)
     run = Run(out, config, minutes, images, dims=dims)
@@ -175,7 +194,7 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
     # Data: presence is a logit; turned and hidden faces stay in, wrong ones do not.
     heads = Heads.load(folder)
     canonical = Canonical.of(heads.rows(~heads.validation))
-    crops, mesh = stored_crops(heads, list(archives), folder)
+    crops, mesh_and_landmarks = stored_crops(heads, list(archives), folder)
     good = heads.presence > 2
     train, val = np.flatnonzero(good & ~heads.validation), np.flatnonzero(good & heads.validation)[::8]
     points = Points(canonical)
@@ -184,20 +203,30 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
     random = np.random.default_rng(config.seed)
 
     # Networks
-    net = MapNet(dims)
-    with torch.no_grad():
-        net.bias_map.copy_(identity_map(size) / dims.scale)
-        net.head.weight.mul_(0.1)
-        net.head.bias.zero_()
+    net = CoordinateNet(dims)
+    if not (out / "resume.pt").exists():
+        _, meshes, landmarks = draw(
+            crops, mesh_and_landmarks, random.choice(train, config.fitted_faces), canonical, random, config, size
+        )
+        maps = np.stack([true_map(mesh, canonical, size) for mesh in meshes])
+        offsets = (landmarks + 0.5) / size - WHOLE_FACE_TEMPLATE_5
+        bias, linear = fit(maps, offsets.reshape(len(maps), 10), identity_map(size).numpy())
+        with torch.no_grad():
+            net.net.bias_map.copy_(torch.from_numpy(bias) / dims.scale)
+            net.landmark_maps.copy_(torch.from_numpy(linear))
+            net.net.head.weight.mul_(0.1)
+            net.net.head.bias.zero_()
+    net.landmark_maps.requires_grad_(False)
     net = net.to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
-    step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
+    step = torch.optim.AdamW(net.net.parameters(), config.rate, weight_decay=config.weight_decay)
     parts = {"net": net, "ema": ema.net, "step": step}
     run.load_state(parts)
     random = np.random.default_rng((config.seed, run.images_seen))
 
-    def errors(network: MapNet, faces: np.ndarray, meshes: np.ndarray) -> Tensor:
-        uv = network(to_tensor(faces).to(where, memory_format=torch.channels_last))
+    def errors(network: CoordinateNet, faces: np.ndarray, meshes: np.ndarray, landmarks: np.ndarray) -> Tensor:
+        x = to_tensor(faces).to(where, memory_format=torch.channels_last)
+        uv = network(x, torch.from_numpy((landmarks + 0.5) / size).to(where))
         off = read_map(uv, torch.from_numpy(points(meshes).astype(np.float32)), size) - want
         seen = torch.from_numpy(points.seen(meshes))
         return (torch.sqrt(off.square().sum(-1) + 1e-6) * seen).sum(1) / seen.sum(1)  # [N], fractions of the side
@@ -207,7 +236,7 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
     while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         rows = random.choice(train, config.batch)
-        loss = errors(net, *draw(crops, mesh, rows, canonical, random, config, size)).mean()
+        loss = errors(net, *draw(crops, mesh_and_landmarks, rows, canonical, random, config, size)).mean()
         step.zero_grad()
         loss.backward()
         step.step()
@@ -220,7 +249,7 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
             fixed = np.random.default_rng(0)
             with torch.inference_mode():
                 held_out = torch.cat([
-                    errors(ema.net, *draw(crops, mesh, val[i : i + 64], canonical, fixed, config, size))
+                    errors(ema.net, *draw(crops, mesh_and_landmarks, val[i : i + 64], canonical, fixed, config, size))
                     for i in range(0, len(val), 64)
                 ])  # fmt: skip
             metrics = {"val_error_px": float(held_out.mean()) * size, "val_median_px": float(held_out.median()) * size}
