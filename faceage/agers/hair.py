@@ -3,10 +3,10 @@
 With m the mask, a = grey m, Y the luma, base its mean over some strands, and L what grey hair has in the light that is
 on the face:
 
-    Y' = Y + a LIFT max(L - base, 0) + a DETAIL (Y - base),        chroma' = (1 - a FADE) chroma
+    Y' = Y + a LIFT max(L - base, 0) + a d (Y - base),        chroma' = (1 - a FADE) chroma
 
-It is linear in Y, so the picture's own strands are scaled at its own resolution. Working in the signal, not in its
-logarithm, leaves the noise of dark hair alone.
+with d = DETAIL max(1 - base / L, 0): dark hair shows its strands least. It is linear in Y, so the picture's own strands
+are scaled at its own resolution. Working in the signal, not in its logarithm, leaves the noise of dark hair alone.
 
 Reference: Panhard, Lozano, Loussouarn, Br. J. Dermatol. 2012 (how grey people are by age).
 """
@@ -14,6 +14,7 @@ Reference: Panhard, Lozano, Loussouarn, Br. J. Dermatol. 2012 (how grey people a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import numpy as np
@@ -23,7 +24,7 @@ from faceage.types import Change, FloatArray
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
-LIFT, DETAIL, FADE = 0.66, 1.5, 0.85
+LIFT, DETAIL, FADE = 0.66, 1.4, 0.85
 GREY_SHARE = 0.75
 """Luma of grey hair, as a share of that of the face's skin."""
 GREY_RANGE = (0.28, 0.75)
@@ -32,6 +33,11 @@ BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
 GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
 UNSURE, SURE = 0.4, 0.8
 """Probability of hair up to which nothing turns grey, and from which it does in full."""
+BRIGHTER = (0.12, 0.3)
+"""How much brighter than the strands around it a pixel may be, and from where on it is no hair."""
+FACE_CENTRE, REACH = 0.45, (0.27, 0.37)
+"""Height of the face's middle in the crop, and how far from it hair may be; in sides of the crop, of which a face takes
+0.29."""
 RIM = 0.06
 """The mask falls to 0 over this share of the crop at its rims: long hair fades out there."""
 
@@ -68,15 +74,18 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     luma = rgb @ RGB_LUMA
     probability = cv2.resize(1 / (1 + np.exp(-logit)), (size, size), interpolation=cv2.INTER_LINEAR)
     mask = np.clip((_guided(probability, luma) - UNSURE) / (SURE - UNSURE), 0, 1)
-    mask = mask * mask * (3 - 2 * mask) * _rim(size)
+    mask = mask * mask * (3 - 2 * mask) * _own_head(size)
     calm = cv2.bilateralFilter(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
     weight = cv2.GaussianBlur(mask, (0, 0), BASE_SIGMA * size)
     base = cv2.GaussianBlur(calm * mask, (0, 0), BASE_SIGMA * size) / np.maximum(weight, 1e-3)
+    base = np.where(weight > 1e-3, base, luma).astype(np.float32)
+    # What is far brighter than the strands around it is the background behind them.
+    mask = mask * _ramp((BRIGHTER[1] - (luma - base)) / (BRIGHTER[1] - BRIGHTER[0]))
     half = (size // 2, size // 2)
     skin = slice(int(0.42 * size), int(0.52 * size))
     return HairKey(
         mask=mask,
-        base=np.where(weight > 1e-3, base, luma).astype(np.float32),
+        base=base,
         chroma=cv2.resize(rgb - luma[..., None], half, interpolation=cv2.INTER_AREA),
         skin_luma=float(np.median(luma[skin, int(0.42 * size) : int(0.58 * size)])),
     )
@@ -94,11 +103,18 @@ def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Cha
     skin = (1 - share) * before.skin_luma + share * after.skin_luma
     target = np.float32(np.clip(GREY_SHARE * skin, *GREY_RANGE))
     amount = np.float32(grey) * mask
-    gain = DETAIL * amount
-    lift = LIFT * amount * np.maximum(target - base, 0) - gain * (base + np.float32(BLACK_OFFSET))
+    darker = np.maximum(target - base, 0)
+    gain = amount * darker * (DETAIL / target)
+    lift = LIFT * amount * darker - gain * (base + np.float32(BLACK_OFFSET))
     faded = cv2.resize(amount, chroma.shape[:2])[..., None] * chroma * np.float32(-2 * FADE)
     delta = cv2.resize(faded, (size, size)).transpose(2, 0, 1) + 2 * lift
-    return Change(delta=np.ascontiguousarray(delta), gain=gain)
+    return Change(delta=clear_rim(np.ascontiguousarray(delta)), gain=gain)
+
+
+def clear_rim(maps: FloatArray) -> FloatArray:
+    """Set the outer two pixels of maps [C, S, S] to 0, in place, and return them."""
+    maps[:, :2], maps[:, -2:], maps[:, :, :2], maps[:, :, -2:] = 0, 0, 0, 0
+    return maps
 
 
 def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:
@@ -114,9 +130,25 @@ def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:
     return mean(slope) * guide + mean(mean_p - slope * mean_i)
 
 
-def _rim(size_px: int) -> FloatArray:
-    """Return 1 inside, falling smoothly to exactly 0 on the outer two pixels: float32 [S, S]."""
+@cache
+def _own_head(size_px: int) -> FloatArray:
+    """Return where a crop's own head can have hair, float32 [S, S]: its neighbours' hair is theirs to change.
+
+    1 within `REACH` of a vertical line through the face, from its middle downwards; it falls smoothly to 0 at the
+    second figure, and to exactly 0 on the outer two pixels.
+    """
+    pixels = ((np.arange(size_px) + 0.5) / size_px).astype(np.float32)
+    beside = pixels[None, :] - 0.5
+    above = np.minimum(pixels[:, None] - FACE_CENTRE, 0)
+    near, far = REACH
+    own = _ramp((far - np.hypot(beside, above)) / (far - near))
     distance = np.minimum(np.arange(size_px), np.arange(size_px)[::-1]) - 1.5
-    ramp = np.clip(distance / (RIM * size_px), 0, 1).astype(np.float32)
-    ramp = ramp * ramp * (3 - 2 * ramp)
-    return ramp[:, None] * ramp[None, :]
+    rim = _ramp(distance / (RIM * size_px))
+    own = own * rim[:, None] * rim[None, :]
+    own.flags.writeable = False
+    return own
+
+
+def _ramp(x: FloatArray) -> FloatArray:
+    x = np.clip(x, 0, 1).astype(np.float32)
+    return x * x * (3 - 2 * x)

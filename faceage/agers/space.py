@@ -23,7 +23,7 @@ import numpy as np
 
 from faceage.agers.base import Architecture, EngineOf, ModelFiles, read_view
 from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
-from faceage.agers.hair import HairKey, draw_hair, find_hair, grey_amount
+from faceage.agers.hair import HairKey, clear_rim, draw_hair, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, load_network
 from faceage.checkpoint import read_header, sha256_of
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec, fingerprint, module_file
@@ -78,7 +78,7 @@ class SpaceAger:
         """Use engines of `_programs`.
 
         Args:
-            coordinates: (faces [F, 3, S, S], landmarks [F, 5, 2] as fractions of the crop) -> coordinates
+            coordinates: (faces [F, 3, S, S], landmarks [F, 10] as fractions of the crop) -> coordinates
                 [F, 2, S/2, S/2], fractions of the canonical picture.
             hair: heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]; None: hair keeps its colour.
             canonical: what age changes.
@@ -100,7 +100,7 @@ class SpaceAger:
     ) -> list[FaceKey]:
         """Find coordinates, colours and hair; see `base.Ager.observe`."""
         faces = crops[0]
-        landmarks = ((faces.landmarks + 0.5) / faces.size_px).astype(np.float32)
+        landmarks = ((faces.landmarks + 0.5) / faces.size_px).astype(np.float32).reshape(-1, 10)
         (maps,) = self._coordinates(_reduce(faces.pixels, self.views[0].sizes_px[0]), landmarks)
         where = np.ascontiguousarray(maps.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
         if self._hair is None:
@@ -145,7 +145,7 @@ class SpaceAger:
         tone = self._read(look.tone, _mix(before.coordinates, after.coordinates, share), size)
         if before.uncovered is not None and after.uncovered is not None:
             tone *= cv2.resize(_mix(before.uncovered, after.uncovered, share), (size, size))[..., None]
-        tone[:2], tone[-2:], tone[:, :2], tone[:, -2:] = 0, 0, 0, 0
+        clear_rim(tone.transpose(2, 0, 1))
         ratio = np.exp(tone[..., 0])
         delta = self._chroma(tone, _mix(before.colours, after.colours, share), size)
         gain = ratio - 1
@@ -153,7 +153,7 @@ class SpaceAger:
             taken = ratio * tone[..., 3]
             gain -= taken
             delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + np.float32(BLACK_OFFSET))
-        return Change(delta=delta, gain=gain)
+        return Change(delta=clear_rim(delta), gain=gain)
 
     @staticmethod
     def _read(tone: FloatArray, coordinates: FloatArray, size_px: int) -> FloatArray:
@@ -194,7 +194,7 @@ def _smooth(luma: FloatArray) -> FloatArray:
 
 
 def coordinates_program(checkpoint: Path) -> Program:
-    """(faces [F, 3, S, S], landmarks [F, 5, 2]) -> coordinates; see `networks.space.CoordinateNet`."""
+    """(faces [F, 3, S, S], landmarks [F, 10]) -> coordinates; see `networks.space.CoordinateNet`."""
     dims = read_header(checkpoint).dims
 
     def build() -> tuple:
@@ -203,10 +203,10 @@ def coordinates_program(checkpoint: Path) -> Program:
         from faceage.networks.space import CoordinateNet, MapDims
 
         network = load_network(checkpoint, lambda dims: CoordinateNet(MapDims(**dims)))
-        landmarks = torch.from_numpy(np.stack([TEMPLATES[dims["template"]]] * EXAMPLES))
+        landmarks = torch.from_numpy(np.stack([TEMPLATES[dims["template"]].reshape(-1)] * EXAMPLES))
         return network, (torch.from_numpy(example_faces(EXAMPLES, dims["size_px"])), landmarks)
 
-    return _program(checkpoint, build, (TensorSpec("landmarks", (BATCH, 5, 2)),))
+    return _program(checkpoint, build, (TensorSpec("landmarks", (BATCH, 10)),))
 
 
 def hair_program(checkpoint: Path) -> Program:

@@ -76,7 +76,7 @@ class MapNet(nn.Module):
     def forward(self, x_N3SS: Tensor) -> Tensor:
         """Return the map of aligned crops, RGB in [-1, 1]."""
         colours = F.pixel_unshuffle(x_N3SS, 2)
-        x = torch.cat([colours, self.position.expand(len(colours), -1, -1, -1)], 1)
+        x = torch.cat([colours, self.position.expand(colours.shape[0], -1, -1, -1)], 1)
         x = F.leaky_relu(self.stem(x), 0.2)
         skips = []
         for down, block in zip(self.down, self.encoder, strict=True):
@@ -100,14 +100,15 @@ class CoordinateNet(nn.Module):
         self.net = MapNet(dims)
         half = dims.size_px // 2
         self.landmark_maps = nn.Parameter(torch.zeros(10, dims.outputs, half, half))
-        self.register_buffer("template", torch.from_numpy(TEMPLATES[dims.template].copy()), persistent=False)
+        template = torch.from_numpy(TEMPLATES[dims.template].reshape(-1).copy())
+        self.register_buffer("template", template, persistent=False)
 
-    def forward(self, x_N3SS: Tensor, landmarks_N52: Tensor) -> Tensor:
+    def forward(self, x_N3SS: Tensor, landmarks_NK: Tensor) -> Tensor:
         """Return coordinates [N, 2, S/2, S/2], fractions of the canonical picture.
 
         Args:
             x_N3SS: aligned faces, RGB in [-1, 1].
-            landmarks_N52: their landmarks as fractions of the crop's side.
+            landmarks_NK: their five landmarks as fractions of the crop's side, x and y in turns: K is 10.
         """
-        offsets = (landmarks_N52 - self.template).flatten(1)
+        offsets = landmarks_NK - self.template
         return self.net(x_N3SS) + torch.einsum("nk,kchw->nchw", offsets, self.landmark_maps)

@@ -219,14 +219,15 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
     net.landmark_maps.requires_grad_(False)
     net = net.to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
-    step = torch.optim.AdamW(net.net.parameters(), config.rate, weight_decay=config.weight_decay)
+    # Gradients of the deepest layers are as small as Adam's usual epsilon, which would stop them.
+    step = torch.optim.AdamW(net.net.parameters(), config.rate, weight_decay=config.weight_decay, eps=1e-12)
     parts = {"net": net, "ema": ema.net, "step": step}
     run.load_state(parts)
     random = np.random.default_rng((config.seed, run.images_seen))
 
     def errors(network: CoordinateNet, faces: np.ndarray, meshes: np.ndarray, landmarks: np.ndarray) -> Tensor:
         x = to_tensor(faces).to(where, memory_format=torch.channels_last)
-        uv = network(x, torch.from_numpy((landmarks + 0.5) / size).to(where))
+        uv = network(x, torch.from_numpy((landmarks + 0.5) / size).flatten(1).to(where))
         off = read_map(uv, torch.from_numpy(points(meshes).astype(np.float32)), size) - want
         seen = torch.from_numpy(points.seen(meshes))
         return (torch.sqrt(off.square().sum(-1) + 1e-6) * seen).sum(1) / seen.sum(1)  # [N], fractions of the side
@@ -238,7 +239,7 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
         rows = random.choice(train, config.batch)
         loss = errors(net, *draw(crops, mesh_and_landmarks, rows, canonical, random, config, size)).mean()
         step.zero_grad()
-        loss.backward()
+        (size * loss).backward()
         step.step()
         run.images_seen += config.batch
         ema.update(net, config.batch, run.images_seen)
