@@ -38,6 +38,8 @@ _ZIGZAG = sorted(range(64), key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i
 """Where each coefficient of a table in a file belongs, row by row."""
 _DCT = np.cos(np.pi / 8 * np.arange(8)[:, None] * (np.arange(8) + 0.5)).astype(np.float32) / 2
 _DCT[0] *= np.float32(np.sqrt(0.5))
+_DCT_2D = np.kron(_DCT, _DCT).T
+"""Samples [64] of a block, row by row, to its coefficients."""
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,10 @@ def _changed_rows(
         return {}
     top, left = rows[0] // 8 * 8, columns[0] // 8 * 8
     window = slice(top, (rows[-1] // 8 + 1) * 8), slice(left, (columns[-1] // 8 + 1) * 8)
-    difference = after[window].astype(np.float32) - before[window]
-    # A block over the edge of the picture is filled up with its last samples.
-    difference = np.pad(difference, [(0, -size % 8) for size in difference.shape], "edge")
-    height, width = difference.shape
-    blocks = difference.reshape(height // 8, 8, width // 8, 8).swapaxes(1, 2)
-    row, column = np.nonzero(blocks.any((2, 3)))
-    quantised = np.rint(_DCT @ blocks[row, column] @ _DCT.T / table).astype(np.int32).reshape(-1, 64)
+    blocks_before, blocks_after = _blocks(before[window]), _blocks(after[window])
+    row, column = np.nonzero(_blocks(changed[window]).view(np.uint64).any((2, 3)))
+    difference = blocks_after[row, column].astype(np.float32) - blocks_before[row, column]
+    quantised = np.rint(difference.reshape(-1, 64) @ _DCT_2D / table.reshape(64)).astype(np.int32)
     coded = quantised.any(1)
     row, column, quantised = row[coded] + top // 8, column[coded] + left // 8, quantised[coded]
     cuts = np.flatnonzero(np.diff(row)) + 1
@@ -232,3 +231,11 @@ def _changed_rows(
         )
         if len(rows)
     }
+
+
+def _blocks(samples: npt.NDArray) -> npt.NDArray:
+    """Return the blocks of 8x8 of [H, W] as [rows, columns, 8, 8]; those over the edge are filled with its samples."""
+    if samples.shape[0] % 8 or samples.shape[1] % 8:
+        samples = np.pad(samples, [(0, -size % 8) for size in samples.shape], "edge")
+    height, width = samples.shape
+    return samples.reshape(height // 8, 8, width // 8, 8).swapaxes(1, 2)

@@ -40,9 +40,7 @@ class _Region(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int) for name in "xywh")
 
 
-_Filter = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_int16), _Region, _Region, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
-)
+_Filter = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _Region, _Region, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
 
 
 class _Transform(ctypes.Structure):
@@ -165,9 +163,10 @@ def edit_coefficients(
     library = _library()
     raised: list[Exception] = []
 
-    def call(block: ctypes._Pointer, row: _Region, plane: _Region, component: int, number: int, transform: int) -> int:
+    def call(address: int, row: _Region, plane: _Region, component: int, number: int, transform: int) -> int:
+        memory = (ctypes.c_int16 * (row.w * 8)).from_address(address)
         try:
-            edit(component, row.y // 8, np.ctypeslib.as_array(block, (row.w // 8, 64)))
+            edit(component, row.y // 8, np.frombuffer(memory, np.int16).reshape(-1, 64))
         except Exception as error:  # noqa: BLE001  carried out of the C code
             raised.append(error)
             return -1
