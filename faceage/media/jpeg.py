@@ -185,7 +185,7 @@ def edit_jpeg(jpeg: Jpeg, before: Sequence[Plane], after: Sequence[Plane], segme
         jpeg: the source.
         before: its planes, uint8, as stored.
         after: the same, changed.
-        segments: the header's, as they are to be written; those that tell how the coefficients are coded are replaced.
+        segments: the header's, as they are to be written; the Huffman tables are replaced.
     """
     changes = [_changed_rows(*planes) for planes in zip(before, after, jpeg.quantisation(), strict=True)]
 
@@ -202,9 +202,26 @@ def edit_jpeg(jpeg: Jpeg, before: Sequence[Plane], after: Sequence[Plane], segme
         optimize=not jpeg.huffman_tables().items() <= _standard_huffman_tables().items(),
         restart_interval=jpeg.restart_interval,
     )
-    tables_and_scans = next(stop for marker, _, stop in _walk(coded) if marker in _FRAME_HEADERS)
-    header = b"".join(bytes(segment) for segment in segments if segment.marker not in (DHT, DRI))
-    return coded[:2] + header + coded[tables_and_scans:]
+    tables, scans = _huffman_coded(coded)
+    header = b""
+    for segment in segments:
+        if segment.marker == DHT:
+            header += tables
+            tables = b""
+        else:
+            header += bytes(segment)
+    return coded[:2] + header + tables + scans
+
+
+def _huffman_coded(coded: bytes) -> tuple[bytes, bytes]:
+    """Return the Huffman tables and the scans of a JPEG."""
+    tables = b""
+    for marker, start, stop in _walk(coded):
+        if marker == SOS:
+            return tables, coded[start:]
+        if marker == DHT:
+            tables += coded[start:stop]
+    raise ValueError("libjpeg-turbo wrote no scan")
 
 
 def _changed_rows(
