@@ -146,7 +146,7 @@ def _check_header(jpeg: Jpeg) -> None:
     try:
         jpeg.quantisation()
         jpeg.huffman_tables()
-        assert jpeg.restart_interval >= 0
+        jpeg.restart_interval  # noqa: B018  read for its error
     except (StopIteration, KeyError, IndexError, struct.error) as error:
         raise ValueError("its header makes no sense") from error
 
