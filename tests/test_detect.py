@@ -204,7 +204,7 @@ def test_means_are_torchs_area_interpolation(pixel_format):
         picture = np.repeat(picture[..., :1], 3, 2)
         frame = Frame(planes=(np.ascontiguousarray(picture[..., 0]),), pixel_format="gray", color=RGB)
     pixels = from_numpy((picture.transpose(2, 0, 1)[None] - np.float32(127.5)) / 128)
-    sums = _Sums(frame)
+    sums = _Sums(frame, 20)
     level = sums.picture(40, 33)
     assert level.shape == (3, 34, 40)
     np.testing.assert_allclose(level[:, :33], interpolate(pixels, size=(33, 40), mode="area")[0], atol=1e-5)
@@ -226,6 +226,20 @@ def test_large_frames(detector, monkeypatch):
     assert len(shrunk) == 1
     assert iou(shrunk.boxes, want.boxes)[0, 0] > 0.8
     assert np.abs(shrunk.landmarks - want.landmarks).max() < 2.0
+
+
+def test_halved_frames_show_the_same_faces(detector, monkeypatch):
+    frame = rgb_frame(cv2.resize(data.astronaut(), (1536, 1536)))
+    config = DetectConfig(min_face_px=60)
+    coarse = Detector(detector._pnet, detector._rnet, detector._onet, config)
+    halved = coarse.detect([frame])
+    monkeypatch.setattr("faceage.detect.SHRUNK_FACE_PX", 1000)
+    whole = coarse.detect([frame])
+    assert len(halved) == len(whole) >= 1
+    assert not np.array_equal(halved.boxes, whole.boxes)
+    assert iou(halved.boxes, whole.boxes).max(1).min() > 0.9
+    height = whole.boxes[0, 3] - whole.boxes[0, 1]
+    assert np.abs(halved.landmarks[0] - whole.landmarks[0]).max() < 0.02 * height
 
 
 @pytest.mark.parametrize("side", [24, 25, 27, 37, 49, 98, 103])

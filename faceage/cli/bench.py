@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from faceage.pipeline.bench import (
     faces_of,
 )
 from faceage.pipeline.bench_engines import bench_engines
-from faceage.pipeline.naive import generated_faces
+from faceage.pipeline.naive import generated_faces, generated_photos
 from faceage.pipeline.request import AgeRequest
 from faceage.types import Crops
+
+GENERATED_PHOTOS = 12
 
 age_option = click.option("--age", type=AGE, default=70.0, show_default=True, metavar="YEARS", help="Target age.")
 repeats_option = click.option(
@@ -85,15 +88,25 @@ def video_command(
 @command.command("images")
 @photos_argument
 @age_option
+@click.option(
+    "--megapixels", type=click.FloatRange(0.1, 100), metavar="N",
+    help="Instead of naming photos, generate some of this size from the bundled portrait.",
+)  # fmt: skip
 @repeats_option
 @network_options
 @output_options
-def images_command(*, photos: tuple[Path, ...], age: float, repeats: int, network: NetworkOptions, out: Output) -> None:
+def images_command(
+    *, photos: tuple[Path, ...], megapixels: float | None, age: float, repeats: int, network: NetworkOptions,
+    out: Output,
+) -> None:  # fmt: skip
     """Age photos, against a loop over them with facenet-pytorch's detector and eager torch, face by face."""
-    if not photos:
-        raise click.UsageError("name photos or folders")
-    with out:
-        found = [path for path, _ in find_images(photos)[0]]
+    if bool(photos) == (megapixels is not None):
+        raise click.UsageError("name photos or folders, or give --megapixels")
+    with out, tempfile.TemporaryDirectory(prefix="faceage-photos-") as folder:
+        if megapixels is None:
+            found = [path for path, _ in find_images(photos)[0]]
+        else:
+            found = generated_photos(Path(folder), GENERATED_PHOTOS, megapixels)
         _build_engines(network, out)
         result = bench_photos(network.loader(), found, AgeRequest(age=age), repeats=repeats, notify=out.note)
         _finish(out, result, *photos)

@@ -7,8 +7,11 @@ import struct
 import zlib
 
 import cv2
+import numpy as np
 from PIL import Image, TiffImagePlugin
 
+from faceage.media.jpeg import Jpeg, edit_jpeg
+from faceage.media.jpeg_metadata import append_trailer, keep_true
 from faceage.media.still import (
     EXIF_PREFIX,
     ICC_TAG,
@@ -17,9 +20,60 @@ from faceage.media.still import (
     TIFF_STORAGE,
     XMP_TAG,
     Still,
+    as_stored,
     swap_red_blue,
 )
-from faceage.types import Plane
+from faceage.types import Frame, Plane
+
+
+def edit_in_place(jpeg: Jpeg, still: Still, frame: Frame, xmp: bytes | None) -> tuple[bytes, tuple[str, ...]]:
+    """Return a JPEG with its changed blocks coded anew, and what was left out because it would not be true any more.
+
+    Args:
+        jpeg: the source.
+        still: what was read from it.
+        frame: its planes, changed.
+        xmp: the packet to write, or None.
+    """
+    before, after = ([as_stored(plane, still.orientation) for plane in f.planes] for f in (still.frame, frame))
+
+    def draw(width: int, height: int, quality: int) -> bytes:
+        return _thumbnail(after, jpeg.size, (width, height), quality)
+
+    kept = keep_true(jpeg, xmp, draw)
+    picture = edit_jpeg(jpeg, before, after, kept.segments)
+    return append_trailer(jpeg, picture, kept.trailer), kept.dropped
+
+
+def _thumbnail(planes: list[Plane], size: tuple[int, int], box: tuple[int, int], quality: int) -> bytes:
+    """Return a small JPEG of YCbCr or gray planes, whole inside `box`, with black rims if the shapes differ."""
+    scale = min(box[0] / size[0], box[1] / size[1])
+    width, height = (max(1, round(side * scale)) for side in size)
+    small = [cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA) for plane in planes]
+    picture = Image.fromarray(_planes_to_rgb(small))
+    canvas = Image.new(picture.mode, box)
+    canvas.paste(picture, ((box[0] - width) // 2, (box[1] - height) // 2))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def to_rgb(frame: Frame) -> Plane:
+    """Return a still as one plane: RGB(A) or gray. The chroma of a JPEG is enlarged as libjpeg does, by a tent."""
+    if len(frame.planes) == 1:
+        return frame.planes[0]
+    planes = []
+    for plane, layout in zip(frame.planes, frame.layout.planes, strict=True):
+        size = plane.shape[1] * layout.sub_x, plane.shape[0] * layout.sub_y
+        planes.append(cv2.resize(plane, size, interpolation=cv2.INTER_LINEAR)[: frame.height, : frame.width])
+    return _planes_to_rgb(planes)
+
+
+def _planes_to_rgb(planes: list[Plane]) -> Plane:
+    if len(planes) == 1:
+        return planes[0]
+    luma, blue, red = planes
+    return cv2.cvtColor(np.dstack([luma, red, blue]), cv2.COLOR_YCrCb2RGB)
 
 
 def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None) -> bytes:

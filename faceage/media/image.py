@@ -1,25 +1,28 @@
 """Stills: find them, read them upright into a frame, and write them back as the same kind of file.
 
-Nothing that can be kept is changed: format, bit depth, alpha, ICC profile, EXIF with its orientation,
-density, a JPEG's own quantisation tables, chroma subsampling and IPTC, a PNG's text and colour chunks, a WebP's
-being lossless.
+Nothing that can be kept is changed: format, bit depth, alpha, ICC profile, EXIF with its orientation, density, a PNG's
+text and colour chunks, a WebP's being lossless. Of a JPEG only the blocks are coded anew in which a sample changed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from faceage.errors import MediaError, UnsupportedError
-from faceage.media.encode_still import encode_pillow, encode_png, encode_tiff
-from faceage.media.still import FORMATS, MAX_PIXELS, PIXEL_FORMATS, Still, as_stored, read_image
+from faceage.media.encode_still import edit_in_place, encode_pillow, encode_png, encode_tiff, to_rgb
+from faceage.media.still import FORMATS, MAX_PIXELS, PIXEL_FORMATS, Still, as_stored, as_upright, read_image
 from faceage.media.xmp import label_xmp
 from faceage.types import Frame
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Still", "copy_image", "find_images", "read_image", "write_image"]
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(FORMATS)
 """The suffixes, in lower case, of the files that `find_images` takes for pictures."""
@@ -40,7 +43,8 @@ def write_image(
     Args:
         path: the suffix decides the format; where it is the source's, the source's settings are kept.
         still: what `read_image` returned.
-        frame: the upright picture, in any of `read_image`'s pixel formats.
+        frame: the upright picture, in any of `read_image`'s pixel formats. Where it is a JPEG's own, in planes, only
+            its changed blocks are coded anew; metadata that a change makes untrue is left out, which a warning says.
         overwrite: whether an existing file may be replaced.
         label: fields for the XMP label (`xmp.label_xmp`), or None for no label. BMP can hold none.
 
@@ -52,23 +56,39 @@ def write_image(
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
         raise UnsupportedError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(FORMATS)}")
-    holds = {"JPEG": ("gray", "rgb24"), "BMP": ("gray", "rgb24"), "WEBP": ("gray", "rgb24", "rgba")}
-    if frame.pixel_format not in holds.get(kind, PIXEL_FORMATS.values()):
-        raise UnsupportedError(f"{path}: {kind} cannot hold {frame.pixel_format}; write .png or .tif")
     _check_free(path, overwrite)
     xmp = label_xmp(still.xmp, label) if label is not None else still.xmp
-    # A BMP has no tag for it, so it is stored upright.
-    samples = as_stored(frame.planes[0], 1 if kind == "BMP" else still.orientation)
     try:
-        if kind == "PNG":
-            data = encode_png(samples, still, xmp)
-        elif kind == "TIFF":
-            data = encode_tiff(samples, still, xmp)
+        if kind == "JPEG" and still.jpeg and _is_alike(frame, still.frame):
+            data, dropped = edit_in_place(still.jpeg, still, frame, xmp)
+            if dropped:
+                log.warning("%s: left out: %s", path, "; ".join(dropped))
         else:
-            data = encode_pillow(samples, still, kind, xmp)
-    except (OSError, ValueError) as error:  # a side or a metadata block longer than the format allows
+            data = _encode(path, kind, still, frame, xmp)
+    except (OSError, ValueError, struct.error) as error:  # a side or a metadata block longer than the format allows
         raise MediaError(f"{path}: cannot be stored as {kind} ({error}); write .png or .tif") from error
     _write_whole(path, data)
+
+
+def _is_alike(frame: Frame, other: Frame) -> bool:
+    return (frame.pixel_format, frame.width, frame.height) == (other.pixel_format, other.width, other.height)
+
+
+def _encode(path: Path, kind: str, still: Still, frame: Frame, xmp: bytes | None) -> bytes:
+    samples = as_stored(to_rgb(frame), still.orientation)
+    if still.jpeg and _is_alike(frame, still.frame):  # padded, perhaps
+        width, height = still.jpeg.size
+        samples = samples[:height, :width]
+    holds = {"JPEG": ("gray", "rgb24"), "BMP": ("gray", "rgb24"), "WEBP": ("gray", "rgb24", "rgba")}
+    pixel_format = PIXEL_FORMATS[samples.shape[2] if samples.ndim == 3 else 1, samples.itemsize]
+    if pixel_format not in holds.get(kind, PIXEL_FORMATS.values()):
+        raise UnsupportedError(f"{path}: {kind} cannot hold {pixel_format}; write .png or .tif")
+    if kind == "PNG":
+        return encode_png(samples, still, xmp)
+    if kind == "TIFF":
+        return encode_tiff(samples, still, xmp)
+    # A BMP has no tag for the orientation, so it is stored upright.
+    return encode_pillow(as_upright(samples, still.orientation) if kind == "BMP" else samples, still, kind, xmp)
 
 
 def copy_image(source: str | os.PathLike[str], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Reading a still: upright samples, and all that is needed to write the picture back as it was.
 
-Convention: a `Frame` is upright and RGB(A) or gray; BGR exists only for OpenCV.
+Convention: a `Frame` is upright. A JPEG's has the file's own YCbCr planes; others are RGB(A) or gray. BGR exists only
+for OpenCV.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +21,9 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from faceage.errors import MediaError, UnsupportedError
-from faceage.types import RGB, ColorSpec, Frame, Plane
+from faceage.media.jpeg import BASELINE, EXTENDED, PROGRESSIVE, Jpeg, parse_jpeg
+from faceage.media.turbojpeg import decode_planes
+from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame, Plane
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 ORIENTATION_TAG = 0x0112
 EXIF_PREFIX = b"Exif\0\0"
+JPEG_START = b"\xff\xd8\xff"
 # EXIF orientation: upright = the stored picture, transposed, then flipped up-down, then left-right.
 _UPRIGHT = {
     1: (False, False, False),
@@ -54,7 +58,8 @@ _UPRIGHT = {
     7: (True, True, True),
     8: (True, True, False),
 }
-_GRAY = ColorSpec(matrix="bt601", full_range=True, chroma_siting="center")
+JFIF = ColorSpec(matrix="bt601", full_range=True, chroma_siting="center")
+"""The colour of a JPEG's planes, and of gray."""
 PIXEL_FORMATS = {
     (1, 1): "gray",
     (1, 2): "gray16",
@@ -64,6 +69,7 @@ PIXEL_FORMATS = {
     (4, 2): "rgba64",
 }
 """By channels and bytes of a sample."""
+JPEG_FORMATS = ("yuvj444p", "yuvj422p", "yuvj420p", "yuvj440p", "yuvj411p", "gray")
 # PNG chunks that stay true whatever happens to the samples.
 _PNG_KEEP = frozenset(b"iCCP gAMA cHRM sRGB cICP mDCV cLLI pHYs eXIf tEXt zTXt iTXt tIME".split())
 PNG_XMP = b"XML:com.adobe.xmp\0"
@@ -80,9 +86,11 @@ class Still:
     """A picture, and all that is needed to write it back the way it was stored."""
 
     frame: Frame
-    """Upright; its plane is our own writable copy."""
+    """Upright; its planes are our own writable copies."""
     format: str
     """Pillow's name: JPEG, PNG, WEBP, TIFF, BMP."""
+    jpeg: Jpeg | None = None
+    """The file, where its blocks can be changed in place: `frame` holds its planes."""
     orientation: int = 1
     """The EXIF orientation of the stored picture, 1 to 8."""
     exif: bytes | None = None
@@ -115,11 +123,14 @@ def read_image(path: str | os.PathLike[str]) -> Still:
         path: a JPEG, PNG, WebP, TIFF or BMP file, whatever its suffix.
 
     Returns:
-        The picture: rgb24, rgba, rgb48, rgba64, gray or gray16.
+        The picture: a JPEG in its own planes (yuvj420p, ...), others in rgb24, rgba, rgb48, rgba64, gray or gray16.
+        A side of a JPEG that is no multiple of its subsampling, and that the orientation flips, is one chroma sample
+        longer than the picture is shown.
 
     Raises:
         MediaError: if the file is missing, empty, damaged, truncated, over `MAX_PIXELS`, or no picture.
-        UnsupportedError: if it is animated, has several pages, or is CMYK, Lab, floating-point or planar 16-bit colour.
+        UnsupportedError: if it is animated, has several pages, or is CMYK, Lab, floating-point or planar 16-bit colour;
+            if it is a JPEG with arithmetic coding, without DCT, or of 12 bits.
     """
     path = Path(path)
     try:
@@ -131,13 +142,24 @@ def read_image(path: str | os.PathLike[str]) -> Still:
     if not data:
         raise MediaError(f"{path}: the file is empty (0 bytes); copy it again")
     try:
+        jpeg = parse_jpeg(data) if data.startswith(JPEG_START) else None
+        if jpeg:
+            _check_coding(path, jpeg)
         with Image.open(io.BytesIO(data)) as image:
             _check_kind(path, image)
             _log_changes(path, image)
             orientation = _orientation(image)  # asked first: Pillow forgets a TIFF's when it decodes it
+            frame = _own_planes(jpeg, orientation) if jpeg else None
+            if frame:
+                return replace(_still(image, frame, orientation, data), jpeg=jpeg)
+            if jpeg:
+                log.warning("%s: colours or subsampling that faceage does not edit in place; it is coded anew", path)
             plane = _decode(image, data)
-            plane = plane if image.format == "TIFF" else _upright(plane, orientation)
-            return _still(image, plane, orientation, data)
+            plane = plane if image.format == "TIFF" else as_upright(plane, orientation)
+            channels = plane.shape[2] if plane.ndim == 3 else 1
+            pixel_format = PIXEL_FORMATS[channels, plane.itemsize]
+            frame = Frame(planes=(plane,), pixel_format=pixel_format, color=JFIF if channels == 1 else RGB)
+            return _still(image, frame, orientation, data)
     except UnidentifiedImageError as error:
         raise MediaError(f"{path}: no picture, or a damaged one; expected JPEG, PNG, WebP, TIFF or BMP") from error
     except MemoryError as error:
@@ -170,12 +192,43 @@ def _check_kind(path: Path, image: Image.Image) -> None:
         raise UnsupportedError(f"{path}: 16-bit colours in planes of their own; store them interleaved (chunky) first")
 
 
+def _check_coding(path: Path, jpeg: Jpeg) -> None:
+    """Refuse the JPEGs that few programs read."""
+    if jpeg.coding not in (BASELINE, EXTENDED, PROGRESSIVE):
+        kind = "arithmetic coding" if jpeg.coding > 0xC8 else "lossless or hierarchical coding"
+        raise UnsupportedError(f"{path}: a JPEG with {kind}; store it as baseline or progressive JPEG first")
+    if jpeg.bits != 8:
+        raise UnsupportedError(f"{path}: a JPEG of {jpeg.bits} bits a sample; convert it to 8 bits first")
+
+
+def _own_planes(jpeg: Jpeg, orientation: int) -> Frame | None:
+    """Return a JPEG in its own planes, upright; None if no pixel format has them."""
+    decoded = None if jpeg.has_late_tables else decode_planes(jpeg.data[: jpeg.end])
+    if decoded is None:
+        return None
+    pixel_format, planes = decoded
+    layout = PIXEL_LAYOUTS[pixel_format]
+    transpose, up_down, left_right = _UPRIGHT[orientation]
+    if transpose:
+        turned = replace(layout, planes=tuple(replace(p, sub_x=p.sub_y, sub_y=p.sub_x) for p in layout.planes))
+        names = (name for name in JPEG_FORMATS if PIXEL_LAYOUTS[name] == turned)
+        pixel_format = next(names, "")
+        if not pixel_format:
+            return None
+    # Luma is padded to whole chroma samples. Where the padding becomes the first column or row it stays: without it
+    # the chroma would be shifted.
+    width, height = jpeg.size
+    flips = (left_right, up_down) if transpose else (up_down, left_right)
+    rows, columns = (None if flip else size for flip, size in zip(flips, (height, width), strict=True))
+    planes[0] = planes[0][:rows, :columns]
+    upright = tuple(as_upright(plane, orientation) for plane in planes)
+    return Frame(planes=upright, pixel_format=pixel_format, color=JFIF)
+
+
 def _log_changes(path: Path, image: Image.Image) -> None:
     """Say what will not be written back as it was."""
     if image.mode not in ("L", "RGB", "RGBA", "I;16", "I;16B", "I;16L"):
         log.warning("%s: stored as %s, will be written as plain gray, RGB or RGBA", path, image.mode)
-    if getattr(image, "n_frames", 1) > 1:
-        log.warning("%s: holds further pictures (a gain map or a stereo pair), which are not kept", path)
 
 
 def _decode(image: Image.Image, data: bytes) -> Plane:
@@ -217,7 +270,8 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def _upright(samples: Plane, orientation: int) -> Plane:
+def as_upright(samples: Plane, orientation: int) -> Plane:
+    """Turn stored samples as a viewer shows them."""
     transpose, up_down, left_right = _UPRIGHT[orientation]
     samples = samples.swapaxes(0, 1) if transpose else samples
     samples = samples[::-1] if up_down else samples
@@ -226,7 +280,7 @@ def _upright(samples: Plane, orientation: int) -> Plane:
 
 
 def as_stored(samples: Plane, orientation: int) -> Plane:
-    """Undo `_upright`."""
+    """Undo `as_upright`."""
     transpose, up_down, left_right = _UPRIGHT[orientation]
     samples = samples[:, ::-1] if left_right else samples
     samples = samples[::-1] if up_down else samples
@@ -234,9 +288,7 @@ def as_stored(samples: Plane, orientation: int) -> Plane:
     return cast(Plane, np.ascontiguousarray(samples))  # numpy's stubs join the union's dtypes to generic
 
 
-def _still(image: Image.Image, plane: Plane, orientation: int, data: bytes) -> Still:
-    channels = plane.shape[2] if plane.ndim == 3 else 1
-    pixel_format = PIXEL_FORMATS[channels, plane.itemsize]
+def _still(image: Image.Image, frame: Frame, orientation: int, data: bytes) -> Still:
     info = image.info
     xmp = info.get("xmp") or info.get("XML:com.adobe.xmp")
     exif = info.get("exif") or None
@@ -255,7 +307,7 @@ def _still(image: Image.Image, plane: Plane, orientation: int, data: bytes) -> S
         dpi = None  # Pillow says 1
     jpeg = image if isinstance(image, JpegImagePlugin.JpegImageFile) else None
     return Still(
-        frame=Frame(planes=(plane,), pixel_format=pixel_format, color=_GRAY if channels == 1 else RGB),
+        frame=frame,
         format="JPEG" if image.format == "MPO" else str(image.format),
         orientation=orientation,
         exif=exif,

@@ -22,6 +22,7 @@ from faceage.agers.programs import reader_program
 from faceage.ages import age_to_classes
 from faceage.align import align_faces, choose_size
 from faceage.checkpoint import load, read_header
+from faceage.engines.examples import example_faces
 from faceage.errors import UnsupportedError
 from faceage.geometry import apply_affine, face_mask, skin_masks, template_5
 from faceage.models import find_model
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 NAIVE_STEPS = (*range(2, 20), *range(20, 65, 4))
 """Evaluations a face that the baseline may take: no coarser, or it would be made to do more than it needs."""
 
+
+PORTRAIT_PX = 128
+"""Side of the bundled portrait."""
 
 LBFGS_HISTORY = 8
 """Steps that torch's L-BFGS keeps. It searches along each: without its line search it needed more evaluations here."""
@@ -166,6 +170,29 @@ def generated_faces(model: str, count: int) -> FloatArray:
     classes = age_to_classes(np.linspace(15, 75, count, dtype=np.float32))
     with torch.no_grad():
         return _generator(path)(torch.from_numpy(latents), torch.from_numpy(classes)).numpy()
+
+
+def generated_photos(folder: Path, count: int, megapixels: float) -> list[Path]:
+    """Write photos of a camera's size and grain that show the bundled portrait twice, a third and a sixth as high.
+
+    Returns:
+        The files: 4:3, baseline JPEG, 4:2:0, quality 92.
+    """
+    height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
+    width = height * 4 // 3
+    portraits = ((example_faces(count, PORTRAIT_PX) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    photos = [folder / f"{i}.jpg" for i in range(count)]
+    for seed, (portrait, photo) in enumerate(zip(portraits, photos, strict=True)):
+        random = np.random.default_rng(seed)
+        picture = cv2.resize(cv2.GaussianBlur(portrait, (0, 0), PORTRAIT_PX / 16), (width, height))
+        for left, side in ((0, height // 3), (width // 2, height // 6)):
+            y, x = random.integers(0, (height - side, width // 2 - side))
+            face = cv2.resize(portrait, (side, side), interpolation=cv2.INTER_CUBIC)
+            picture[y : y + side, left + x : left + x + side] = face
+        grain = random.normal(0, 3, (height, width, 1)).astype(np.float32)
+        noisy = (picture + grain).round().clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(photo, quality=92, subsampling="4:2:0")
+    return photos
 
 
 def naive_fit(

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from faceage.errors import NoFaceError
-from faceage.geometry import invert_affine
+from faceage.kernels import gather_crops
 from faceage.media.image import read_image
 from faceage.pipeline.photos import AgedPhoto, age_frames
 from faceage.pipeline.request import AgeRequest, Networks
@@ -63,19 +62,13 @@ def make_sheet(
 
 def _cells(frame: Frame, photo: AgedPhoto) -> list[np.ndarray]:
     """Return each face of a picture, upright and with some surroundings, uint8 RGB."""
-    plane = frame.planes[0]
-    picture = plane if plane.dtype == np.uint8 else (plane >> 8).astype(np.uint8)
-    picture = picture[..., :3] if picture.ndim == 3 else cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB)
     cells = []
-    for crop_to_frame, size in zip(invert_affine(photo.frame_to_crop), photo.sizes_px, strict=True):
-        # The cell's pixels to the crop's, and on to the frame's.
-        scale = size * (1 + 2 * _CONTEXT) / CELL_PX
-        offset = -size * _CONTEXT
-        linear = crop_to_frame[:, :2] * scale
-        shift = crop_to_frame[:, :2] @ np.array([offset, offset]) + crop_to_frame[:, 2]
-        matrix = np.column_stack([linear, shift])
-        flags = cv2.INTER_AREA | cv2.WARP_INVERSE_MAP
-        cells.append(cv2.warpAffine(picture, matrix, (CELL_PX, CELL_PX), flags=flags, borderMode=cv2.BORDER_REPLICATE))
+    for frame_to_crop, size in zip(photo.frame_to_crop, photo.sizes_px, strict=True):
+        scale = CELL_PX / (size * (1 + 2 * _CONTEXT))
+        frame_to_cell = scale * frame_to_crop
+        frame_to_cell[:, 2] += scale * size * _CONTEXT
+        (pixels,) = gather_crops([frame], np.zeros(1, np.int64), frame_to_cell[None], CELL_PX)
+        cells.append(((pixels + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0))
     return cells
 
 

@@ -1,0 +1,258 @@
+"""A JPEG taken apart, and put together again with only the changed blocks of 8x8 samples coded anew.
+
+For each changed block, with Q the file's own quantisation table and C its quantised coefficients:
+
+    C' = C + round(DCT(after - before) / Q)
+
+so the unchanged part of a block does not drift, and a block without a change keeps its bits.
+
+Reference: ITU-T T.81 (JPEG), annexes A and B.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from faceage.media.turbojpeg import Coefficients, edit_coefficients
+from faceage.types import Plane
+
+SOI, EOI, SOS, DQT, DHT, DRI, COM = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xDD, 0xFE
+APP0, APP1, APP2, APP11, APP13 = 0xE0, 0xE1, 0xE2, 0xEB, 0xED
+BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, 0xCC}
+_NO_BODY = frozenset([0x01, *range(0xD0, 0xD8), SOI])
+# In coded data 0xFF is followed by 0x00, or by a restart marker.
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+MAX_COEFFICIENT = 1023
+"""Ten bits of magnitude, the most that 8-bit JPEG codes."""
+_ZIGZAG = sorted(range(64), key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8))
+"""Where each coefficient of a table in a file belongs, row by row."""
+_DCT = np.cos(np.pi / 8 * np.arange(8)[:, None] * (np.arange(8) + 0.5)).astype(np.float32) / 2
+_DCT[0] *= np.float32(np.sqrt(0.5))
+_DCT_2D = np.kron(_DCT, _DCT).T
+"""Samples [64] of a block, row by row, to its coefficients."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A marker segment of the header."""
+
+    marker: int
+    body: bytes
+    """Without marker and length."""
+
+    def __bytes__(self) -> bytes:
+        return struct.pack(">BBH", 0xFF, self.marker, 2 + len(self.body)) + self.body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jpeg:
+    """A JPEG file in its parts."""
+
+    data: bytes
+    """The whole file."""
+    segments: tuple[Segment, ...]
+    """Those before the first scan, in order."""
+    end: int
+    """Where the picture ends. What follows it is a trailer: gain maps, videos, a maker's data."""
+    has_late_tables: bool
+    """Whether quantisation tables change between scans."""
+
+    @cached_property
+    def coding(self) -> int:
+        """The marker of the frame header: `BASELINE`, `PROGRESSIVE`, ..."""
+        return self._frame_header.marker
+
+    @property
+    def bits(self) -> int:
+        """Bits of a sample."""
+        return self._frame_header.body[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, as stored."""
+        height, width = struct.unpack_from(">HH", self._frame_header.body, 1)
+        return width, height
+
+    @cached_property
+    def _frame_header(self) -> Segment:
+        return next(segment for segment in self.segments if segment.marker in _FRAME_HEADERS)
+
+    @property
+    def restart_interval(self) -> int:
+        """MCUs between restart markers, 0 if there are none."""
+        intervals = [struct.unpack(">H", s.body)[0] for s in self.segments if s.marker == DRI]
+        return intervals[-1] if intervals else 0
+
+    def quantisation(self) -> list[npt.NDArray[np.float32]]:
+        """Return each component's table, float32 [8, 8]."""
+        tables = {}
+        for segment in self.segments:
+            body = segment.body if segment.marker == DQT else b""
+            while body:
+                size = 2 if body[0] >> 4 else 1
+                table = np.zeros(64, np.float32)
+                table[_ZIGZAG] = np.frombuffer(body, f">u{size}", 64, 1)
+                tables[body[0] & 15] = table.reshape(8, 8)
+                body = body[1 + 64 * size :]
+        header = self._frame_header.body
+        return [tables[header[8 + 3 * i]] for i in range(header[5])]
+
+    def huffman_tables(self) -> dict[int, bytes]:
+        """Return the Huffman tables of the header by class and number."""
+        tables = {}
+        for segment in self.segments:
+            body = segment.body if segment.marker == DHT else b""
+            while body:
+                size = 17 + sum(body[1:17])
+                tables[body[0]] = body[1:size]
+                body = body[size:]
+        return tables
+
+
+def parse_jpeg(data: bytes) -> Jpeg:
+    """Take a JPEG apart.
+
+    Raises:
+        ValueError: if it is damaged or truncated.
+    """
+    segments: list[Segment] = []
+    late_tables = False
+    scanning = False
+    for marker, start, stop in _walk(data):
+        if marker == EOI:
+            if not scanning:
+                raise ValueError("it has no picture")
+            jpeg = Jpeg(data=data, segments=tuple(segments), end=stop, has_late_tables=late_tables)
+            _check_header(jpeg)
+            return jpeg
+        scanning = scanning or marker == SOS
+        late_tables = late_tables or (scanning and marker == DQT)
+        if not scanning:
+            segments.append(Segment(marker, data[start + 4 : stop]))
+    raise ValueError("its end is missing")
+
+
+def _check_header(jpeg: Jpeg) -> None:
+    try:
+        jpeg.quantisation()
+        jpeg.huffman_tables()
+        jpeg.restart_interval  # noqa: B018  read for its error
+    except (StopIteration, KeyError, IndexError, struct.error) as error:
+        raise ValueError("its header makes no sense") from error
+
+
+def _walk(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker, the beginning and the end of each segment, and of the end of the picture."""
+    at = 2
+    while match := _MARKER.search(data, at):
+        at = match.start()
+        marker = data[at + 1]
+        if marker == EOI:
+            yield marker, at, at + 2
+            return
+        if marker in _NO_BODY:
+            at += 2
+            continue
+        stop = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if stop > len(data) or stop < at + 4:
+            raise ValueError("a segment is cut off")
+        yield marker, at, stop
+        at = stop
+
+
+@lru_cache(maxsize=1)
+def _standard_huffman_tables() -> dict[int, bytes]:
+    """Return those of T.81's annex K, as an encoder writes that computes none."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    return parse_jpeg(buffer.getvalue()).huffman_tables()
+
+
+def edit_jpeg(jpeg: Jpeg, before: Sequence[Plane], after: Sequence[Plane], segments: Sequence[Segment]) -> bytes:
+    """Return the file with the blocks coded anew in which a sample has changed, without a trailer.
+
+    Args:
+        jpeg: the source.
+        before: its planes, uint8, as stored.
+        after: the same, changed.
+        segments: the header's, as they are to be written; the Huffman tables are replaced.
+    """
+    changes = [_changed_rows(*planes) for planes in zip(before, after, jpeg.quantisation(), strict=True)]
+
+    def edit(component: int, row: int, coefficients: Coefficients) -> None:
+        if row in changes[component]:
+            columns, change = changes[component][row]
+            changed = np.clip(coefficients[columns] + change, -MAX_COEFFICIENT, MAX_COEFFICIENT)
+            coefficients[columns] = changed
+
+    coded = edit_coefficients(
+        jpeg.data[: jpeg.end],
+        edit,
+        progressive=jpeg.coding == PROGRESSIVE,
+        optimize=not jpeg.huffman_tables().items() <= _standard_huffman_tables().items(),
+        restart_interval=jpeg.restart_interval,
+    )
+    tables, scans = _huffman_coded(coded)
+    header = b""
+    for segment in segments:
+        if segment.marker == DHT:
+            header += tables
+            tables = b""
+        else:
+            header += bytes(segment)
+    return coded[:2] + header + tables + scans
+
+
+def _huffman_coded(coded: bytes) -> tuple[bytes, bytes]:
+    """Return the Huffman tables and the scans of a JPEG."""
+    tables = b""
+    for marker, start, stop in _walk(coded):
+        if marker == SOS:
+            return tables, coded[start:]
+        if marker == DHT:
+            tables += coded[start:stop]
+    raise ValueError("libjpeg-turbo wrote no scan")
+
+
+def _changed_rows(
+    before: Plane, after: Plane, table: npt.NDArray[np.float32]
+) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
+    """Return the quantised change of a plane: for each row of blocks the columns [N] and coefficients [N, 64]."""
+    changed = before != after
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    if not len(rows):
+        return {}
+    top, left = rows[0] // 8 * 8, columns[0] // 8 * 8
+    window = slice(top, (rows[-1] // 8 + 1) * 8), slice(left, (columns[-1] // 8 + 1) * 8)
+    blocks_before, blocks_after = _blocks(before[window]), _blocks(after[window])
+    row, column = np.nonzero(_blocks(changed[window]).view(np.uint64).any((2, 3)))
+    difference = blocks_after[row, column].astype(np.float32) - blocks_before[row, column]
+    quantised = np.rint(difference.reshape(-1, 64) @ _DCT_2D / table.reshape(64)).astype(np.int32)
+    coded = quantised.any(1)
+    row, column, quantised = row[coded] + top // 8, column[coded] + left // 8, quantised[coded]
+    cuts = np.flatnonzero(np.diff(row)) + 1
+    return {
+        int(rows[0]): (columns, change)
+        for rows, columns, change in zip(
+            np.split(row, cuts), np.split(column, cuts), np.split(quantised, cuts), strict=True
+        )
+        if len(rows)
+    }
+
+
+def _blocks(samples: npt.NDArray) -> npt.NDArray:
+    """Return the blocks of 8x8 of [H, W] as [rows, columns, 8, 8]; those over the edge are filled with its samples."""
+    if samples.shape[0] % 8 or samples.shape[1] % 8:
+        samples = np.pad(samples, [(0, -size % 8) for size in samples.shape], "edge")
+    height, width = samples.shape
+    return samples.reshape(height // 8, 8, width // 8, 8).swapaxes(1, 2)
