@@ -13,6 +13,7 @@ import skimage.data
 from PIL import Image, ImageOps
 
 from faceage.errors import MediaError, UnsupportedError
+from faceage.media import turbojpeg
 from faceage.media.image import read_image, write_image
 from faceage.media.jpeg import DHT, parse_jpeg
 from faceage.media.turbojpeg import edit_coefficients
@@ -389,3 +390,18 @@ def test_a_bug_in_an_edit_comes_out():
 
     with pytest.raises(RuntimeError, match="seen"):
         edit_coefficients(encode(), edit, progressive=False)
+
+
+def test_without_libjpeg_turbo_a_jpeg_is_coded_anew_and_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    source, target = tmp_path / "photo.jpg", tmp_path / "out.jpg"
+    Image.fromarray(skimage.data.astronaut()[:96, :128]).save(source, quality=90)
+    monkeypatch.setattr("faceage.media.turbojpeg.find_spec", lambda name: None)
+    turbojpeg._library.cache_clear()
+    still = read_image(source)
+    turbojpeg._library.cache_clear()
+    assert still.jpeg is None
+    assert still.frame.pixel_format == "rgb24"
+    assert "libjpeg-turbo was not found in pylibjxl" in caplog.text
+    assert "it is coded anew" in caplog.text
+    write_image(target, still, still.frame)
+    assert np.abs(np.asarray(Image.open(target)).astype(int) - np.asarray(Image.open(source))).mean() < 2

@@ -149,6 +149,6 @@ def _own_head(size_px: int) -> FloatArray:
     return own
 
 
-def _ramp(x: FloatArray) -> FloatArray:
+def _ramp(x: np.ndarray) -> FloatArray:
     x = np.clip(x, 0, 1).astype(np.float32)
     return x * x * (3 - 2 * x)

@@ -22,7 +22,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.jpeg import BASELINE, EXTENDED, PROGRESSIVE, Jpeg, parse_jpeg
-from faceage.media.turbojpeg import decode_planes
+from faceage.media.turbojpeg import decode_planes, why_missing
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame, Plane
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ def read_image(path: str | os.PathLike[str]) -> Still:
             if frame:
                 return replace(_still(image, frame, orientation, data), jpeg=jpeg)
             if jpeg:
-                log.warning("%s: colours or subsampling that faceage does not edit in place; it is coded anew", path)
+                why = why_missing() or "colours or subsampling that faceage does not edit in place"
+                log.warning("%s: %s; it is coded anew", path, why)
             plane = _decode(image, data)
             plane = plane if image.format == "TIFF" else as_upright(plane, orientation)
             channels = plane.shape[2] if plane.ndim == 3 else 1
@@ -203,7 +204,7 @@ def _check_coding(path: Path, jpeg: Jpeg) -> None:
 
 def _own_planes(jpeg: Jpeg, orientation: int) -> Frame | None:
     """Return a JPEG in its own planes, upright; None if no pixel format has them."""
-    decoded = None if jpeg.has_late_tables else decode_planes(jpeg.data[: jpeg.end])
+    decoded = None if jpeg.has_late_tables or why_missing() else decode_planes(jpeg.data[: jpeg.end])
     if decoded is None:
         return None
     pixel_format, planes = decoded

@@ -84,6 +84,15 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def why_missing() -> str | None:
+    """Return why JPEGs cannot be edited in place here, or None if they can."""
+    try:
+        _library()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
 @contextmanager
 def _instance(kind: int) -> Iterator[int]:
     library = _library()
