@@ -24,10 +24,10 @@ from faceage.types import Change, FloatArray
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
-LIFT, DETAIL, FADE = 0.66, 1.4, 0.85
-GREY_SHARE = 0.75
+LIFT, DETAIL, FADE = 0.85, 1.0, 0.85
+GREY_SHARE = 0.85
 """Luma of grey hair, as a share of that of the face's skin."""
-GREY_RANGE = (0.28, 0.75)
+GREY_RANGE = (0.42, 0.75)
 BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
 """Widths of the base's blur, in sides of the crop, and of the filter that takes out noise before it."""
 GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
@@ -35,6 +35,8 @@ UNSURE, SURE = 0.4, 0.8
 """Probability of hair up to which nothing turns grey, and from which it does in full."""
 BRIGHTER = (0.12, 0.3)
 """How much brighter than the strands around it a pixel may be, and from where on it is no hair."""
+MARGIN = 0.006
+"""Width of the margin to a bright background, in sides of the crop."""
 FACE_CENTRE, REACH = 0.45, (0.27, 0.37)
 """Height of the face's middle in the crop, and how far from it hair may be; in sides of the crop, of which a face takes
 0.29."""
@@ -79,8 +81,11 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     weight = cv2.GaussianBlur(mask, (0, 0), BASE_SIGMA * size)
     base = cv2.GaussianBlur(calm * mask, (0, 0), BASE_SIGMA * size) / np.maximum(weight, 1e-3)
     base = np.where(weight > 1e-3, base, luma).astype(np.float32)
-    # What is far brighter than the strands around it is the background behind them.
-    mask = mask * _ramp((BRIGHTER[1] - (luma - base)) / (BRIGHTER[1] - BRIGHTER[0]))
+    # What is far brighter than the strands around it is the background behind them. A margin is left to it: the head
+    # moves between key frames, and a bright background that is taken for hair would shine.
+    dark = _ramp((BRIGHTER[1] - (luma - base)) / (BRIGHTER[1] - BRIGHTER[0]))
+    margin = 2 * round(MARGIN * size) + 1
+    mask = mask * cv2.blur(cv2.erode(dark, np.ones((margin, margin), np.uint8)), (margin, margin))
     half = (size // 2, size // 2)
     skin = slice(int(0.42 * size), int(0.52 * size))
     return HairKey(

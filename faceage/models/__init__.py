@@ -16,7 +16,7 @@ from faceage.cache import cache_root
 from faceage.checkpoint import read_header
 from faceage.errors import CheckpointError
 
-DEFAULT_MODEL = "facegan"
+DEFAULT_MODEL = "space"
 """The bundled model that is used where none is named: the scorecard's choice, see MODEL_CARD.md."""
 BUNDLED_MODELS = tuple(architecture.name for architecture in ARCHITECTURES)
 """Each architecture has one, of its own name."""
