@@ -205,5 +205,4 @@ def embed_photos(teacher: MobileFaceNet, photos: Photos) -> FloatArray:
 
 def embed_faces(teacher: MobileFaceNet, pictures: list[np.ndarray], landmarks: FloatArray) -> FloatArray:
     """Return unit embeddings of the faces with landmarks [N, 5, 2]: float32 [N, 128]."""
-    embeddings = embed(teacher, warp_faces(pictures, landmarks, TEMPLATE_96X112, 96, 112)).numpy()
-    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embed(teacher, warp_faces(pictures, landmarks, TEMPLATE_96X112, 96, 112)).numpy()
