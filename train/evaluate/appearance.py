@@ -243,7 +243,8 @@ def measure_direction(
     figures = {}
     for row, pictures in made.items():
         figures[row] = measures.row(pictures)
-        log.info("%s, %s: measured", name, row)
+        tests = (figures[row][key]["auc"] for key in ("c2st_full", "c2st_fine"))
+        log.info("%s, %s: C2ST %.3f, fine band %.3f", name, row, *tests)
     return {"n": len(sources), "real": len(real), "rows": {REAL: measures.real_row()} | figures}
 
 
