@@ -119,7 +119,7 @@ class FGNet:
     def __init__(self, archive: Path, networks: Networks, teacher: MobileFaceNet) -> None:
         """Read the photos; the landmarks are those of the product's detector."""
         self._teacher, self._detector = teacher, networks.detector
-        photos, people = read_fgnet(archive, networks.detector)
+        photos, people = read_fgnet(archive, networks.detector, ADULT_YEARS)
         self.photos, self.people = photos, people
         self.embeddings = embed_photos(teacher, photos)
         self.directions = dict(zip(("older", "younger"), make_pairs(people, photos.ages), strict=True))
