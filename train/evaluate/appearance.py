@@ -68,7 +68,8 @@ DIRECTIONS = {
     "to 25": Direction(target=25, sources=(40, 75), real=(21, 29)),
 }
 PROTOTYPE_FACES = 400
-"""Real faces whose mean is an age's prototype: of all of UTKFace, for it is a property of the age, not of a face."""
+"""Real faces whose means are an age's prototype and band energies: of all of UTKFace, for these are properties of the
+age and not of a face."""
 HAIR_DIRECTION = Direction(target=70, sources=(20, 40), real=(65, 75))
 
 
@@ -146,7 +147,8 @@ class Measures:
         self._before_logs, self._real_logs = log_colours(self._before), log_colours(self._real_crops)
         view_of_real = view(list(real.pictures), real.landmarks)
         self._real = {"full": full_features(view_of_real), "fine": fine_features(view_of_real)}
-        self._energies = band_energies(view_of_real)
+        self._own_energies = band_energies(view_of_real)
+        self._energies = band_energies(view(list(many.pictures), many.landmarks))
 
     def row(self, pictures: list[np.ndarray]) -> dict:
         """Return all figures of one row."""
@@ -166,14 +168,14 @@ class Measures:
         }
 
     def real_row(self) -> dict:
-        """Return the figures of real faces: one half of them against the other, all against the age's prototype."""
-        order = np.random.default_rng(SEED).permutation(len(self._energies))
+        """Return the figures of real faces: one half against the other, or all against the age's means."""
+        order = np.random.default_rng(SEED).permutation(len(self._own_logs))
         a, b = order[::2], order[1::2]
         return {
             "c2st_full": held_out_auc(self._real["full"][a], self._real["full"][b]),
             "c2st_fine": held_out_auc(self._real["fine"][a], self._real["fine"][b]),
             "prototype": recovery(self._own_logs, self._before_logs, self._real_logs, are_pairs=False),
-            "bands": energy_errors(self._energies[a], self._energies[b]),
+            "bands": energy_errors(self._own_energies, self._energies),
         }
 
 
