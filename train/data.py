@@ -102,6 +102,14 @@ def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield member.name.rsplit("/", 1)[-1], stream.read()
 
 
+def archive_names(path: Path) -> list[str]:
+    """Return the file names of `read_archive`, without reading the pictures."""
+    if path.is_dir():
+        return sorted(file.name for file in path.rglob("*.[jJ][pP][gG]"))
+    with tarfile.open(path) as tar:
+        return sorted(m.name.rsplit("/", 1)[-1] for m in tar.getmembers() if m.name.lower().endswith(".jpg"))
+
+
 def is_validation(name: str) -> bool:
     """Return whether a picture is for validation, and never trained on.
 

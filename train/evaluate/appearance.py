@@ -36,7 +36,7 @@ from train.evaluate.bands import band_energies, energy_errors
 from train.evaluate.c2st import fine_features, full_features, held_out_auc
 from train.evaluate.composites import age_pictures
 from train.evaluate.faces import blur_face, mask_in_picture, paste_face
-from train.evaluate.photos import Photos, draw_alike, read_aaf, read_utkface
+from train.evaluate.photos import Photos, draw_alike, read_aaf, read_utkface, read_utkface_sample
 from train.evaluate.prototype import dirt, log_colours, recovery
 from train.evaluate.scorecard import plain, show, table
 from train.readers.teacher import MobileFaceNet, load_teacher
@@ -67,13 +67,16 @@ DIRECTIONS = {
     "to 70": Direction(target=70, sources=(20, 50), real=(62, 78)),
     "to 25": Direction(target=25, sources=(40, 75), real=(21, 29)),
 }
+PROTOTYPE_FACES = 400
+"""Real faces whose means are an age's prototype and band energies: of all of UTKFace, for these are properties of the
+age and not of a face."""
 HAIR_DIRECTION = Direction(target=70, sources=(20, 40), real=(65, 75))
 
 
 def choose(photos: Photos, direction: Direction, count: int) -> tuple[Photos, Photos]:
     """Return the faces to age and the real ones, at most `count` each, of the same mix of labels."""
     random = np.random.default_rng(SEED)
-    labels = photos.genders * 10 + photos.races
+    labels = _labels(photos)
     sources, real = photos.aged(*direction.sources), photos.aged(*direction.real)
     if len(sources) < len(real):  # the rarer set is drawn at random, the other one like it
         sources = random.permutation(sources)[:count]
@@ -82,6 +85,10 @@ def choose(photos: Photos, direction: Direction, count: int) -> tuple[Photos, Ph
         real = random.permutation(real)[:count]
         sources = sources[draw_alike(labels[sources], labels[real], count, random)]
     return photos.rows(sources), photos.rows(real)
+
+
+def _labels(photos: Photos) -> np.ndarray:
+    return photos.genders * 10 + photos.races
 
 
 def view(pictures: list[np.ndarray], landmarks: FloatArray) -> np.ndarray:
@@ -131,15 +138,17 @@ def known_rows(sources: Photos, real: Photos) -> dict[str, list[np.ndarray]]:
 class Measures:
     """Measures rows of pictures of one direction: each row shows the same people."""
 
-    def __init__(self, sources: Photos, real: Photos, teacher: MobileFaceNet, networks: Networks) -> None:
-        self._sources, self._teacher, self._networks = sources, teacher, networks
+    def __init__(self, sources: Photos, real: Photos, many: Photos, teacher: MobileFaceNet) -> None:
+        self._sources, self._teacher = sources, teacher
         self._who = fgnet.embed_faces(teacher, list(sources.pictures), sources.landmarks)
         self._before = aligned(list(sources.pictures), sources.landmarks, VIEW_PX)
-        self._real_crops = aligned(list(real.pictures), real.landmarks, VIEW_PX)
+        self._real_crops = aligned(list(many.pictures), many.landmarks, VIEW_PX)
+        self._own_logs = log_colours(aligned(list(real.pictures), real.landmarks, VIEW_PX))
         self._before_logs, self._real_logs = log_colours(self._before), log_colours(self._real_crops)
         view_of_real = view(list(real.pictures), real.landmarks)
         self._real = {"full": full_features(view_of_real), "fine": fine_features(view_of_real)}
-        self._energies = band_energies(view_of_real)
+        self._own_energies = band_energies(view_of_real)
+        self._energies = band_energies(view(list(many.pictures), many.landmarks))
 
     def row(self, pictures: list[np.ndarray]) -> dict:
         """Return all figures of one row."""
@@ -159,14 +168,14 @@ class Measures:
         }
 
     def real_row(self) -> dict:
-        """Return the figures of real faces: one half of them against the other."""
-        order = np.random.default_rng(SEED).permutation(len(self._energies))
+        """Return the figures of real faces: one half against the other, or all against the age's means."""
+        order = np.random.default_rng(SEED).permutation(len(self._own_logs))
         a, b = order[::2], order[1::2]
         return {
             "c2st_full": held_out_auc(self._real["full"][a], self._real["full"][b]),
             "c2st_fine": held_out_auc(self._real["fine"][a], self._real["fine"][b]),
-            "prototype": recovery(self._real_logs[a], self._before_logs, self._real_logs[b], are_pairs=False),
-            "bands": energy_errors(self._energies[a], self._energies[b]),
+            "prototype": recovery(self._own_logs, self._before_logs, self._real_logs, are_pairs=False),
+            "bands": energy_errors(self._own_energies, self._energies),
         }
 
 
@@ -222,13 +231,15 @@ def render_hair(section: dict) -> str:
 
 
 def measure_direction(
-    name: str, photos: Photos, models: list[Networks], teacher: MobileFaceNet, count: int, rows: dict[str, Path],
-    out: Path | None,
+    name: str, archive: Path, photos: Photos, models: list[Networks], teacher: MobileFaceNet, count: int,
+    rows: dict[str, Path], out: Path | None,
 ) -> dict:  # fmt: skip
     """Age the faces of one direction with each model, and measure every row."""
     direction = DIRECTIONS[name]
     sources, real = choose(photos, direction, count)
-    measures = Measures(sources, real, teacher, models[0])
+    pool = read_utkface_sample(archive, direction.real, 2 * PROTOTYPE_FACES)
+    many = pool.rows(draw_alike(_labels(pool), _labels(sources), PROTOTYPE_FACES, np.random.default_rng(SEED)))
+    measures = Measures(sources, real, many, teacher)
     made = known_rows(sources, real)
     targets = np.full(len(sources), direction.target, np.float32)
     for networks in models:
@@ -243,13 +254,14 @@ def measure_direction(
     figures = {}
     for row, pictures in made.items():
         figures[row] = measures.row(pictures)
-        log.info("%s, %s: measured", name, row)
+        tests = (figures[row][key]["auc"] for key in ("c2st_full", "c2st_fine"))
+        log.info("%s, %s: C2ST %.3f, fine band %.3f", name, row, *tests)
     return {"n": len(sources), "real": len(real), "rows": {REAL: measures.real_row()} | figures}
 
 
 def measure_hair(archive: Path, models: list[Networks], count: int, rows: dict[str, Path], out: Path | None) -> dict:
     """Age whole heads with each model, and compare their hair and brows with real ones."""
-    photos = read_aaf(archive, models[0].detector)
+    photos = read_aaf(archive, models[0].detector, [HAIR_DIRECTION.sources, HAIR_DIRECTION.real])
     sources, real = choose(photos, HAIR_DIRECTION, count)
 
     def look(pictures: list[np.ndarray], landmarks: FloatArray) -> dict[str, FloatArray]:
@@ -304,20 +316,26 @@ def main(
     started = perf_counter()
     loaded = [load_networks(model=model) for model in models]
     judge = load_teacher(teacher)
-    photos = read_utkface(data)
+    photos = read_utkface(data, [ages for d in DIRECTIONS.values() for ages in (d.sources, d.real)])
     log.info("%d validation pictures read", len(photos))
     folder = out / "pictures" if pictures else None
     results: dict = {"commit": git_commit(), "directions": {}, "hair": None, "fgnet": {}}
+    out.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        results["seconds"] = perf_counter() - started
+        (out / "appearance.json").write_text(json.dumps(plain(results), indent=1))
+        (out / "appearance.md").write_text(render(results))
+
     for name in DIRECTIONS:
-        results["directions"][name] = measure_direction(name, photos, loaded, judge, count, rows, folder)
+        results["directions"][name] = measure_direction(name, data, photos, loaded, judge, count, rows, folder)
+        write()
     if heads is not None:
         results["hair"] = measure_hair(heads, loaded, count, rows, folder)
+        write()
     if people is not None:
         results["fgnet"] = fgnet.measure(people, loaded, judge)
-    results["seconds"] = perf_counter() - started
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "appearance.json").write_text(json.dumps(plain(results), indent=1))
-    (out / "appearance.md").write_text(render(results))
+        write()
     click.echo(render(results))
 
 

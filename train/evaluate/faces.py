@@ -180,8 +180,7 @@ class Panel:
 
     def embed(self, crops: np.ndarray) -> FloatArray:
         """Return the teacher's embeddings [N, 128] of faces aligned to its template, uint8 [N, 112, 96, 3]."""
-        embeddings = embed(self._teacher, crops).numpy()
-        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)  # bfloat16 leaves it near 1
+        return embed(self._teacher, crops).numpy()
 
 
 def _shrink(crops: np.ndarray, size_px: int) -> np.ndarray:

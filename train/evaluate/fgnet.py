@@ -119,7 +119,7 @@ class FGNet:
     def __init__(self, archive: Path, networks: Networks, teacher: MobileFaceNet) -> None:
         """Read the photos; the landmarks are those of the product's detector."""
         self._teacher, self._detector = teacher, networks.detector
-        photos, people = read_fgnet(archive, networks.detector)
+        photos, people = read_fgnet(archive, networks.detector, ADULT_YEARS)
         self.photos, self.people = photos, people
         self.embeddings = embed_photos(teacher, photos)
         self.directions = dict(zip(("older", "younger"), make_pairs(people, photos.ages), strict=True))
@@ -205,5 +205,4 @@ def embed_photos(teacher: MobileFaceNet, photos: Photos) -> FloatArray:
 
 def embed_faces(teacher: MobileFaceNet, pictures: list[np.ndarray], landmarks: FloatArray) -> FloatArray:
     """Return unit embeddings of the faces with landmarks [N, 5, 2]: float32 [N, 128]."""
-    embeddings = embed(teacher, warp_faces(pictures, landmarks, TEMPLATE_96X112, 96, 112)).numpy()
-    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embed(teacher, warp_faces(pictures, landmarks, TEMPLATE_96X112, 96, 112)).numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,7 +13,15 @@ import numpy as np
 from faceage.detect import Detector
 from faceage.errors import MediaError
 from faceage.types import RGB, FloatArray, Frame, IntArray
-from train.data import AAF_LAST_WOMAN, AAF_NAME, UTKFACE_NAME, find_landmarks, is_validation, read_archive
+from train.data import (
+    AAF_LAST_WOMAN,
+    AAF_NAME,
+    UTKFACE_NAME,
+    archive_names,
+    find_landmarks,
+    is_validation,
+    read_archive,
+)
 
 UNKNOWN = -1
 MIN_SCORE = 0.9
@@ -52,25 +60,46 @@ class Photos:
 
 Label = tuple[int, int, int]
 """Age, gender, race."""
+Ages = Sequence[tuple[int, int]]
+"""Ranges of ages, first and last."""
 
 
-def read_utkface(archive: Path) -> Photos:
-    """Read UTKFace's validation pictures; the landmarks are O-Net's, as in training."""
+def read_utkface(archive: Path, ages: Ages) -> Photos:
+    """Read UTKFace's validation pictures of some ages; the landmarks are O-Net's, as in training."""
+    return _read_utkface(archive, lambda name, age: is_validation(name) and _within(age, ages))
 
+
+def read_utkface_sample(archive: Path, ages: tuple[int, int], count: int) -> Photos:
+    """Read about `count` pictures of all of UTKFace, training ones too, for the mean of an age."""
+    names = [name for name in archive_names(archive) if (label := _utkface_label(name)) and _within(label[0], [ages])]
+    chosen = set(np.random.default_rng(0).permutation(sorted(names))[:count].tolist())
+    return _read_utkface(archive, lambda name, _: name in chosen)
+
+
+def _utkface_label(name: str) -> Label | None:
+    match = UTKFACE_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def _within(age: int, ages: Ages) -> bool:
+    return any(first <= age <= last for first, last in ages)
+
+
+def _read_utkface(archive: Path, keep: Callable[[str, int], bool]) -> Photos:
     def label(name: str) -> Label | None:
-        match = UTKFACE_NAME.fullmatch(name)
-        return (int(match[1]), int(match[2]), int(match[3])) if match and is_validation(name) else None
+        its = _utkface_label(name)
+        return its if its and keep(name, its[0]) else None
 
-    names, pictures, labels = _read(read_archive(archive), label, f"validation pictures of UTKFace in {archive}")
+    names, pictures, labels = _read(read_archive(archive), label, f"such pictures of UTKFace in {archive}")
     return _photos(names, pictures, labels, *find_landmarks(pictures))
 
 
-def read_aaf(archive: Path, detector: Detector) -> Photos:
-    """Read the validation photos of All-Age-Faces: whole heads."""
+def read_aaf(archive: Path, detector: Detector, ages: Ages) -> Photos:
+    """Read the validation photos of All-Age-Faces of some ages: whole heads."""
 
     def label(name: str) -> Label | None:
         match = AAF_NAME.fullmatch(name)
-        if not match or not is_validation(name):
+        if not match or not is_validation(name) or not _within(int(match[2]), ages):
             return None
         return int(match[2]), int(int(match[1]) <= AAF_LAST_WOMAN), UNKNOWN
 
@@ -78,8 +107,8 @@ def read_aaf(archive: Path, detector: Detector) -> Photos:
     return _photos(names, pictures, labels, *largest_faces(detector, pictures))
 
 
-def read_fgnet(archive: Path, detector: Detector) -> tuple[Photos, IntArray]:
-    """Read FG-NET.
+def read_fgnet(archive: Path, detector: Detector, first_age: int) -> tuple[Photos, IntArray]:
+    """Read FG-NET's photos from an age on.
 
     Returns:
         The photos, and the person that each shows: int64 [N].
@@ -87,7 +116,7 @@ def read_fgnet(archive: Path, detector: Detector) -> tuple[Photos, IntArray]:
 
     def label(name: str) -> Label | None:
         match = _FGNET_NAME.fullmatch(name)
-        return (int(match[2]), UNKNOWN, UNKNOWN) if match else None
+        return (int(match[2]), UNKNOWN, UNKNOWN) if match and int(match[2]) >= first_age else None
 
     names, pictures, labels = _read(read_archive(archive), label, f"photos of FG-NET in {archive}")
     photos = _photos(names, pictures, labels, *largest_faces(detector, pictures))

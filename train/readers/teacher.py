@@ -89,6 +89,5 @@ def embed(teacher: MobileFaceNet, pixels: np.ndarray, batch: int = 64) -> Tensor
     for start in range(0, len(pixels), batch):
         x = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch])).permute(0, 3, 1, 2)
         x = x.float().sub(127.5).div(128).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(teacher(x).float())
+        parts.append(teacher(x))
     return torch.cat(parts)
