@@ -24,10 +24,10 @@ from faceage.types import Change, FloatArray
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
-LIFT, DETAIL, FADE = 0.85, 1.0, 0.85
-GREY_SHARE = 0.85
+LIFT, DETAIL, FADE = 0.72, 1.6, 0.85
+GREY_SHARE = 0.78
 """Luma of grey hair, as a share of that of the face's skin."""
-GREY_RANGE = (0.42, 0.75)
+GREY_RANGE = (0.36, 0.75)
 BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
 """Widths of the base's blur, in sides of the crop, and of the filter that takes out noise before it."""
 GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
@@ -37,7 +37,7 @@ BRIGHTER = (0.12, 0.3)
 """How much brighter than the strands around it a pixel may be, and from where on it is no hair."""
 MARGIN = 0.006
 """Width of the margin to a bright background, in sides of the crop."""
-FACE_CENTRE, REACH = 0.45, (0.27, 0.37)
+FACE_CENTRE, REACH = 0.45, (0.24, 0.33)
 """Height of the face's middle in the crop, and how far from it hair may be; in sides of the crop, of which a face takes
 0.29."""
 RIM = 0.06
