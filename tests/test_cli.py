@@ -286,13 +286,13 @@ class TestEnvironment:
         from faceage.models import import_model, user_folder
 
         files = import_model("corrupt", list(checkpoints.values()))
-        files.encoder.write_bytes(files.encoder.read_bytes()[:-1000])
+        files.paths["encoder"].write_bytes(files.paths["encoder"].read_bytes()[:-1000])
         try:
             result = faceage("images", face_photo, "-o", tmp_path, "--model", "corrupt", "--age", 70)
         finally:
             shutil.rmtree(user_folder() / "corrupt")
         assert result.exit_code == 4
-        assert error_of(result).startswith(f"{files.encoder} is damaged or not safetensors (")
+        assert error_of(result).startswith(f"{files.paths['encoder']} is damaged or not safetensors (")
 
     def test_a_device_that_is_not_there(self, tiny_model, face_photo, tmp_path):
         options = ["--backend", "onnxruntime", "--device", "cuda:9", "--age", 70]
@@ -341,7 +341,7 @@ class TestImages:
         assert label.encode() in (tmp_path / "face.png").read_bytes()
         refused = faceage("images", face_photo, *options, "--overwrite", "--composite", "replace")
         assert refused.exit_code == 3
-        assert error_of(refused).endswith("without latents; use --composite delta, or --model age-cgan")
+        assert error_of(refused).endswith("has no option composite; leave it out, or use --model age-cgan")
 
     def test_bad_files_do_not_stop_the_others(self, images, face_photo, tmp_path):
         (tmp_path / "empty.jpg").touch()
@@ -471,7 +471,7 @@ class TestModelsAndDoctor:
         assert result.stdout.endswith("use it with --model mine\n")
         assert "mine             imported  ok\n" in faceage("models", "list").stdout
         listed = json.loads(faceage("models", "list", "--json").stdout)
-        assert [row["model"] for row in listed["models"]] == ["age-cgan", "facegan", "mine"]
+        assert [row["model"] for row in listed["models"]] == ["age-cgan", "facegan", "space", "mine"]
         assert "generator: age-cgan-generator, " in faceage("models", "info", "mine").stdout
         described = json.loads(faceage("models", "info", "mine", "--json").stdout)
         assert described["identity"]["dims"]["outputs"] == 128

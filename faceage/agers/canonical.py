@@ -37,7 +37,7 @@ OLDER_GAIN, YOUNGER_GAIN = 1.8, 2.4
 """For the same reason, what the change of the prototypes is multiplied by."""
 LUMA_LIMITS, CHROMA_LIMIT = (0.24, 0.06), 0.06
 """Largest darkening and brightening, and largest change of chroma, as log ratios; approached softly."""
-CREASE_GAIN, CREASE_LIMITS = 2.6, (0.36, 0.10)
+CREASE_GAIN, CREASE_LIMITS = 2.2, (0.36, 0.10)
 """What creases are multiplied by, and their limits: in 200-pixel pictures they are milder than on faces."""
 DETAIL_REDNESS, DETAIL_BLUENESS = -0.30, 0.22
 """Slopes of log R/G and log B/G on log luma in the detail of old skin: dark detail is redder. Measured: -0.40, 0.30."""
@@ -49,7 +49,7 @@ OVEREXPOSED, OVEREXPOSED_SHARE, OVEREXPOSED_CREASES = 0.85, 0.4, 0.4
 this much of them is left."""
 LIGHT_COVARIATES = 7
 """Of the covariates, the first are light and colours."""
-SMOOTHED = 0.85
+SMOOTHED = 0.65
 """Largest share of fine detail that is taken away from younger skin."""
 
 
@@ -209,7 +209,7 @@ def read_canonical(checkpoint: Path) -> CanonicalModel:
         return {name.removeprefix(prefix): value for name, value in parts.items() if name.startswith(prefix)}
 
     areas = {
-        name.removeprefix("areas."): value.astype(np.float32) / 255
+        name.removeprefix("areas."): cv2.resize(value, (CANONICAL_PX, CANONICAL_PX)).astype(np.float32) / 255
         for name, value in arrays.items()
         if name.startswith("areas.")
     }

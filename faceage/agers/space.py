@@ -34,9 +34,13 @@ from faceage.types import Appearance, Change, Crops, FloatArray, View
 
 FACE_SIZES_PX = (128, 256)
 HEAD_SIZES_PX = (160, 320)
+SHARP, BLURRED, BLUR_SIGMA = 0.22, 0.17, 0.0125
+"""Fineness (see `_fineness`) of a face from which on creases are drawn as they are, that at which they are blurred in
+full, and the blur's width in sides of the crop: sharp creases on a blurred face would be seen at once."""
+MIN_BLUR_PX = 0.3
 COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
-SMOOTH_SIGMA, SMOOTH_RANGE = 0.03, 0.16
+SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Younger skin: the bilateral filter's width in sides of the crop, and in luma."""
 
 
@@ -62,6 +66,8 @@ class FaceKey:
     """float32 [32, 32, 3], RGB in [0, 1]."""
     smooth: FloatArray | None
     """float32 [S, S], luma in [0, 1] without fine detail; None where none is taken away."""
+    blur: float
+    """Width of the blur that creases get, in sides of the crop."""
     uncovered: FloatArray | None
     """float32 [C, C], 1 where no hair covers the face; None: not looked for."""
     hair: HairKey | None
@@ -101,7 +107,8 @@ class SpaceAger:
         """Find coordinates, colours and hair; see `base.Ager.observe`."""
         faces = crops[0]
         landmarks = ((faces.landmarks + 0.5) / faces.size_px).astype(np.float32).reshape(-1, 10)
-        (maps,) = self._coordinates(_reduce(faces.pixels, self.views[0].sizes_px[0]), landmarks)
+        small = _reduce(faces.pixels, self.views[0].sizes_px[0])
+        (maps,) = self._coordinates(small, landmarks)
         where = np.ascontiguousarray(maps.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
         if self._hair is None:
             hair: list[HairKey | None] = [None] * len(faces)
@@ -109,13 +116,14 @@ class SpaceAger:
             (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
             hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
         keys = []
-        for look, pixels, coordinates, found in zip(looks, faces.pixels, where, hair, strict=True):
+        for look, pixels, face, coordinates, found in zip(looks, faces.pixels, small, where, hair, strict=True):
             rgb = (pixels.transpose(1, 2, 0) + 1) / 2
             keys.append(
                 FaceKey(
                     size_px=faces.size_px,
                     coordinates=coordinates,
                     colours=cv2.resize(rgb, (COLOUR_PX, COLOUR_PX), interpolation=cv2.INTER_AREA),
+                    blur=BLUR_SIGMA * float(np.clip((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1)),
                     smooth=_smooth(rgb @ RGB_LUMA) if look.tone[..., 3].any() else None,
                     uncovered=None if found is None else self._uncovered(found, coordinates.shape[0]),
                     hair=found,
@@ -145,6 +153,9 @@ class SpaceAger:
         tone = self._read(look.tone, _mix(before.coordinates, after.coordinates, share), size)
         if before.uncovered is not None and after.uncovered is not None:
             tone *= cv2.resize(_mix(before.uncovered, after.uncovered, share), (size, size))[..., None]
+        blur = (1 - share) * before.blur + share * after.blur
+        if blur * size > MIN_BLUR_PX:
+            tone = cv2.GaussianBlur(tone, (0, 0), blur * size)
         clear_rim(tone.transpose(2, 0, 1))
         ratio = np.exp(tone[..., 0])
         delta = self._chroma(tone, _mix(before.colours, after.colours, share), size)
@@ -185,6 +196,15 @@ def _reduce(pixels: FloatArray, side_px: int) -> FloatArray:
     """Return crops [F, 3, S, S] at the side that a network takes; S is a multiple of it."""
     times = pixels.shape[-1] // side_px
     return pixels if times == 1 else pixels.reshape(-1, 3, side_px, times, side_px, times).mean((3, 5))
+
+
+def _fineness(face: FloatArray) -> float:
+    """Return how sharp a face [3, S, S] is: its detail below 0.6 % of the crop's side to that of 0.6 to 2.5 %."""
+    side = face.shape[-1]
+    middle = slice(side // 4, 3 * side // 4)
+    luma = np.tensordot(RGB_LUMA, face[:, middle, middle], 1)
+    fine, coarse = (cv2.GaussianBlur(luma, (0, 0), sigma * side / 128) for sigma in (0.8, 3.2))
+    return float((luma - fine).std() / max(float((fine - coarse).std()), 1e-6))
 
 
 def _smooth(luma: FloatArray) -> FloatArray:

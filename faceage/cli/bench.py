@@ -85,7 +85,7 @@ def video_command(
             out.line(f"clip {repeat_clip} times    {looped['fps']:8.2f} fps   peak RSS {peak}")
 
 
-@command.command("images")
+@command.command("images", context_settings={"default_map": {"model": "facegan"}})
 @photos_argument
 @age_option
 @click.option(

@@ -186,7 +186,7 @@ def identity_map(size_px: int) -> Tensor:
 def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, images: int | None) -> None:
     """Train the coordinate network."""
     cv2.setNumThreads(1)
-    config, dims = Config(), MapDims(size_px=128, outputs=2, scale=0.02)
+    config, dims = Config(), MapDims(size_px=128, outputs=2, scale=0.02, widths=(16, 24, 48, 72, 96))
     size = dims.size_px
     torch.manual_seed(config.seed)
     run = Run(out, config, minutes, images, dims=dims)

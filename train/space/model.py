@@ -31,7 +31,7 @@ from train.space.faces import Heads
 log = logging.getLogger(__name__)
 
 EXEMPLARS_FILE = Path(__file__).parent / "exemplars.txt"
-MAPS, LUMA_PX, CHROMA_PX = 24, 128, 64
+MAPS, LUMA_PX, CHROMA_PX = 18, 128, 64
 """How many maps changes are mixed from, and their sides: finer ones add nothing that can be seen."""
 EXPOSURE_PX, EXPOSURE_TAKEN = 13.0, 0.95
 """Width of the blur, and share of the blurred change, that is taken out: old and young were not lit alike."""
@@ -55,7 +55,7 @@ def blur(x: np.ndarray, sigma: float, inside: np.ndarray) -> np.ndarray:
 
 
 def areas(canonical: Canonical) -> dict[str, np.ndarray]:
-    """Return the fields of `faceage.agers.canonical.Areas`, uint8 [256, 256]."""
+    """Return the fields of `faceage.agers.canonical.Areas` at half their side, uint8 [128, 128]."""
 
     def soft(mask: np.ndarray, grow: int, sigma: float) -> np.ndarray:
         return cv2.GaussianBlur(cv2.dilate(mask, np.ones((grow, grow))), (0, 0), sigma)
@@ -69,7 +69,13 @@ def areas(canonical: Canonical) -> dict[str, np.ndarray]:
         "lips": soft(canonical.area(LIPS), 3, 1.5),
         "mouth": soft(canonical.area(MOUTH), 3, 1.5),
     }
-    return {name: np.rint(255 * part.clip(0, 1)).astype(np.uint8) for name, part in parts.items()}
+    half = (CANONICAL_PX // 2, CANONICAL_PX // 2)
+    return {
+        name: np.rint(255 * cv2.resize(part.astype(np.float32), half, interpolation=cv2.INTER_AREA).clip(0, 1)).astype(
+            np.uint8
+        )
+        for name, part in parts.items()
+    }
 
 
 def change_maps(coefficients: np.ndarray, features: np.ndarray, inside: np.ndarray) -> dict[str, np.ndarray]:
