@@ -762,23 +762,6 @@ def test_output_appears_at_the_end_and_only_on_success(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.mp4", "out.mp4"]
 
 
-def test_keep_saves_what_was_written(tmp_path):
-    clip = make_clip(tmp_path / "in.mp4", audio="aac")
-
-    def interrupt() -> None:
-        with VideoReader(clip) as reader, VideoWriter(tmp_path / "out.mp4", reader, FAST) as writer:
-            writer.keep()
-            for number, frame in enumerate(reader):
-                if number == 5:
-                    raise KeyboardInterrupt
-                writer.write(frame)
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupt()
-    assert len(packets_of(tmp_path / "out.mp4", "audio")) < len(packets_of(clip, "audio"))
-    assert indices(read_all(tmp_path / "out.mp4")) == list(range(5))
-
-
 def test_two_writers_of_one_output_do_not_share_a_partial_file(tmp_path, monkeypatch):
     clip = make_clip(tmp_path / "in.mp4")
     with VideoReader(clip) as reader, VideoWriter(tmp_path / "out.mp4", reader, FAST) as writer:
