@@ -91,3 +91,20 @@ def test_runs_that_are_killed_are_gone_on_with(command, clip, tmp_path):
         assert [bytes(p) for p in sound] == [bytes(p) for p in packets_of(clip, "audio")]
         target.unlink()
     assert killed
+
+
+def test_sigterm_is_an_interruption_that_loses_nothing(command, tmp_path):
+    target = tmp_path / "out.mkv"
+    process = command(target)
+    rendering, lines = wait_for(process, '"render"')
+    assert rendering, lines
+    process.terminate()
+    rest, _ = process.communicate()
+    assert process.returncode == 130, rest
+    assert "the same command goes on where this one ended" in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mkv.faceage-work"]
+    last = command(target)
+    rest, _ = last.communicate()
+    assert last.returncode == 0, rest
+    assert '"scan"' not in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mkv"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -338,6 +339,21 @@ def test_what_was_scanned_is_not_scanned_again(networks, long_clip, tmp_path):
     )
     assert seen == {"render"}
     assert len(decoded(target)) == 25
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(networks, long_clip, long_plan, uninterrupted, tmp_path):
+    target = tmp_path / "out.mkv"
+    options = {"plan": long_plan, "encode": LOSSLESS}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # a write beyond fails, as on a full disk
+    try:
+        with pytest.raises(MediaError, match=r"faceage-work cannot be written \(.*goes on where this one ended"):
+            age_video(networks, long_clip, target, REQUEST, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == ["out.mkv.faceage-work"]
+    age_video(networks, long_clip, target, REQUEST, **options)
+    assert_same(decoded(target), uninterrupted[0])
 
 
 def test_other_options_start_over_and_say_so(networks, long_clip, tmp_path, caplog):

@@ -58,6 +58,20 @@ REPACKED_FORMATS = [
 ]
 
 
+@pytest.fixture(autouse=True, params=[None, 7], ids=["whole", "segments"])
+def segments(request, monkeypatch):
+    """Every test twice: the second time, outputs are put together from segments of seven frames."""
+    write = VideoWriter.write
+
+    def cut_and_write(writer, frame):
+        if writer.frames_written and writer.frames_written % request.param == 0:
+            writer.cut()
+        write(writer, frame)
+
+    if request.param:
+        monkeypatch.setattr(VideoWriter, "write", cut_and_write)
+
+
 def read_all(path: Path, **range_s: float) -> list[Frame]:
     with VideoReader(path, **range_s) as reader:
         return list(reader)

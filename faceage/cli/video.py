@@ -79,9 +79,9 @@ def command(
     Codec, pixel format, timing, audio, subtitles and tags stay as they are. A video without a face passes through.
     """
     encode = replace(encode, overwrite=overwrite)
-    pairs = _pair(inputs, output)
-    if len(pairs) > 1 and (wish.people or plan_folder):
+    if len(inputs) > 1 and (wish.people or plan_folder):
         raise click.UsageError("--person and --plan are about one video; give one input")
+    pairs = _pair(inputs, output)
     with out:
         plan = None if plan_folder is None else load_plan(plan_folder)
         if plan:

@@ -33,7 +33,7 @@ FIRST_STEP_BACK_S = 1.0
 
 
 class VideoReader:
-    """Decodes a video into frames, in presentation order. Iterate once, inside `with`.
+    """Decodes a video into frames, in presentation order. Iterate inside `with`.
 
     The planes are read-only views of the decoder's buffers, which stay alive as long as the arrays do; keep
     as many as memory allows. `writable` gives a frame whose planes may be changed.
@@ -107,6 +107,9 @@ class VideoReader:
             begin = from_pts * self.info.time_base
         if begin is not None:
             self._seek(begin)
+        elif self._packets:
+            self.__exit__()
+            self.__enter__()
         time_base = self.info.time_base
         last_pts: int | None = None
         for native in self._decode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -27,42 +28,39 @@ def join_tracks(tracks: Sequence[Track], appearances: Sequence[Appearance], same
         appearances: one a track.
         same: cosine from which a track is a person's.
     """
-    people: list[list[int]] = []
-    sums: list[FloatArray] = []
     numbers = [0] * len(tracks)
+    sums: list[FloatArray] = []
 
-    def join(row: int, person: int) -> None:
-        people[person].append(row)
-        sums[person] = sums[person] + len(tracks[row]) * appearances[row].embedding
-        numbers[row] = person + 1
+    def place(row: int) -> tuple[int, int, int]:
+        return tracks[row].shot, tracks[row].first_frame, tracks[row].track_id
 
-    order = sorted(
-        range(len(tracks)), key=lambda row: (tracks[row].shot, tracks[row].first_frame, tracks[row].track_id)
-    )
-    while order:
-        waiting = [row for row in order if tracks[row].shot == tracks[order[0]].shot]
-        order = order[len(waiting) :]
+    for _, group in groupby(sorted(range(len(tracks)), key=place), key=lambda row: tracks[row].shot):
+        waiting = list(group)
+        placed: list[int] = []  # tracks of other shots are of other times
         while waiting:
-            pairs = [
-                (_cosine(sums[person], appearances[row].embedding), -row, -person)
-                for row in waiting
-                for person, members in enumerate(people)
-                if not any(_overlap(tracks[row], tracks[member]) for member in members)
-            ]
-            cosine, row, person = max(pairs, default=(-1.0, 0, 0))
-            if cosine >= same:
-                row, person = -row, -person
+            cosines = _cosines([appearances[row].embedding for row in waiting], sums)  # [waiting, people]
+            for at, row in enumerate(waiting):
+                taken = [numbers[other] - 1 for other in placed if _overlap(tracks[row], tracks[other])]
+                cosines[at, taken] = -1
+            best = int(cosines.argmax()) if cosines.size else 0
+            if cosines.size and cosines.flat[best] >= same:
+                row, person = waiting.pop(best // len(sums)), best % len(sums)
             else:  # nobody is like anybody: whoever appears first is somebody new
-                row, person = waiting[0], len(people)
-                people.append([])
+                row, person = waiting.pop(0), len(sums)
                 sums.append(np.zeros_like(appearances[row].embedding))
-            join(row, person)
-            waiting.remove(row)
+            sums[person] = sums[person] + len(tracks[row]) * appearances[row].embedding
+            numbers[row] = person + 1
+            placed.append(row)
     return numbers
 
 
-def _cosine(total: FloatArray, embedding: FloatArray) -> float:
-    return float(total @ embedding / max(float(np.linalg.norm(total) * np.linalg.norm(embedding)), 1e-9))
+def _cosines(embeddings: list[FloatArray], sums: list[FloatArray]) -> FloatArray:
+    """Return the cosine of each of F embeddings and P sums of such: float32 [F, P]."""
+    if not sums:
+        return np.zeros((len(embeddings), 0), np.float32)
+    directions = np.stack(sums)
+    directions /= np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-9)
+    return np.stack(embeddings) @ directions.T
 
 
 def _overlap(a: Track, b: Track) -> bool:

@@ -105,49 +105,36 @@ def age_video(
     start = perf_counter()
     timer = StageTimer()
     encode = encode or EncodeOptions()
+    wish = {"everybody": request, "people": people or {}, "track": track or TrackConfig()}
     with (
         VideoReader(source, start_s=start_s, end_s=end_s) as first_pass,
         VideoReader(source, start_s=start_s, end_s=end_s) as second_pass,
         locked(check_output(target, [source], overwrite=encode.overwrite)),
-        # The writer is opened before the long scan, so that an output that cannot be written is known at once.
-        VideoWriter(target, second_pass, encode) as writer,
     ):
-        sha256 = sha256_of(source)
-        if plan is not None:
-            _check_plan(plan, networks, first_pass, sha256)
-        folder: WorkFolder | None = None
-        if resume:
-            manifest = {
-                "input": sha256,
-                "range": [start_s, end_s],
-                "plan": plan and fingerprint(plan),
-                "options": _plain({"everybody": request, "people": people or {}, "track": track or TrackConfig()}),
-                "output": _plain({"container": target.suffix.lower(), "encoder": writer.encoder}),
-                "networks": dict(networks.fingerprints),
-                "versions": versions(),
-            }
-            folder = WorkFolder(work_folder(target, work), manifest)
-            plan = plan or folder.plan()
-        if plan is None:
-            try:
-                plan = scan(networks, first_pass, track, sha256=sha256, timer=timer, progress=progress)
-            except BaseException:
-                if folder:
-                    folder.remove()  # there is nothing to go on with
-                raise
+        # The writer is opened before the long scan, so that an output that cannot be written is known at once.
+        with VideoWriter(target, second_pass, encode) as writer:
+            sha256 = sha256_of(source)
+            if plan is not None:
+                _check_plan(plan, networks, first_pass, sha256)
+            folder: WorkFolder | None = None
+            if resume:
+                manifest = _manifest(networks, first_pass, sha256, plan, wish, writer)
+                folder = WorkFolder(work_folder(target, work), manifest)
+                plan = plan or folder.plan()
+            if plan is None:
+                try:
+                    plan = scan(networks, first_pass, track, sha256=sha256, timer=timer, progress=progress)
+                except BaseException:
+                    if folder:
+                        folder.remove()  # there is nothing to go on with
+                    raise
+            if folder:
+                folder.save(plan)
+            tracks = decide(networks, plan, request, people)
+            job = _Job(networks, plan, tracks, second_pass, writer, timer, progress or (lambda *_: None))
+            identities = job.run(folder)
         if folder:
-            folder.save(plan)
-        tracks = decide(networks, plan, request, people)
-        job = _Job(networks, plan, tracks, second_pass, writer, timer, progress or (lambda *_: None))
-        if not any(aged.weights.any() for aged in tracks) and writer.can_copy_source:
-            writer.copy_source()
-            identities: dict[int, float] = {}
-        elif folder and plan.segment_count > 1:
-            identities = job.render_segments(folder)
-        else:
-            identities = job.render_whole()
-    if folder:
-        folder.remove()
+            folder.remove()
     return VideoReport(
         source=str(source),
         target=str(target),
@@ -158,6 +145,21 @@ def age_video(
         stage_ms=timer.ms_per(plan.frame_count),
         damage=plan.damage,
     )
+
+
+def _manifest(
+    networks: Networks, reader: VideoReader, sha256: str, plan: Plan | None, wish: Mapping, writer: VideoWriter
+) -> dict:
+    """Return all that the segments of a run depend on, of JSON types."""
+    return {
+        "input": sha256,
+        "range": [reader.start_s, reader.end_s],
+        "plan": plan and fingerprint(plan),
+        "options": _plain(wish),
+        "output": _plain({"container": writer.path.suffix.lower(), "encoder": writer.encoder}),
+        "networks": dict(networks.fingerprints),
+        "versions": versions(),
+    }
 
 
 def _plain(value: object) -> object:
@@ -197,8 +199,17 @@ class _Job:
     timer: StageTimer
     progress: Progress
 
+    def run(self, folder: WorkFolder | None) -> dict[int, float]:
+        """Make the output; return the identity of each track that is changed, by its id."""
+        if not any(aged.weights.any() for aged in self.tracks) and self.writer.can_copy_source:
+            self.writer.copy_source()
+            return {}
+        if folder and self.plan.segment_count > 1:
+            return self.render_segments(folder)
+        return self.render_whole()
+
     def render_whole(self) -> dict[int, float]:
-        """Render all segments straight into the output; return the identity of each track, by its id."""
+        """Render all segments straight into the output; return as `run`."""
         cuts = {int(edge) for edge in self.plan.boundaries[1:-1]}
 
         def write(frame: Frame) -> None:
@@ -209,7 +220,7 @@ class _Job:
         return self._render(0, self.plan.segment_count, write)
 
     def render_segments(self, folder: WorkFolder) -> dict[int, float]:
-        """Render the segments that are not there yet, and put all together; return as `render_whole`."""
+        """Render the segments that are not there yet, and put all together; return as `run`."""
         count = self.plan.segment_count
         self.writer.begin(int(self.plan.pts[0]))
         missing = [index for index in range(count) if open_segment(folder.segment(index)) is None]
