@@ -29,9 +29,9 @@ KEY_EVERY_FRAMES = 12
 frames a second: expressions change the face, but hardly the difference that age makes to it."""
 SEGMENT_FRAMES = 504
 """Frames in a segment, about. Every segment begins with an intra picture and an empty look ahead of the encoder, which
-costs bytes. With x264 at CRF 18 and its preset medium, a talking head at 1080x1080 grew by 9 % in segments of 48 frames,
-by 5.8 % of 96 and by 4.2 % of 192; 1,260 frames of it at 540x540 grew by 0.1 % in segments of 504. At twenty seconds, a
-segment is soon done again after a run was killed."""
+costs bytes. With x264 at CRF 18 and its preset medium, a talking head at 1080x1080 grew by 9 % in segments of 48
+frames, by 5.8 % of 96 and by 4.2 % of 192; 1,260 frames of it at 540x540 grew by 0.1 % in segments of 504. At twenty
+seconds, a segment is soon done again after a run was killed."""
 MIN_SEGMENT_FRAMES = 8 * KEY_EVERY_FRAMES
 """The least that is taken for the length of a segment: an encoder reorders frames within it, and an ager warms up
 within the one before."""
