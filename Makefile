@@ -1,11 +1,12 @@
 # make demo: age the faces of a real photo and a short video, and say where the pictures are
 # make test: lint, type-check, test
-# Both set up .venv first; they need Python 3.11 or newer, and PyPI once.
+# make chaos: kill 25 runs at random moments, go on with them, and compare
+# All set up .venv first; they need Python 3.11 or newer, and PyPI once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test chaos clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "faceage needs Python 3.11 or newer; set PYTHON=")'
@@ -32,6 +33,9 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+chaos: .venv/installed
+	FACEAGE_CHAOS=25 $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/test_chaos.py
 
 clean:
 	rm -rf .venv out build dist *.egg-info

@@ -31,6 +31,6 @@ report = faceage.age_video(
 )
 
 for person in report.people:
-    frames = f"frames {person['first_frame']} to {person['last_frame']}"
-    print(f"person {person['track']}, {frames}: {person['source_age']:.0f} -> {person['target_age']:.0f} years")
+    frames = f"frames {person.first_frame} to {person.last_frame}"
+    print(f"person {person.person}, {frames}: {person.source_age:.0f} -> {person.target_age:.0f} years")
 print(f"{report.frames} frames in {report.seconds:.1f} s, written to {target}")

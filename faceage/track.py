@@ -70,12 +70,6 @@ class Track:
         """Index in the video of the last row."""
         return self.first_frame + len(self) - 1
 
-    def landmarks_at(self, frame: int) -> FloatArray:
-        """Return float32 [5, 2] for a frame of the video; IndexError if the track does not cover it."""
-        if not self.first_frame <= frame <= self.last_frame:
-            raise IndexError(f"track {self.track_id} covers {self.first_frame}..{self.last_frame}, not {frame}")
-        return self.landmarks[frame - self.first_frame]
-
 
 class _Found(NamedTuple):
     """The rows of one window or one track."""
@@ -95,7 +89,8 @@ class Tracker:
         self._config = config or TrackConfig()
         self._next_id = 0
         self._found: list[_Found] = []
-        self._shot_starts: list[int] = []
+        self.shot_starts: list[int] = []
+        """The first frame of every shot read so far."""
         self._frame_count = 0
         self._times_s = (0.0, 0.0)
 
@@ -114,7 +109,7 @@ class Tracker:
             for span, ends_shot, found in _one_ahead(spans):
                 first = self._frame_count
                 if follower is None:
-                    self._shot_starts.append(first)
+                    self.shot_starts.append(first)
                     follower = Follower(self._detector, self._config, span[0], first)
                 if len(span) > 1:
                     follower.follow(span, first, found)
@@ -154,15 +149,15 @@ class Tracker:
         ids = np.array([path.track_id for path, _ in rows], np.int64)
         detected = np.array([sight.detected for sight in sights], bool)
         self._found.append(_Found(ids, faces.frame_index + first, faces.landmarks, faces.scores, detected))
-        shot = len(self._shot_starts) - 1
+        shot = len(self.shot_starts) - 1
         return Window(first_frame=first, frames=shown, faces=faces, track_ids=ids, shot=shot)
 
     def _finish(self, found: _Found) -> Track | None:
         """Fill and smooth one track; None for a false alarm."""
         first, last = int(found.frames[0]), int(found.frames[-1])
-        shot = bisect.bisect_right(self._shot_starts, first) - 1
-        shot_end = self._shot_starts[shot + 1] if shot + 1 < len(self._shot_starts) else self._frame_count
-        shortest = min(self._config.min_track_frames, shot_end - self._shot_starts[shot])
+        shot = bisect.bisect_right(self.shot_starts, first) - 1
+        shot_end = self.shot_starts[shot + 1] if shot + 1 < len(self.shot_starts) else self._frame_count
+        shortest = min(self._config.min_track_frames, shot_end - self.shot_starts[shot])
         if len(found.frames) < shortest:
             return None
         if found.detected.sum() < 2 and found.scores[found.detected].max(initial=0) < self._config.sure_score:
@@ -181,7 +176,7 @@ class Tracker:
             first_frame=first,
             landmarks=smooth_landmarks(landmarks, scores, observed, self._frame_rate()),
             scores=scores,
-            starts_shot=first == self._shot_starts[shot],
+            starts_shot=first == self.shot_starts[shot],
             ends_shot=last == shot_end - 1,
         )
 

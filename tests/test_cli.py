@@ -512,3 +512,59 @@ class TestModelsAndDoctor:
         (cache,) = [check for check in json.loads(result.stdout) if check["name"] == "cache"]
         assert cache["state"] == "fail"
         assert cache["remedy"].startswith("export FACEAGE_CACHE=")
+
+
+class TestPeople:
+    """`faceage scan`, and who is aged by number."""
+
+    def test_scan_once_and_age_often(self, networks, tiny_model, video, face_clip, tmp_path):
+        result = faceage("scan", face_clip, "-o", tmp_path / "plan", "--model", tiny_model, "--end", 0.4)
+        assert result.exit_code == 0, result.stderr
+        assert "10 frames, 1 people (1 looks " in result.stdout
+        assert sorted(os.listdir(tmp_path / "plan")) == ["people.html", "plan.json", "plan.npz"]
+        page = (tmp_path / "plan" / "people.html").read_text()
+        assert page.count("data:image/jpeg;base64,/9j/") == 1
+        assert "<h2>1</h2>" in page
+        assert "0:00.0-0:00.4" in page
+        assert "http" not in page  # it needs no network
+
+        again = faceage("scan", face_clip, "-o", tmp_path / "plan", "--model", tiny_model)
+        assert again.exit_code == 3
+        assert error_of(again) == f"{tmp_path}/plan holds a plan; pass --overwrite or name another folder"
+
+        options = ["--plan", tmp_path / "plan", "--json"]
+        result = video(face_clip, "-o", tmp_path / "a.mp4", *options, age=("--person", "1=70"))
+        assert result.exit_code == 0, result.stderr
+        events = [json.loads(line) for line in result.stdout.splitlines()]
+        assert {event.get("stage") for event in events} == {None, "render"}
+        (item,) = (event for event in events if event["event"] == "item")
+        assert (item["frames"], item["people"][0]["target_age"]) == (10, 70)
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            assert container.metadata["comment"].endswith("; target_age: person 1 70")
+
+        kept = video(face_clip, "-o", tmp_path / "b.mp4", "--end", 0.4, age=("--age", "70", "--person", "1=keep"))
+        assert "none to be changed" in kept.stdout
+        nobody = video(face_clip, "-o", tmp_path / "c.mp4", *options[:2], age=("--person", "2=+20"))
+        assert nobody.exit_code == 3
+        assert error_of(nobody).startswith("there is no person 2 in the video, which has 1; `faceage scan` shows")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--person", "2"], "'2' is not NUMBER=AGE, NUMBER=+YEARS or NUMBER=keep"),
+            (["--person", "a=70"], "'a=70' is not NUMBER=AGE"),
+            (["--person", "1=70", "--person", "1=60"], "'1=60' is not NUMBER=AGE"),
+            (["--person", "1=170"], "(age is 170; it must be from 0 to 100 years)"),
+            ([], "give either --age N or --by +N, or --person for each who is to be aged"),
+            (["--age", "70", "--by", "10"], "give either --age N or --by +N"),
+        ],
+    )
+    def test_wishes_that_make_no_sense(self, video, face_clip, tmp_path, options, message):
+        result = video(face_clip, "-o", tmp_path / "out.mp4", age=options)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+
+    def test_numbers_are_of_one_video(self, video, face_clip, tmp_path):
+        result = video(face_clip, face_clip, "-o", tmp_path, age=("--person", "1=70"))
+        assert result.exit_code == 2
+        assert "--person and --plan are about one video; give one input" in result.stderr

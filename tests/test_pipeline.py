@@ -14,9 +14,12 @@ from faceage.align import choose_size, prepare_crops
 from faceage.geometry import TEMPLATE_5, invert_affine, template_5
 from faceage.media.video import EncodeOptions, VideoReader
 from faceage.pipeline.photos import age_frames, age_photos
-from faceage.pipeline.request import AgeRequest, StageTimer
+from faceage.pipeline.plan import KEY_EVERY_FRAMES
+from faceage.pipeline.render import decide
+from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.scan import scan
 from faceage.pipeline.sheet import make_sheet
-from faceage.pipeline.video import KEY_EVERY_FRAMES, age_video, scan
+from faceage.pipeline.video import age_video
 from faceage.types import RGB, Change, Crops, Frame, View
 
 FRAMES = 30
@@ -79,12 +82,12 @@ def test_only_the_face_changes_and_everything_else_is_kept(either, clip, tmp_pat
     assert report.frames == FRAMES
     assert report.frames_with_faces == FRAMES
     (person,) = report.people
-    assert (person["first_frame"], person["last_frame"]) == (0, FRAMES - 1)
+    assert (person.first_frame, person.last_frame) == (0, FRAMES - 1)
     assert frame_times(target) == frame_times(clip)
     assert [bytes(p) for p in packets_of(target, "audio")] == [bytes(p) for p in packets_of(clip, "audio")]
 
     with VideoReader(clip) as reader:
-        (tracked,) = scan(either, reader, AgeRequest(age=70, source_age=30), None, StageTimer(), lambda *_: None)
+        (tracked,) = decide(either, scan(either, reader), AgeRequest(age=70, source_age=30))
     (size,) = tracked.sizes_px
     assert size in either.ager.views[0].sizes_px
     corners = np.float32([[-0.5, -0.5], [size - 0.5, -0.5], [size - 0.5, size - 0.5], [-0.5, size - 0.5]])
@@ -123,7 +126,7 @@ def test_the_change_is_steady(bundled, tmp_path):
 def test_one_source_age_for_a_track_and_years_added_to_it(networks, clip, tmp_path):
     report = age_video(networks, clip, tmp_path / "by.mkv", AgeRequest(by=20), encode=LOSSLESS)
     (person,) = report.people
-    assert person["target_age"] == pytest.approx(person["source_age"] + 20, abs=0.11)
+    assert person.target_age == pytest.approx(person.source_age + 20, abs=0.11)
 
 
 def test_a_track_keeps_one_size_while_the_face_grows(facegan, tmp_path):
@@ -135,7 +138,7 @@ def test_a_track_keeps_one_size_while_the_face_grows(facegan, tmp_path):
         pictures.append(picture)
     source = write_clip(tmp_path / "grows.mkv", pictures, tone=False)
     with VideoReader(source) as reader:
-        (person,) = scan(facegan, reader, AgeRequest(age=70), None, StageTimer(), lambda *_: None)
+        (person,) = decide(facegan, scan(facegan, reader), AgeRequest(age=70))
     sizes = [choose_size(points[None], facegan.ager.views[0]) for points in person.track.landmarks]
     assert sorted(set(sizes)) == [128, 192]
     assert person.sizes_px == (sorted(sizes)[len(sizes) // 2],)
@@ -149,9 +152,9 @@ def test_everybody_s_identity_is_measured_also_of_who_comes_later(either, tmp_pa
     both[:, 210:410] = portrait
     source = write_clip(tmp_path / "two.mkv", [alone] * 15 + [both] * 15, tone=False)
     report = age_video(either, source, tmp_path / "aged.mkv", AgeRequest(age=70, source_age=30), encode=LOSSLESS)
-    assert [person["first_frame"] > 0 for person in report.people] == [False, True]
+    assert [person.first_frame > 0 for person in report.people] == [False, True]
     # It is the same portrait twice.
-    first, second = (person["identity"] for person in report.people)
+    first, second = (person.identity for person in report.people)
     assert first == pytest.approx(second, abs=0.05)
 
 
@@ -324,6 +327,7 @@ class Darkener:
 
     views = (View("face", TEMPLATE_5, (64, 128)), View("head", 0.25 + TEMPLATE_5 / 2, (96,)))
     needs_appearance = True
+    warm_up_keys = 0
 
     def __init__(self):
         self.appearances, self.observed, self.shares = [], [], []
@@ -377,7 +381,7 @@ def test_an_ager_of_two_views_changes_videos_between_key_frames(networks, clip, 
     mine = replace(networks, ager=Darkener())
     report = age_video(mine, clip, tmp_path / "dark.mkv", AgeRequest(age=70), encode=LOSSLESS)
     (person,) = report.people
-    assert 0.5 < person["identity"] <= 1
+    assert 0.5 < person.identity <= 1
     assert len(mine.ager.appearances) == 1  # once a person and shot, however many samples
     _, *shares = mine.ager.shares  # the first is drawn for the identity
     assert len(shares) == FRAMES

@@ -38,6 +38,13 @@ class Ager(Protocol):
     def needs_appearance(self) -> bool:
         """Whether `look` is to be given appearances, which take time to measure."""
 
+    @property
+    def warm_up_keys(self) -> int:
+        """How many key frames before a cut `observe` is to be given, so that the cut is not seen.
+
+        0: `previous` plays no part.
+        """
+
     def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> Sequence[Look]:
         """Decide how people are to be changed, once a person and shot.
 

@@ -32,6 +32,7 @@ class FaceGAN:
     """The FaceGAN ager (`base.Ager`) over its engines. Every face stands for itself: a key is its unmasked change."""
 
     needs_appearance = False
+    warm_up_keys = 0
 
     def __init__(self, *, unet: Callable[[int], Engine], view: View) -> None:
         """Use engines of `unet_program`.

@@ -77,6 +77,7 @@ class SpaceAger:
     """The space model (`base.Ager`) over its two networks and its canonical parameters."""
 
     needs_appearance = True
+    warm_up_keys = 0
 
     def __init__(
         self, *, coordinates: Engine, hair: Engine | None, canonical: CanonicalModel, views: tuple[View, ...]

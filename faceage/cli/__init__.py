@@ -14,6 +14,7 @@ from faceage.errors import FaceAgeError
 
 COMMANDS = {
     "video": "Age every face in videos.",
+    "scan": "Find out who is in a video, once: a plan to age it by, and a page of its people.",
     "images": "Age every face in photos and folders of photos.",
     "sheet": "Draw a photo's faces at several ages, in one picture.",
     "compile": "Build the engines for a target, ahead of time.",

@@ -64,9 +64,7 @@ strength_option = click.option(
     "--strength", type=click.FloatRange(0, 1), default=AgeRequest.strength, show_default=True,
     help="Share of the change that is applied.",
 )  # fmt: skip
-request_options = group(
-    "request",
-    _request,
+REQUEST_OPTIONS = (
     click.option("--age", type=AGE, metavar="YEARS", help="The age that everybody gets."),
     click.option("--by", type=float, metavar="YEARS", help="Years to add to each person's age: +20, -10."),
     source_age_option,
@@ -76,6 +74,7 @@ request_options = group(
         help="largest: the largest face of a photo, or the most prominent person of each shot.",
     ),
 )  # fmt: skip
+request_options = group("request", _request, *REQUEST_OPTIONS)
 
 
 def check_model(name: str) -> None:

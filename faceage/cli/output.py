@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -82,10 +83,13 @@ class Output:
         self._next_progress: dict[str, float] = {}
         self._logged: set[str] = set()
         self._handler = _Handler(self._log)
+        self._signals: dict[int, Any] = {}
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._signals = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         logger = logging.getLogger("faceage")
         self._level = logger.level
         logger.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}[self.verbosity])
@@ -96,6 +100,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for number, handler in self._signals.items():
+            signal.signal(number, handler)
         logger = logging.getLogger("faceage")
         logger.removeHandler(self._handler)
         logger.setLevel(self._level)
@@ -243,6 +249,11 @@ class Output:
             say_error(f"the report {self._report} cannot be written ({error.strerror}); name another file")
             return False
         return True
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End the run as Ctrl-C does, so that nothing half done is left."""
+    raise KeyboardInterrupt
 
 
 class _Handler(logging.Handler):

@@ -11,22 +11,15 @@ from pathlib import Path
 import click
 
 from faceage.cli.encoding import Time, detect_every_option, encode_options, label_comment
-from faceage.cli.options import (
-    NetworkOptions,
-    describe_target,
-    network_options,
-    no_label_option,
-    output_options,
-    overwrite_option,
-    request_options,
-)
+from faceage.cli.options import NetworkOptions, network_options, no_label_option, output_options, overwrite_option
 from faceage.cli.output import Output
+from faceage.cli.person import Wish, wish_options
 from faceage.errors import CheckpointError, EngineError, FaceAgeError, MediaError
 from faceage.media.codecs import choose_encoder
 from faceage.media.probe import open_input
 from faceage.media.video import EncodeOptions, check_output, probe_video
-from faceage.pipeline.request import AgeRequest
-from faceage.pipeline.video import VideoReport, age_video
+from faceage.pipeline.plan import load_plan
+from faceage.pipeline.video import PersonReport, VideoReport, age_video
 from faceage.track import TrackConfig
 
 PEOPLE_SHOWN = 6
@@ -39,12 +32,28 @@ PEOPLE_SHOWN = 6
     "-o", "--output", required=True, type=click.Path(), metavar="OUT",
     help="The output file; for several inputs, or if it is a folder, the folder of the outputs.",
 )  # fmt: skip
-@request_options
+@wish_options
+@click.option(
+    "--plan",
+    "plan_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="What `faceage scan` wrote of the video: it is not scanned again.",
+)
 @network_options
 @detect_every_option
 @click.option("--start", type=Time(), metavar="TIME", help="Leave out what is before: seconds or [HH:]MM:SS.")
 @click.option("--end", type=Time(), metavar="TIME", help="Leave out what comes from this time on.")
 @encode_options
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Keep what is finished beside the output until it is complete; the same command then goes on.",
+)
+@click.option(
+    "--work", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Keep it in this folder instead."
+)
 @overwrite_option
 @no_label_option
 @output_options
@@ -52,12 +61,15 @@ def command(
     *,
     inputs: tuple[Path, ...],
     output: str,
-    request: AgeRequest,
+    wish: Wish,
+    plan_folder: Path | None,
     network: NetworkOptions,
     detect_every: int,
     start: float | None,
     end: float | None,
     encode: EncodeOptions,
+    resume: bool,
+    work: Path | None,
     overwrite: bool,
     no_label: bool,
     out: Output,
@@ -67,26 +79,40 @@ def command(
     Codec, pixel format, timing, audio, subtitles and tags stay as they are. A video without a face passes through.
     """
     encode = replace(encode, overwrite=overwrite)
+    if len(inputs) > 1 and (wish.people or plan_folder):
+        raise click.UsageError("--person and --plan are about one video; give one input")
     pairs = _pair(inputs, output)
     with out:
+        plan = None if plan_folder is None else load_plan(plan_folder)
+        if plan:
+            start = plan.start_s if start is None else start
+            end = plan.end_s if end is None else end
         pairs = [pair for pair in pairs if _can_start(*pair, encode, out)]
         if not pairs:
             return
         networks = network.load(out)
-        label = None if no_label else network.label(describe_target(request))
+        label = None if no_label else network.label(wish.description)
         for source, target in pairs:
             try:
                 report = age_video(
                     networks,
                     source,
                     target,
-                    request,
+                    wish.everybody,
+                    people=wish.people,
+                    plan=plan,
                     encode=_labelled(encode, source, label),
                     track=TrackConfig(detect_every=detect_every),
                     start_s=start,
                     end_s=end,
+                    resume=resume,
+                    work=work,
                     progress=functools.partial(out.progress, str(source)),
                 )
+            except KeyboardInterrupt:
+                if resume:
+                    out.note("the same command goes on where this one ended")
+                raise
             except (EngineError, CheckpointError):
                 raise  # the next file would fail too
             except FaceAgeError as error:
@@ -142,11 +168,15 @@ def _report(report: VideoReport, out: Output) -> None:
     out.detail(f"{report.source}: milliseconds a frame, overlapping: {stages}")
 
 
+def _ages(person: PersonReport) -> str:
+    return f"{person.source_age:.0f} " + ("kept" if person.target_age is None else f"-> {person.target_age:.0f}")
+
+
 def _people(report: VideoReport) -> str:
     people = report.people
     if not report.frames_with_faces:
         found = "faces found, none to be changed (profiles, or --strength 0)" if people else "no face found"
         return f"{found}, passed through untouched"
-    shown = ", ".join(f"{p['source_age']:.0f} -> {p['target_age']:.0f}" for p in people[:PEOPLE_SHOWN])
+    shown = ", ".join(_ages(person) for person in people[:PEOPLE_SHOWN])
     more = f" and {len(people) - PEOPLE_SHOWN} more" if len(people) > PEOPLE_SHOWN else ""
     return f"{len(people)} {'person' if len(people) == 1 else 'people'} ({shown}{more})"

@@ -33,7 +33,7 @@ FIRST_STEP_BACK_S = 1.0
 
 
 class VideoReader:
-    """Decodes a video into frames, in presentation order. Iterate once, inside `with`.
+    """Decodes a video into frames, in presentation order. Iterate inside `with`.
 
     The planes are read-only views of the decoder's buffers, which stay alive as long as the arrays do; keep
     as many as memory allows. `writable` gives a frame whose planes may be changed.
@@ -86,12 +86,30 @@ class VideoReader:
             self._container.close()
             self._container = None
 
+    @property
+    def counts_times(self) -> bool:
+        """Whether times of frames read so far are guesses: the stream has none, or some that go back."""
+        return self._restamped > 0
+
     def __iter__(self) -> Iterator[Frame]:
+        return self.read()
+
+    def read(self, from_pts: int | None = None) -> Iterator[Frame]:
+        """Yield the frames of the range.
+
+        Args:
+            from_pts: a time stamp in the range; leave out the frames before it, without decoding all of them.
+        """
         if self._container is None:
             raise RuntimeError("iterate over a VideoReader inside `with`")
         begin, end = self.range_s
+        if from_pts is not None:
+            begin = from_pts * self.info.time_base
         if begin is not None:
             self._seek(begin)
+        elif self._packets:
+            self.__exit__()
+            self.__enter__()
         time_base = self.info.time_base
         last_pts: int | None = None
         for native in self._decode():
@@ -105,7 +123,7 @@ class VideoReader:
             self._concealed += native.is_corrupt
             yield self._frame(native, pts)
         else:
-            self._examine()
+            self._examine(is_whole=begin is None)
         if self.frames_read == 0:
             raise MediaError(
                 f"{self.info.path} has no frame from {self.start_s or 0} s to {self.end_s or 'its end'} "
@@ -161,6 +179,7 @@ class VideoReader:
         key frame found is checked by its own presentation time.
         """
         assert self._container is not None
+        self._stamps.clear()
         stream = self._container.streams[self.info.stream_index]
         back = Fraction(0)
         while begin - back > 0:
@@ -218,7 +237,7 @@ class VideoReader:
             native=native,
         )
 
-    def _examine(self) -> None:
+    def _examine(self, *, is_whole: bool) -> None:
         """Set `damage` from what went wrong on the way to the end of the file."""
         found = []
         if missing := missing_bytes(self.info.path):
@@ -228,7 +247,7 @@ class VideoReader:
         if self._concealed:
             found.append(f"frames with errors that the decoder concealed: {self._concealed}")
         assert self._container is not None
-        if counts_frames(self._container) and self.start_s is None:
+        if counts_frames(self._container) and is_whole:
             listed = len(self._container.streams[self.info.stream_index].index_entries)
             if self._packets < listed:
                 found.append(f"{self._packets} of {listed} packets are there")

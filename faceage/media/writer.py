@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -12,10 +13,8 @@ from typing import TYPE_CHECKING, Self, cast
 
 import av
 from av.codec import Codec
-from av.container import InputContainer
+from av.container import InputContainer, OutputContainer
 from av.packet import Packet
-from av.video.frame import PictureType
-from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
@@ -24,13 +23,12 @@ from faceage.media.codecs import (
     choose_encoder,
     encoder_time_base,
     frame_rate,
-    loses_rgb,
     open_encoder,
 )
-from faceage.media.planes import native_of
 from faceage.media.probe import VideoInfo, open_input
 from faceage.media.reader import VideoReader
 from faceage.media.remux import StreamCopier, can_label, copied_tags, muxer_options, stream_tags
+from faceage.media.segment import Segment, SegmentEncoder
 from faceage.types import Frame
 
 if TYPE_CHECKING:
@@ -71,11 +69,12 @@ def check_output(
 
 
 class VideoWriter:
-    """Encodes frames like the source was, and copies everything else of the source beside them.
+    """Puts a video together: its picture from segments, everything else copied from the source beside it.
 
-    The output appears under its name when the `with` block ends without an error; until then it is a hidden
-    file beside it, which is removed on an error unless `keep` was called. Frames must come in order; times
-    are written as they are, moved to start at 0 only where the reader was given a `start_s`.
+    A segment is encoded here, of frames (`write`, and `cut` between two segments), or was encoded before (`add`). The
+    output appears under its name when the `with` block ends without an error; until then it is a hidden file beside it,
+    which is removed on an error. Frames must come in order; times are written as they are, moved to start at 0 only
+    where the reader was given a `start_s`.
 
     Args:
         path: the output; its suffix chooses the container.
@@ -99,11 +98,15 @@ class VideoWriter:
         self.encoder = choose_encoder(self.info, options, self.path.suffix)
         if self.path.suffix.lower() == ".avi":
             self.encoder.options.setdefault("bf", "0")  # AVI has no presentation times, so no B-frames
-        self.frames_written = 0
+        self._ticks: list[int] = []
+        self._sent: list[int] = []
+        self._reorder = 0
+        self._segment: SegmentEncoder | None = None
+        self._has_fresh_encoder = True
+        self._is_begun = False
         self._range = source.range_s if isinstance(source, VideoReader) else (None, None)
         # Of this process: another one may be writing the same output, and the last to finish wins.
         self._partial = self.path.with_name(f".{self.path.stem[:32]}.{os.getpid()}.part{self.path.suffix}")
-        self._keep = False
         self._copies_source = False
         self._options = options
         self._origin_pts = 0
@@ -143,13 +146,14 @@ class VideoWriter:
                 ) from error
             raise MediaError(f"{self.path} cannot be written as {output.format.name}: {error}; use .mkv") from error
 
-    def _add_video(self, source: VideoStream) -> None:
+    def _open_stream(self, output: OutputContainer) -> VideoStream:
+        """Add a stream to an output and open its encoder."""
         ticks = encoder_time_base(self.encoder.name, self.info)
         try:
-            codec, is_asf = Codec(self.encoder.name, "w").canonical_name, self._output.format.name == "asf"
-            if not can_label(self._output, codec) or (is_asf and codec not in _ASF_CODECS):
+            codec, is_asf = Codec(self.encoder.name, "w").canonical_name, output.format.name == "asf"
+            if not can_label(output, codec) or (is_asf and codec not in _ASF_CODECS):
                 raise ValueError("a transport stream has no type for it, ASF no times")
-            stream = self._output.add_stream(self.encoder.name, rate=frame_rate(self.info), time_base=ticks)
+            stream = output.add_stream(self.encoder.name, rate=frame_rate(self.info), time_base=ticks)
         except ValueError as error:
             suffix = self.info.path.suffix
             like = "" if suffix.lower() == self.path.suffix.lower() else f"{suffix} like the input, or "
@@ -159,6 +163,10 @@ class VideoWriter:
             ) from error
         assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
         open_encoder(stream, self.encoder, self.info)
+        return stream
+
+    def _add_video(self, source: VideoStream) -> None:
+        stream = self._open_stream(self._output)
         stream.time_base = self.info.time_base
         stale = ["encoder", "BPS", "DURATION", "NUMBER_OF", "_STATISTICS"]
         if source.metadata.get("alpha_mode") == "1":
@@ -177,18 +185,22 @@ class VideoWriter:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error_type is None or (self._keep and self.frames_written):
+        if error_type is None:
             try:
-                self._finish(complete=error_type is None)
+                self._finish()
                 return
             except (av.FFmpegError, OSError) as failure:
                 self._discard()
                 raise MediaError(f"{self.path} cannot be finished: {failure}; is the disk full?") from failure
+            except BaseException:
+                self._discard()
+                raise
         self._discard()
 
-    def keep(self) -> None:
-        """Keep what is written so far even if the `with` block ends with an error."""
-        self._keep = True
+    @property
+    def frames_written(self) -> int:
+        """Frames of the segments so far."""
+        return len(self._ticks) + (len(self._segment.ticks) if self._segment else 0)
 
     @property
     def can_copy_source(self) -> bool:
@@ -201,53 +213,95 @@ class VideoWriter:
         """Give out a copy of the source, byte for byte, in place of encoded frames: for when none changes."""
         self._copies_source = True
 
+    def begin(self, first_pts: int) -> None:
+        """Say which time stamp the first frame of the output has; `write` finds it out by itself."""
+        begin, end = self._range
+        if begin is not None:
+            self._origin_pts = first_pts
+        elif self._stream.codec_context.time_base != self.info.time_base:
+            self._first_tick = first_pts  # the encoder counts frames from 0
+        self._copier.start(self._origin_pts * self.info.time_base, begin, end)
+        self._is_begun = True
+
+    def new_segment(self) -> SegmentEncoder:
+        """Return an encoder for the frames of one segment, which none was given to. Call `begin` before."""
+        stream = self._stream if self._has_fresh_encoder else None
+        self._has_fresh_encoder = False
+        if stream is None:
+            # An output that is never written: encoders are set up for their container.
+            stream = self._open_stream(av.open(io.BytesIO(), "w", format=self._output.format.name))
+        segment = SegmentEncoder(stream, self.encoder, self.info, self._origin_pts + self._first_tick)
+        if segment.extradata != self._stream.codec_context.extradata:
+            raise MediaError(
+                f"{self.encoder.name} writes another header for each segment, so they cannot be put together; "
+                "choose another codec, e.g. --codec libx264"
+            )
+        return segment
+
     def write(self, frame: Frame) -> None:
         """Encode one frame. The frame is used up: its time stamp may be moved.
 
         Raises:
             MediaError: if the disk is full or the time stamp is not after the last one.
         """
-        native = native_of(frame)
-        if self.frames_written == 0:
-            self._start(frame)
-        if native.format.name != self.encoder.pixel_format:
-            color_range = self.info.color_tags[1] or None
-            native = native.reformat(
-                format=self.encoder.pixel_format,
-                dst_colorspace=Colorspace.ITU709 if loses_rgb(self.encoder, self.info) else None,
-                src_color_range=color_range,
-                dst_color_range=color_range,
-            )
-        native.pts, native.time_base = frame.pts - self._origin_pts - self._first_tick, frame.time_base
-        if (native.pts * frame.time_base / self._stream.codec_context.time_base).denominator != 1:
-            raise MediaError(
-                f"{self.path}: frame {self.frames_written} lies between two ticks of {self.encoder.name}, "
-                "which knows constant frame rates only; choose another codec, e.g. --codec libx264"
-            )
-        native.pict_type = PictureType.NONE  # else x264 repeats the source's choice of I, P and B
+        if not self._is_begun:
+            self.begin(frame.pts)
+        self._segment = self._segment or self.new_segment()
+        number = self.frames_written
         try:
-            self._mux(self._stream.encode(native))
+            self._mux(self._segment.encode(frame), self._segment.ticks)
         except (av.FFmpegError, OSError) as error:
-            raise MediaError(f"{self.path}: frame {self.frames_written} cannot be written: {error}") from error
-        self.frames_written += 1
+            raise MediaError(f"{self.path}: frame {number} cannot be written: {error}") from error
 
-    def _start(self, frame: Frame) -> None:
-        begin, end = self._range
-        if begin is not None:
-            self._origin_pts = frame.pts
-        elif self._stream.codec_context.time_base != self.info.time_base:
-            self._first_tick = frame.pts  # the encoder counts frames from 0
-        self._copier.start(self._origin_pts * frame.time_base, begin, end)
+    def cut(self) -> None:
+        """End the segment of the frames written so far: the next frame begins another.
 
-    def _mux(self, packets: list[Packet]) -> None:
+        The first one has to be longer than the run of frames that the encoder reorders.
+        """
+        if self._segment is None:
+            return
+        self._mux(self._segment.finish(), self._segment.ticks)
+        self._ticks += self._segment.ticks
+        self._segment = None
+
+    def add(self, segment: Segment) -> None:
+        """Add a segment that an encoder from `new_segment` made, of this run or of another one alike."""
+        ticks = segment.ticks.tolist()
+        try:
+            for packet in segment.packets():
+                self._mux([packet], ticks)
+        except (av.FFmpegError, OSError) as error:
+            raise MediaError(
+                f"{self.path} cannot be written: {error}; free space there and run the same command again"
+            ) from error
+        self._ticks += ticks
+
+    def _mux(self, packets: list[Packet], ticks: list[int]) -> None:
+        """Write packets of the segment whose frames are at `ticks`."""
         for packet in packets:
+            self._order(packet, ticks)
             if self._first_tick:
                 self._move(packet)
             stamp = packet.dts if packet.dts is not None else packet.pts
             assert stamp is not None  # encoders stamp what they give out
             assert packet.time_base is not None
             self._copier.copy_until(stamp * packet.time_base)
+            packet.stream = self._stream
             self._output.mux(packet)
+
+    def _order(self, packet: Packet, ticks: list[int]) -> None:
+        """Give a packet the decoding time that one encoder of the whole video would give it.
+
+        An encoder that reorders frames gives each packet the time of a frame some places earlier. At the start of a
+        segment it has none and makes times up, which may lie before the last ones of the segment before.
+        """
+        assert packet.pts is not None
+        if packet.dts is not None and not self._ticks and packet.dts < ticks[0]:
+            self._reorder += 1  # the packets before the first frame's time
+        place = len(self._sent) - self._reorder
+        self._sent.append(packet.pts)
+        if self._reorder and 0 <= place < len(self._ticks) + len(ticks):
+            packet.dts = self._ticks[place] if place < len(self._ticks) else ticks[place - len(self._ticks)]
 
     def _move(self, packet: Packet) -> None:
         """Give a packet that an encoder of constant frame rates made its time in the stream."""
@@ -258,16 +312,19 @@ class VideoWriter:
         packet.duration = round((packet.duration or 0) * ticks)
         packet.time_base = self.info.time_base
 
-    def _finish(self, *, complete: bool) -> None:
+    def _finish(self) -> None:
         if self._copies_source:
             self._discard()
             shutil.copyfile(self.info.path, self._partial)
             self._partial.replace(self.path)
             return
-        if self.frames_written:
-            self._mux(self._stream.encode(None))
-        if complete:
-            self._copier.copy_until(None)
+        self.cut()
+        if lost := len(set(self._ticks) - set(self._sent)):
+            raise MediaError(
+                f"{self.path}: {lost} of {len(self._ticks)} frames did not come out of {self.encoder.name}; "
+                "choose another codec, e.g. --codec libx264"
+            )
+        self._copier.copy_until(None)
         self._copier.close()
         self._output.close()
         self._partial.replace(self.path)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from time import perf_counter
 from typing import Literal
@@ -14,12 +15,12 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from faceage.agers.base import Ager, Composite
+from faceage.agers.base import Ager, Composite, ModelFiles
 from faceage.agers.latent import LatentConfig
 from faceage.agers.registry import ARCHITECTURES, architecture_of, model_programs
 from faceage.ages import OLDEST_YEARS
 from faceage.align import align_faces
-from faceage.checkpoint import read_header
+from faceage.checkpoint import read_header, sha256_of
 from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
 from faceage.engines.base import Engine, Precision, Program
 from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, OnBuild
@@ -121,6 +122,14 @@ class Networks:
     identity_px: int
     """Side of the aligned crops that `identity` takes."""
     ager: Ager
+    fingerprints: Mapping[str, str]
+    """What tells the results of these networks from those of others: role -> SHA-256 of its checkpoint, and the options
+    that they were loaded with."""
+
+    @property
+    def estimators(self) -> dict[str, str]:
+        """The fingerprints of what measures people before they are changed."""
+        return {role: self.fingerprints[role] for role in ("age", "identity")}
 
     def read_ages(self, frames: Sequence[Frame], faces: Faces) -> FloatArray:
         """Return the ages that faces of a batch of frames seem to have: float32 [F], years."""
@@ -269,4 +278,13 @@ def load_networks(
         identity=engine("identity"),
         identity_px=read_header(files.identity).dims["size_px"],
         ager=architecture.make(files, engine, **given),
+        fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
+        | {"model": model, "backend": backend, "device": device, "precision": precision}
+        | {name: str(value) for name, value in [("detect", detect), *given.items()]},
     )
+
+
+def _fingerprints(files: ModelFiles, identity: Path) -> dict[str, str]:
+    """Return the SHA-256 of each checkpoint, by role."""
+    paths = {**files.paths, "age": files.age, "identity": identity}
+    return {role: sha256_of(path) for role, path in paths.items()}

@@ -10,10 +10,24 @@ from queue import Empty, Full, Queue
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from faceage.pipeline.request import StageTimer
+
 T = TypeVar("T")
 R = TypeVar("R")
 _POLL_S = 0.1
 """How often a blocked thread looks whether the other side has gone."""
+
+
+def timed(items: Iterable[T], stage: str, timer: StageTimer) -> Iterator[T]:
+    """Iterate, counting the time that the source takes toward a stage."""
+    iterator = iter(items)
+    while True:
+        with timer(stage):
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
+        del item
 
 
 def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -1,61 +1,48 @@
-"""Age every face of a video, in two passes.
-
-The first pass scans: it decodes, detects and tracks, and reads each person's age. It keeps only tracks, so memory is
-flat. The second renders: it decodes again, ages each person at key frames, and adds the change back into every frame.
-So every person is known from the first frame of a shot on, smoothing may look both ways, and rendering a stretch of
-frames depends on little but the tracks.
-"""
+"""Age the faces of a video: scan it, render it, and write it like the source was."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from faceage.agers.base import Key, Look
-from faceage.align import align_faces, choose_size, face_weights, pose_weights, prepare_crops
-from faceage.blend import blend_faces
-from faceage.media.rotation import upright
-from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, writable
-from faceage.pipeline.request import AgeRequest, Networks, StageTimer, mean_appearance, resolve_ages
-from faceage.pipeline.threads import WriteBehind, read_ahead
-from faceage.track import Track, TrackConfig, Tracker, Window
-from faceage.types import Appearance, FloatArray, Frame
+from faceage.checkpoint import sha256_of
+from faceage.errors import MediaError
+from faceage.media.segment import SegmentEncoder, SegmentWriter, open_segment
+from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, check_output
+from faceage.pipeline.plan import Plan, fingerprint, person_age
+from faceage.pipeline.render import AgedTrack, People, Renderer, decide
+from faceage.pipeline.request import AgeRequest, Networks, StageTimer
+from faceage.pipeline.scan import Progress, scan
+from faceage.pipeline.threads import WriteBehind, read_ahead, timed
+from faceage.pipeline.work import WorkFolder, full, locked, versions, work_folder
+from faceage.track import TrackConfig
+from faceage.types import Frame
 
-Progress = Callable[[str, int, int | None], None]
-"""(pass "scan" or "render", frames done, frames in all if known)."""
-
-KEY_EVERY_FRAMES = 12
-"""Frames between two key frames of a person: the change is computed there and mixed in between. Half a second at 25
-frames a second: expressions change the face, but hardly the difference that age makes to it. Frames are rendered in
-chunks from one key frame to the next."""
 QUEUED_FRAMES = 4
 """Frames decoded ahead, and frames waiting for the encoder: enough to keep three threads busy."""
-SCAN_AHEAD_FRAMES = 12
-"""Frames decoded ahead while scanning: about a window of the tracker, which takes them a window at a time."""
-SAMPLES_PER_WINDOW = 1
-"""Faces a track and window whose age is read, and whose appearance is measured if the ager needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Person:
-    """One track, ready to be rendered."""
+class PersonReport:
+    """What was done to one person of a video."""
 
-    track: Track
+    person: int
+    """The number in the plan."""
+    first_frame: int
+    last_frame: int
+    """Where the person is seen first and last."""
+    shots: tuple[int, ...]
+    """The shots that the person is in."""
     source_age: float
-    target_age: float
-    look: Look
-    """What the ager decided about the person."""
-    sizes_px: tuple[int, ...]
-    """Sides of the crops that the person is aged in, one a view."""
-    frame_to_crop: tuple[FloatArray, ...]
-    """float32 [T, 2, 3] a view."""
-    weights: FloatArray
-    """float32 [T], in [0, 1]."""
+    target_age: float | None
+    """None: the person stays as they are."""
+    identity: float | None
+    """Cosine of the embeddings before and after the change, the mean over the shots."""
 
 
 @dataclass(kw_only=True)
@@ -67,7 +54,7 @@ class VideoReport:
     frames: int = 0
     """Frames of the output. Where no face is to be changed, it is a copy of the source, byte for byte."""
     frames_with_faces: int = 0
-    people: list[dict] = field(default_factory=list)
+    people: list[PersonReport] = field(default_factory=list)
     seconds: float = 0.0
     stage_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds a frame; stages overlap, so they add up to more than the wall time."""
@@ -79,320 +66,285 @@ def age_video(
     networks: Networks,
     source: Path,
     target: Path,
-    request: AgeRequest,
+    request: AgeRequest | None,
     *,
+    people: People | None = None,
+    plan: Plan | None = None,
     encode: EncodeOptions | None = None,
     track: TrackConfig | None = None,
     start_s: float | None = None,
     end_s: float | None = None,
+    resume: bool = True,
+    work: Path | None = None,
     progress: Progress | None = None,
 ) -> VideoReport:
-    """Age every face of a video and write it like the source was.
+    """Age the faces of a video and write it like the source was.
+
+    A run that ends early leaves a work folder beside the output, and the same call goes on where it ended.
 
     Args:
         networks: from `load_networks`.
         source: the video.
         target: the output; it appears when it is complete.
-        request: whom to age, and how.
+        request: how everybody is aged whom `people` does not name; None: they stay as they are.
+        people: how people are aged, by their numbers in the plan.
+        plan: what `scan` found; None: the video is scanned first.
         encode: how the output is encoded.
-        track: how faces are followed.
+        track: how faces are followed, if the video is scanned.
         start_s: frames before this time are left out.
         end_s: frames from this time on are left out.
+        resume: keep what is finished in a work folder until the output is complete.
+        work: the folder that the work folder lies in; None: the output's.
         progress: called now and then, from this thread.
 
     Raises:
-        MediaError: if the source is no video, or the output cannot be written.
+        MediaError: if the source is no video, the plan is another one's, another run writes the output, or it cannot be
+            written.
         UnsupportedError: for a pixel format or container that cannot be used.
     """
     start = perf_counter()
     timer = StageTimer()
-    report = VideoReport(source=str(source), target=str(target))
-    notify = progress or (lambda *_: None)
+    encode = encode or EncodeOptions()
+    wish = {"everybody": request, "people": people or {}, "track": track or TrackConfig()}
     with (
         VideoReader(source, start_s=start_s, end_s=end_s) as first_pass,
         VideoReader(source, start_s=start_s, end_s=end_s) as second_pass,
-        # The writer is opened before the long scan, so that an output that cannot be written is known at once.
-        VideoWriter(target, second_pass, encode) as writer,
+        locked(check_output(target, [source], overwrite=encode.overwrite)),
     ):
-        people = scan(networks, first_pass, request, track, timer, notify)
-        report.frames = first_pass.frames_read
-        report.damage = first_pass.damage
-        renderer = Renderer(networks, people, timer)
-        if not any(person.weights.any() for person in people) and writer.can_copy_source:
-            writer.copy_source()
-        else:
-            _render(renderer, second_pass, writer, timer, lambda done: notify("render", done, report.frames))
-    report.frames_with_faces = renderer.frames_with_faces
-    report.people = [renderer.describe(person) for person in people]
-    report.seconds = perf_counter() - start
-    report.stage_ms = timer.ms_per(report.frames)
-    return report
+        # The writer is opened before the long scan, so that an output that cannot be written is known at once.
+        with VideoWriter(target, second_pass, encode) as writer:
+            sha256 = sha256_of(source)
+            if plan is not None:
+                _check_plan(plan, networks, first_pass, sha256)
+            folder: WorkFolder | None = None
+            if resume:
+                manifest = _manifest(networks, first_pass, sha256, plan, wish, writer)
+                folder = WorkFolder(work_folder(target, work), manifest)
+                plan = plan or folder.plan()
+            if plan is None:
+                try:
+                    plan = scan(networks, first_pass, track, sha256=sha256, timer=timer, progress=progress)
+                except BaseException:
+                    if folder:
+                        folder.remove()  # there is nothing to go on with
+                    raise
+            if folder:
+                folder.save(plan)
+            tracks = decide(networks, plan, request, people)
+            job = _Job(networks, plan, tracks, second_pass, writer, timer, progress or (lambda *_: None))
+            identities = job.run(folder)
+        if folder:
+            folder.remove()
+    return VideoReport(
+        source=str(source),
+        target=str(target),
+        frames=plan.frame_count,
+        frames_with_faces=_count_changed(plan, tracks),
+        people=_describe(plan, tracks, identities),
+        seconds=perf_counter() - start,
+        stage_ms=timer.ms_per(plan.frame_count),
+        damage=plan.damage,
+    )
 
 
-def _render(
-    renderer: Renderer, reader: VideoReader, writer: VideoWriter, timer: StageTimer, notify: Callable[[int], None]
-) -> None:
-    """Decode, change and encode every frame: three threads, bounded queues between them."""
-    frames = read_ahead(timed(reader, "decode", timer), QUEUED_FRAMES)
-
-    def encode(frame: Frame) -> None:
-        with timer("encode"):
-            writer.write(frame)
-
-    with WriteBehind(encode, QUEUED_FRAMES) as out:
-        for done, frame in enumerate(renderer.render(frames, reader.info.rotation), 1):
-            out.put(frame)
-            del frame
-            notify(done)
+def _manifest(
+    networks: Networks, reader: VideoReader, sha256: str, plan: Plan | None, wish: Mapping, writer: VideoWriter
+) -> dict:
+    """Return all that the segments of a run depend on, of JSON types."""
+    return {
+        "input": sha256,
+        "range": [reader.start_s, reader.end_s],
+        "plan": plan and fingerprint(plan),
+        "options": _plain(wish),
+        "output": _plain({"container": writer.path.suffix.lower(), "encoder": writer.encoder}),
+        "networks": dict(networks.fingerprints),
+        "versions": versions(),
+    }
 
 
-def timed(items: Iterable[Frame], stage: str, timer: StageTimer) -> Iterator[Frame]:
-    """Iterate, counting the time that the source takes toward a stage."""
-    iterator = iter(items)
-    while True:
-        with timer(stage):
-            item = next(iterator, None)
-        if item is None:
-            return
-        yield item
-        del item
+def _plain(value: object) -> object:
+    """Return a value of dataclasses and mappings as JSON has it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(each) for key, each in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return value
 
 
-def scan(
-    networks: Networks, reader: VideoReader, request: AgeRequest, config: TrackConfig | None, timer: StageTimer,
-    notify: Progress,
-) -> list[Person]:  # fmt: skip
-    """Return the people of a video, in order of appearance."""
-    tracker = Tracker(networks.detector, config)
-    samples: dict[int, _Samples] = {}
-    # How many frames a part of a video has shows only when they are decoded.
-    total = reader.info.frame_count if reader.start_s is None and reader.end_s is None else None
-    decoded = read_ahead(timed(reader, "decode", timer), SCAN_AHEAD_FRAMES)
-    frames = (upright(frame, reader.info.rotation) for frame in decoded)
-    windows = tracker.scan(frames)
-    while True:
-        with timer("detect and track"):
-            window = next(windows, None)
-        if window is None:
-            break
-        with timer("source age"):
-            _sample(networks, window, samples)
-        notify("scan", window.first_frame + len(window.frames), total)
-        del window
-    tracks = tracker.tracks()
-    if request.faces == "largest":
-        tracks = _most_prominent(tracks)
-    rate = float(reader.info.average_rate or 25)
-    return _people(networks, tracks, [samples[t.track_id] for t in tracks], request, rate)
+def _check_plan(plan: Plan, networks: Networks, reader: VideoReader, sha256: str) -> None:
+    """Raise MediaError if a plan is of another video, another range, or of other networks."""
+    if plan.sha256 != sha256:
+        raise MediaError(f"the plan is not of {reader.info.path} as it is now; scan it again")
+    if (plan.start_s, plan.end_s) != (reader.start_s, reader.end_s):
+        raise MediaError(
+            f"the plan is of the range {plan.start_s} to {plan.end_s} s, {reader.start_s} to {reader.end_s} s is asked "
+            "for; give the same range, or scan it again"
+        )
+    if dict(plan.estimators) != networks.estimators:
+        raise MediaError(
+            f"the plan was made with other networks for age and identity than model {networks.model} has; "
+            "scan the video again with --model"
+        )
 
 
 @dataclass
-class _Samples:
-    """What was measured on a track's best faces."""
+class _Job:
+    """The second pass over one video: decode, change and encode in three threads, bounded queues between them."""
 
-    ages: list[float] = field(default_factory=list)
-    appearances: list[Appearance] = field(default_factory=list)
-    """As many, or none if the ager needs none."""
+    networks: Networks
+    plan: Plan
+    tracks: list[AgedTrack]
+    reader: VideoReader
+    writer: VideoWriter
+    timer: StageTimer
+    progress: Progress
+
+    def run(self, folder: WorkFolder | None) -> dict[int, float]:
+        """Make the output; return the identity of each track that is changed, by its id."""
+        if not any(aged.weights.any() for aged in self.tracks) and self.writer.can_copy_source:
+            self.writer.copy_source()
+            return {}
+        if folder and self.plan.segment_count > 1:
+            return self.render_segments(folder)
+        return self.render_whole()
+
+    def render_whole(self) -> dict[int, float]:
+        """Render all segments straight into the output; return as `run`."""
+        cuts = {int(edge) for edge in self.plan.boundaries[1:-1]}
+
+        def write(frame: Frame) -> None:
+            if self.writer.frames_written in cuts:
+                self.writer.cut()
+            self.writer.write(frame)
+
+        return self._render(0, self.plan.segment_count, write)
+
+    def render_segments(self, folder: WorkFolder) -> dict[int, float]:
+        """Render the segments that are not there yet, and put all together; return as `run`."""
+        count = self.plan.segment_count
+        self.writer.begin(int(self.plan.pts[0]))
+        missing = [index for index in range(count) if open_segment(folder.segment(index)) is None]
+        for first, last in _runs(missing):
+            self._render_run(folder, first, last)
+        identities: dict[int, float] = {}
+        for index in range(count):
+            segment = open_segment(folder.segment(index))
+            if segment is None:
+                raise MediaError(f"{folder.segment(index)} has vanished; run the same command again")
+            identities |= zip(segment.notes["tracks"].tolist(), segment.notes["identities"].tolist(), strict=True)
+            self.writer.add(segment)
+        return identities
+
+    def _render_run(self, folder: WorkFolder, first: int, last: int) -> None:
+        """Render the segments from `first` to before `last` into the work folder."""
+        index, left = first, 0
+        encoder: SegmentEncoder | None = None
+        out: SegmentWriter | None = None
+        renderer = Renderer(self.networks, self.plan, self.tracks, self.timer)
+
+        def write(frame: Frame) -> None:
+            nonlocal index, left, encoder, out
+            if encoder is None or out is None:
+                encoder, out = self.writer.new_segment(), SegmentWriter(folder.segment(index))
+                left = int(self.plan.boundaries[index + 1] - self.plan.boundaries[index])
+            out.write(encoder.encode(frame))
+            left -= 1
+            if not left:
+                out.write(encoder.finish())
+                low, high = (int(edge) for edge in self.plan.boundaries[index : index + 2])
+                mine = {t: v for t, v in renderer.identities.items() if low <= renderer.first_key(t) < high}
+                notes = {"tracks": np.array([*mine], np.int64), "identities": np.array([*mine.values()], np.float64)}
+                out.finish(encoder.ticks, notes)
+                index, encoder, out = index + 1, None, None
+
+        try:
+            self._render(first, last, write, renderer)
+        except OSError as error:
+            raise full(folder.path, error) from error
+        finally:
+            if out is not None:
+                out.close()
+
+    def _render(
+        self, first: int, last: int, write: Callable[[Frame], None], renderer: Renderer | None = None
+    ) -> dict[int, float]:
+        """Render the frames of the segments from `first` to before `last`, and hand them to `write` in a thread."""
+        low, high = int(self.plan.boundaries[first]), int(self.plan.boundaries[last])
+        renderer = renderer or Renderer(self.networks, self.plan, self.tracks, self.timer)
+        needed = read_planned(self.plan, self.reader, renderer.begin(low), min(high + 1, self.plan.frame_count))
+        frames = read_ahead(timed(needed, "decode", self.timer), QUEUED_FRAMES)
+
+        def encode(frame: Frame) -> None:
+            with self.timer("encode"):
+                write(frame)
+
+        with WriteBehind(encode, QUEUED_FRAMES) as out:
+            for done, frame in enumerate(renderer.render(frames, low, high), low + 1):
+                out.put(frame)
+                del frame
+                self.progress("render", done, self.plan.frame_count)
+        return renderer.identities
 
 
-def _sample(networks: Networks, window: Window, samples: dict[int, _Samples]) -> None:
-    """Measure each track of the window on its best faces there."""
-    faces, ids = window.faces, window.track_ids
-    quality = pose_weights(faces.landmarks, faces.scores) + 1e-3 * faces.scores
-    rows = [
-        row
-        for track_id in np.unique(ids)
-        for row in sorted(np.flatnonzero(ids == track_id), key=lambda r: -quality[r])[:SAMPLES_PER_WINDOW]
-    ]
-    chosen = faces[np.array(rows, np.int64)]
-    mine = [samples.setdefault(int(ids[row]), _Samples()) for row in rows]
-    for sample, age in zip(mine, networks.read_ages(window.frames, chosen), strict=True):
-        sample.ages.append(float(age))
-    if networks.ager.needs_appearance:
-        for sample, appearance in zip(mine, networks.sample_appearances(window.frames, chosen), strict=True):
-            sample.appearances.append(appearance)
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Return the runs [first, last) of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
 
 
-def _most_prominent(tracks: list[Track]) -> list[Track]:
-    """Return the track of each shot that covers the most picture, over all its frames together."""
+def read_planned(plan: Plan, reader: VideoReader, first: int, last: int) -> Iterator[Frame]:
+    """Yield the frames from `first` to before `last` of the video that a plan is of.
 
-    def size(track: Track) -> float:
-        spread = track.landmarks - track.landmarks.mean(1, keepdims=True)
-        return float(np.square(spread).sum())
+    Raises:
+        MediaError: if they are others than the plan says.
+    """
+    if first == 0:
+        frames = reader.read()
+    elif plan.can_seek:
+        frames = reader.read(int(plan.pts[first]))
+    else:
+        frames = islice(reader.read(), first, None)
+    for index in range(first, last):
+        frame = next(frames, None)
+        if frame is None or frame.pts != plan.pts[index]:
+            found = "the end" if frame is None else f"time stamp {frame.pts}"
+            raise MediaError(
+                f"{reader.info.path}: frame {index} is to have time stamp {plan.pts[index]}, {found} was found; "
+                "has the file changed? scan it again"
+            )
+        yield frame
+        del frame
 
-    by_shot = itertools.groupby(sorted(tracks, key=lambda t: t.shot), key=lambda t: t.shot)
-    return [max(group, key=size) for _, group in by_shot]
+
+def _count_changed(plan: Plan, tracks: list[AgedTrack]) -> int:
+    """Return in how many frames somebody is changed."""
+    changed = np.zeros(plan.frame_count, bool)
+    for aged in tracks:
+        changed[aged.track.first_frame : aged.track.last_frame + 1] |= aged.weights > 0
+    return int(changed.sum())
 
 
-def _people(
-    networks: Networks, tracks: list[Track], samples: list[_Samples], request: AgeRequest, rate: float
-) -> list[Person]:
-    """Decide how each track is aged, from its samples."""
-    ager = networks.ager
-    estimated = np.array([np.median(sample.ages) for sample in samples], np.float32)
-    source, target = resolve_ages(estimated, request)
-    appearances = [mean_appearance(sample.appearances) for sample in samples] if ager.needs_appearance else []
-    people = []
-    for i, (track, look) in enumerate(zip(tracks, ager.look(appearances, source, target), strict=True)):
-        sizes = tuple(choose_size(track.landmarks, view) for view in ager.views)
-        weights = face_weights(
-            track.landmarks, track.scores, fade_in=not track.starts_shot, fade_out=not track.ends_shot, frame_rate=rate
-        )
-        people.append(
-            Person(
-                track=track,
-                source_age=float(source[i]),
-                target_age=float(target[i]),
-                look=look,
-                sizes_px=sizes,
-                frame_to_crop=tuple(
-                    align_faces(track.landmarks, size, view.template)
-                    for size, view in zip(sizes, ager.views, strict=True)
-                ),
-                weights=weights * request.strength,
+def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float]) -> list[PersonReport]:
+    """Return what was done to each person, in order of their numbers."""
+    aged = {track.person: track for track in tracks}
+    reports = []
+    for number, planned in plan.people().items():
+        mine = aged.get(number)
+        measured = [identities[p.track.track_id] for p in planned if p.track.track_id in identities]
+        reports.append(
+            PersonReport(
+                person=number,
+                first_frame=min(p.track.first_frame for p in planned),
+                last_frame=max(p.track.last_frame for p in planned),
+                shots=tuple(sorted({p.track.shot for p in planned})),
+                source_age=round(mine.source_age if mine else person_age(planned), 1),
+                target_age=round(mine.target_age, 1) if mine else None,
+                identity=round(sum(measured) / len(measured), 3) if measured else None,
             )
         )
-    return people
-
-
-@dataclass
-class _Keys:
-    """What is known of one person so far: the newest key frames."""
-
-    frames: list[int] = field(default_factory=list)
-    keys: list[Key] = field(default_factory=list)
-    """The ager's, one a frame."""
-    identity: float | None = None
-    """Cosine of the embeddings before and after, at the first key frame."""
-
-    def around(self, frame: int) -> tuple[Key, Key, float]:
-        """Return the keys before and after a frame, and where it lies between them: the arguments of `Ager.draw`."""
-        after = int(np.searchsorted(self.frames, frame))
-        if self.frames[after] == frame:
-            return self.keys[after], self.keys[after], 0.0
-        before = after - 1
-        share = (frame - self.frames[before]) / (self.frames[after] - self.frames[before])
-        return self.keys[before], self.keys[after], share
-
-
-class Renderer:
-    """Adds the people's change to the frames of a video, in order."""
-
-    def __init__(self, networks: Networks, people: list[Person], timer: StageTimer) -> None:
-        self._networks = networks
-        self._timer = timer
-        self._waiting = sorted(people, key=lambda p: p.track.first_frame)
-        self._in_view: list[Person] = []
-        self._keys = {person.track.track_id: _Keys() for person in people}
-        self.frames_with_faces = 0
-
-    def describe(self, person: Person) -> dict:
-        """Return what was done to one person, for the report."""
-        keys = self._keys[person.track.track_id]
-        return {
-            "track": person.track.track_id,
-            "shot": person.track.shot,
-            "first_frame": person.track.first_frame,
-            "last_frame": person.track.last_frame,
-            "source_age": round(person.source_age, 1),
-            "target_age": round(person.target_age, 1),
-            "identity": None if keys.identity is None else round(keys.identity, 3),
-        }
-
-    def render(self, frames: Iterator[Frame], rotation: int) -> Iterator[Frame]:
-        """Yield the frames, those with a face in them changed."""
-        first = 0
-        chunk = list(itertools.islice(frames, KEY_EVERY_FRAMES + 1))
-        while chunk:
-            # The chunk's last frame belongs to the next one; here it only ends the last interval between key frames.
-            shown = chunk[:KEY_EVERY_FRAMES]
-            self._age_key_frames([upright(f, rotation) for f in chunk], first)
-            rest = chunk[KEY_EVERY_FRAMES:]
-            del chunk
-            while shown:
-                yield self._blend(shown.pop(0), first, rotation)
-                first += 1
-            chunk = rest + list(itertools.islice(frames, KEY_EVERY_FRAMES + 1 - len(rest)))
-
-    def _age_key_frames(self, frames: list[Frame], first: int) -> None:
-        """Compute the change of every person at the key frames among `frames`, in batches of one of each person."""
-        last = first + len(frames) - 1
-        self._in_view = [p for p in self._in_view if p.track.last_frame >= first]
-        while self._waiting and self._waiting[0].track.first_frame <= last:
-            self._in_view.append(self._waiting.pop(0))
-        wanted: list[tuple[Person, list[int]]] = []
-        for person in self._in_view:
-            keys = self._keys[person.track.track_id]
-            keys.frames, keys.keys = keys.frames[-1:], keys.keys[-1:]
-            wanted.append((person, [f for f in self._key_frames(person, first, last) if f not in keys.frames]))
-        while wanted := [(person, rest) for person, rest in wanted if rest]:
-            # In order: each key frame of a person starts from the one before.
-            batches: dict[tuple[int, ...], list[tuple[Person, int]]] = {}
-            for person, rest in wanted:
-                batches.setdefault(person.sizes_px, []).append((person, rest.pop(0)))
-            for batch in batches.values():
-                self._age(frames, first, batch)
-
-    def _age(self, frames: list[Frame], first: int, batch: list[tuple[Person, int]]) -> None:
-        """Compute the change of people at a key frame each; all have the same sizes."""
-        ager = self._networks.ager
-        with self._timer("gather"):
-            landmarks = np.stack([person.track.landmarks[frame - person.track.first_frame] for person, frame in batch])
-            indices = np.array([frame - first for _, frame in batch])
-            crops = [
-                prepare_crops(frames, indices, landmarks, view, size)
-                for view, size in zip(ager.views, batch[0][0].sizes_px, strict=True)
-            ]
-        known = [self._keys[person.track.track_id] for person, _ in batch]
-        with self._timer("age"):
-            looks = [person.look for person, _ in batch]
-            keys = ager.observe(looks, crops, [mine.keys[-1] if mine.keys else None for mine in known])
-            rows = [row for row, mine in enumerate(known) if mine.identity is None]
-            if rows:
-                changes = [ager.draw(looks[row], keys[row], keys[row], 0.0)[0] for row in rows]
-                measured = self._networks.measure_identity(crops[0][np.array(rows)], changes)
-                for row, identity in zip(rows, measured, strict=True):
-                    known[row].identity = float(identity)
-        for mine, key, (_, frame) in zip(known, keys, batch, strict=True):
-            mine.frames.append(frame)
-            mine.keys.append(key)
-
-    @staticmethod
-    def _key_frames(person: Person, first: int, last: int) -> list[int]:
-        """Return the key frames of a person among `first` to `last`: the grid's, and the ends of the track.
-
-        Intervals in which the person's weight is 0 throughout need none.
-        """
-        track = person.track
-        low, high = max(first, track.first_frame), min(last, track.last_frame)
-        if low > high:
-            return []
-        grid = range(-(-low // KEY_EVERY_FRAMES) * KEY_EVERY_FRAMES, high + 1, KEY_EVERY_FRAMES)
-        wanted = sorted({low, high} | set(grid)) if low <= high else []
-        visible = person.weights > 0
-
-        def matters(frame: int) -> bool:
-            at = frame - track.first_frame
-            return bool(visible[max(0, at - KEY_EVERY_FRAMES) : at + KEY_EVERY_FRAMES + 1].any())
-
-        return [frame for frame in wanted if matters(frame)]
-
-    def _blend(self, frame: Frame, index: int, rotation: int) -> Frame:
-        """Return the frame with everybody's change added."""
-        present = [
-            (person, at)
-            for person in self._in_view
-            if 0 <= (at := index - person.track.first_frame) < len(person.track) and person.weights[at] > 0
-        ]
-        if not present:
-            return frame
-        self.frames_with_faces += 1
-        with self._timer("blend"):
-            frame = writable(frame)
-            ours = upright(frame, rotation)
-            for person, at in present:
-                before, after, share = self._keys[person.track.track_id].around(index)
-                changes = self._networks.ager.draw(person.look, before, after, share)
-                matrices = [matrix[at] for matrix in person.frame_to_crop]
-                blend_faces(ours, changes, [float(person.weights[at])] * len(changes), matrices)
-        return frame
+    return reports

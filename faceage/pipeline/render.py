@@ -1,0 +1,295 @@
+"""The second pass over a video: change the frames of any stretch of it.
+
+What comes out depends on the plan and the wish alone, not on the stretch: key frames lie at fixed places of the video,
+and what an ager remembers from key frame to key frame begins anew at every boundary of a segment. There an ager that
+remembers is warmed up on the key frames before, so that the new beginning is not seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from faceage.agers.base import Key, Look
+from faceage.align import align_faces, choose_size, face_weights, prepare_crops
+from faceage.blend import blend_faces
+from faceage.errors import MediaError
+from faceage.media.rotation import upright
+from faceage.media.video import writable
+from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, person_age
+from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
+from faceage.track import Track
+from faceage.types import FloatArray, Frame
+
+People = Mapping[int, AgeRequest | None]
+"""Number of a person -> how this one is aged; None: not at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgedTrack:
+    """A track that is to be changed, and how."""
+
+    track: Track
+    person: int
+    source_age: float
+    target_age: float
+    look: Look
+    """What the ager decided about the person in this shot."""
+    sizes_px: tuple[int, ...]
+    """Sides of the crops that the face is aged in, one a view."""
+    frame_to_crop: tuple[FloatArray, ...]
+    """float32 [T, 2, 3] a view."""
+    weights: FloatArray
+    """float32 [T], in [0, 1]."""
+
+    def key_frames(self) -> list[int]:
+        """Return the frames at which the change is computed: the grid's, and the ends of the track.
+
+        Intervals in which the weight is 0 throughout need none.
+        """
+        first, last = self.track.first_frame, self.track.last_frame
+        grid = range(-(-first // KEY_EVERY_FRAMES) * KEY_EVERY_FRAMES, last + 1, KEY_EVERY_FRAMES)
+        visible = self.weights > 0
+
+        def matters(frame: int) -> bool:
+            at = frame - first
+            return bool(visible[max(0, at - KEY_EVERY_FRAMES) : at + KEY_EVERY_FRAMES + 1].any())
+
+        return [frame for frame in sorted({first, last, *grid}) if matters(frame)]
+
+
+def decide(networks: Networks, plan: Plan, request: AgeRequest | None, people: People | None = None) -> list[AgedTrack]:
+    """Decide how each track of a plan is changed; tracks that are to stay as they are are left out.
+
+    Args:
+        networks: the ager looks at the people.
+        plan: of the video.
+        request: for everybody whom `people` does not name; None: they stay as they are.
+        people: for people by their numbers in the plan.
+
+    Raises:
+        MediaError: if `people` names somebody who is not there.
+    """
+    everybody = plan.people()
+    named = people or {}
+    if unknown := sorted(named.keys() - everybody.keys()):
+        raise MediaError(
+            f"there is no person {unknown[0]} in the video, which has {len(everybody)}; "
+            "`faceage scan` shows the people and their numbers"
+        )
+    chosen: list[tuple[PlannedTrack, AgeRequest]] = []
+    for planned in plan.tracks:
+        mine = named.get(planned.person, request)
+        if mine is not None:
+            chosen.append((planned, mine))
+    if request is not None and request.faces == "largest":
+        prominent = _most_prominent([planned.track for planned in plan.tracks])
+        chosen = [(p, r) for p, r in chosen if p.person in named or p.track.track_id in prominent]
+    if not chosen:
+        return []
+    read = np.array([person_age(everybody[planned.person]) for planned, _ in chosen], np.float32)
+    ages = [resolve_ages(age[None], mine) for age, (_, mine) in zip(read, chosen, strict=True)]
+    source, target = (np.concatenate(column) for column in zip(*ages, strict=True))
+    ager = networks.ager
+    appearances = [planned.appearance for planned, _ in chosen] if ager.needs_appearance else []
+    looks = ager.look(appearances, source, target)
+    return [
+        _aged(networks, plan, planned, mine.strength, look, float(now), float(wanted))
+        for (planned, mine), look, now, wanted in zip(chosen, looks, source, target, strict=True)
+    ]
+
+
+def _aged(
+    networks: Networks, plan: Plan, planned: PlannedTrack, strength: float, look: Look, source: float, target: float
+) -> AgedTrack:
+    track, views = planned.track, networks.ager.views
+    sizes = tuple(choose_size(track.landmarks, view) for view in views)
+    weights = face_weights(
+        track.landmarks, track.scores,
+        fade_in=not track.starts_shot, fade_out=not track.ends_shot, frame_rate=plan.frame_rate,
+    )  # fmt: skip
+    return AgedTrack(
+        track=track,
+        person=planned.person,
+        source_age=source,
+        target_age=target,
+        look=look,
+        sizes_px=sizes,
+        frame_to_crop=tuple(
+            align_faces(track.landmarks, size, view.template) for size, view in zip(sizes, views, strict=True)
+        ),
+        weights=weights * strength,
+    )
+
+
+def _most_prominent(tracks: list[Track]) -> set[int]:
+    """Return the id of the track of each shot that covers the most picture, over all its frames together."""
+
+    def size(track: Track) -> float:
+        spread = track.landmarks - track.landmarks.mean(1, keepdims=True)
+        return float(np.square(spread).sum())
+
+    by_shot = itertools.groupby(sorted(tracks, key=lambda t: t.shot), key=lambda t: t.shot)
+    return {max(group, key=size).track_id for _, group in by_shot}
+
+
+@dataclass
+class _Keys:
+    """What is known of one track in one chain so far: the newest key frames."""
+
+    frames: list[int] = field(default_factory=list)
+    keys: list[Key] = field(default_factory=list)
+    """The ager's, one a frame."""
+
+    def around(self, frame: int) -> tuple[Key, Key, float]:
+        """Return the keys before and after a frame, and where it lies between them: the arguments of `Ager.draw`."""
+        after = int(np.searchsorted(self.frames, frame))
+        if self.frames[after] == frame:
+            return self.keys[after], self.keys[after], 0.0
+        before = after - 1
+        share = (frame - self.frames[before]) / (self.frames[after] - self.frames[before])
+        return self.keys[before], self.keys[after], share
+
+
+Chain = dict[int, _Keys]
+"""Track id -> its keys, since the boundary that the chain belongs to."""
+
+
+class Renderer:
+    """Changes the frames of any stretch of a video between two boundaries of its plan."""
+
+    def __init__(self, networks: Networks, plan: Plan, tracks: list[AgedTrack], timer: StageTimer) -> None:
+        self._networks, self._plan, self._timer = networks, plan, timer
+        self._tracks = sorted(tracks, key=lambda aged: (aged.track.first_frame, aged.track.track_id))
+        self._key_frames = {aged.track.track_id: aged.key_frames() for aged in tracks}
+        self._boundaries = {int(edge) for edge in plan.boundaries[:-1]}
+        self.identities: dict[int, float] = {}
+        """Track id -> cosine of the embeddings before and after at its first key frame, if that was rendered."""
+
+    def first_key(self, track_id: int) -> int:
+        """Return the first key frame of a track that is changed."""
+        return self._key_frames[track_id][0]
+
+    def begin(self, first: int) -> int:
+        """Return the frame that rendering from a boundary has to read from."""
+        return max(0, first - self._warm_up(first))
+
+    def render(self, frames: Iterable[Frame], first: int, last: int) -> Iterator[Frame]:
+        """Yield the frames from `first` to before `last`, those with a face in them changed.
+
+        Args:
+            frames: from `begin(first)` on, as they are stored, to `last` at least, if the video has that one.
+            first: a boundary of the plan.
+            last: another.
+        """
+        source = iter(frames)
+        held: list[Frame] = []
+        chain: Chain = {}
+        upcoming: Chain = {}  # of the next boundary
+        waiting, in_view = deque(self._tracks), list[AgedTrack]()
+        for low, high in self._plan.chunks(self.begin(first), last):
+            # The chunk's last frame belongs to the next one; here it only ends the last interval between key frames.
+            held += itertools.islice(source, high - low + 1 - len(held))
+            upright_frames = [upright(frame, self._plan.rotation) for frame in held]
+            while waiting and waiting[0].track.first_frame < high:
+                in_view.append(waiting.popleft())
+            in_view = [aged for aged in in_view if aged.track.last_frame >= low]
+            if low in self._boundaries and low >= first:
+                chain, upcoming = upcoming, {}
+            if low >= first:
+                self._extend(chain, in_view, upright_frames, low, is_shown=True)
+            following = self._boundary_after(low) if low >= first else first
+            if low < following < max(last, first + 1) and following - low <= self._warm_up(following):
+                self._extend(upcoming, in_view, upright_frames, low, is_shown=False)
+            del upright_frames
+            for index in range(low, high):
+                frame = held.pop(0)
+                if index >= first:
+                    yield self._blend(chain, in_view, frame, index)
+                del frame
+
+    def _boundary_after(self, frame: int) -> int:
+        edges = self._plan.boundaries
+        return int(edges[np.searchsorted(edges, frame, side="right")])
+
+    def _warm_up(self, boundary: int) -> int:
+        """Return how many frames before a boundary an ager begins: none where a shot begins, or nobody is."""
+        keys = self._networks.ager.warm_up_keys
+        if not keys or not boundary or boundary in self._plan.shots:
+            return 0
+        if not any(aged.track.first_frame < boundary <= aged.track.last_frame for aged in self._tracks):
+            return 0
+        edges = self._plan.boundaries
+        before = int(edges[np.searchsorted(edges, boundary) - 1])
+        return min(keys * KEY_EVERY_FRAMES, boundary - before)
+
+    def _extend(
+        self, chain: Chain, in_view: list[AgedTrack], frames: list[Frame], first: int, *, is_shown: bool
+    ) -> None:
+        """Compute the change of everybody in view at the key frames among `frames`, in batches of one of each track."""
+        last = first + len(frames) - 1
+        for gone in chain.keys() - {aged.track.track_id for aged in in_view}:
+            del chain[gone]
+        wanted: list[tuple[AgedTrack, list[int]]] = []
+        for aged in in_view:
+            mine = chain.setdefault(aged.track.track_id, _Keys())
+            mine.frames, mine.keys = mine.frames[-1:], mine.keys[-1:]
+            missing = [f for f in self._key_frames[aged.track.track_id] if first <= f <= last and f not in mine.frames]
+            wanted.append((aged, missing))
+        while wanted := [(aged, rest) for aged, rest in wanted if rest]:
+            # In order: each key frame of a track starts from the one before.
+            batches: dict[tuple[int, ...], list[tuple[AgedTrack, int]]] = {}
+            for aged, rest in wanted:
+                batches.setdefault(aged.sizes_px, []).append((aged, rest.pop(0)))
+            for batch in batches.values():
+                self._age(chain, frames, first, batch, is_shown=is_shown)
+
+    def _age(
+        self, chain: Chain, frames: list[Frame], first: int, batch: list[tuple[AgedTrack, int]], *, is_shown: bool
+    ) -> None:
+        """Compute the change of tracks at a key frame each; all have the same sizes."""
+        ager = self._networks.ager
+        with self._timer("gather"):
+            landmarks = np.stack([aged.track.landmarks[frame - aged.track.first_frame] for aged, frame in batch])
+            indices = np.array([frame - first for _, frame in batch])
+            crops = [
+                prepare_crops(frames, indices, landmarks, view, size)
+                for view, size in zip(ager.views, batch[0][0].sizes_px, strict=True)
+            ]
+        known = [chain[aged.track.track_id] for aged, _ in batch]
+        with self._timer("age"):
+            looks = [aged.look for aged, _ in batch]
+            keys = ager.observe(looks, crops, [mine.keys[-1] if mine.keys else None for mine in known])
+            is_first = [frame == self._key_frames[aged.track.track_id][0] for aged, frame in batch]
+            if is_shown and any(is_first):
+                rows = [row for row, first_time in enumerate(is_first) if first_time]
+                changes = [ager.draw(looks[row], keys[row], keys[row], 0.0)[0] for row in rows]
+                measured = self._networks.measure_identity(crops[0][np.array(rows)], changes)
+                for row, identity in zip(rows, measured, strict=True):
+                    self.identities[batch[row][0].track.track_id] = float(identity)
+        for mine, key, (_, frame) in zip(known, keys, batch, strict=True):
+            mine.frames.append(frame)
+            mine.keys.append(key)
+
+    def _blend(self, chain: Chain, in_view: list[AgedTrack], frame: Frame, index: int) -> Frame:
+        """Return the frame with everybody's change added."""
+        present = [
+            (aged, at)
+            for aged in in_view
+            if 0 <= (at := index - aged.track.first_frame) < len(aged.track) and aged.weights[at] > 0
+        ]
+        if not present:
+            return frame
+        with self._timer("blend"):
+            frame = writable(frame)
+            ours = upright(frame, self._plan.rotation)
+            for aged, at in present:
+                before, after, share = chain[aged.track.track_id].around(index)
+                changes = self._networks.ager.draw(aged.look, before, after, share)
+                matrices = [matrix[at] for matrix in aged.frame_to_crop]
+                blend_faces(ours, changes, [float(aged.weights[at])] * len(changes), matrices)
+        return frame

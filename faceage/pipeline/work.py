@@ -1,0 +1,185 @@
+"""The work folder of a run: what a run that ends early leaves for the next one to go on with.
+
+It holds a manifest of all that the result depends on, the plan, and the finished segments. A run finds out at its start
+whether the manifest is its own; if not, it begins anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import av
+
+from faceage import __version__
+from faceage.errors import MediaError
+from faceage.media.files import write_atomically
+from faceage.pipeline.plan import Plan, load_plan, save_plan
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MAX_NAME = 64
+"""Characters of an output's name that stand in the names of its lock and its work folder."""
+_LIBRARIES = ("numpy", "opencv-python-headless", "openvino", "onnxruntime", "torch")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes and encodes pictures."""
+    found = {"faceage": __version__, "av": av.__version__}
+    found |= {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _short(name: str) -> str:
+    """Return a name that is short enough to be lengthened."""
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def work_folder(target: Path, base: Path | None) -> Path:
+    """Return the work folder of an output: beside it, or in `base`."""
+    return (base or target.parent) / f"{_short(target.name)}.faceage-work"
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Keep other runs from writing an output for as long as the block lasts; what dead ones left is removed.
+
+    The operating system frees the lock of a process that dies.
+
+    Raises:
+        MediaError: if another run writes it.
+    """
+    path = target.with_name(f".{_short(target.name)}.lock")
+    handle = _lock(path, target)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        _remove_partials(target)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(path: Path, target: Path) -> int:
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise MediaError(
+                f"{target} cannot be created ({error.strerror}); name a folder that can be written"
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            process = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise MediaError(
+                f"the output {target} is being written by another run (process {process}); wait for it, or name another"
+            ) from error
+        with suppress(FileNotFoundError):  # the run that had it took it away in between
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                return handle
+        os.close(handle)
+
+
+def _remove_partials(target: Path) -> None:
+    """Delete the partial outputs of dead processes, and name them."""
+    pattern = re.compile(rf"\.{re.escape(target.stem[:32])}\.(\d+)\.part{re.escape(target.suffix)}")
+    for path in sorted(target.parent.iterdir()):
+        found = pattern.fullmatch(path.name)
+        if found and not _is_alive(int(found[1])):
+            log.warning("%s was left by a run that was killed; it is deleted", path)
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class WorkFolder:
+    """What is kept of one output while it is made.
+
+    Args:
+        path: the folder; it is made.
+        manifest: all that the result depends on, of JSON types. What another manifest's run left is deleted.
+
+    Raises:
+        MediaError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path, manifest: dict) -> None:
+        self.path = path
+        wanted = json.loads(json.dumps({"format_version": FORMAT_VERSION, **manifest}))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            found = self._manifest()
+            if found != wanted:
+                if found is not None:
+                    others = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+                    log.warning("%s is of a run with another %s; starting over", path, ", ".join(others))
+                self._clear()
+                with write_atomically(path / "manifest.json") as file:
+                    file.write(json.dumps(wanted, indent=1).encode())
+        except OSError as error:
+            raise full(path, error) from error
+
+    def _manifest(self) -> dict | None:
+        try:
+            found = json.loads((self.path / "manifest.json").read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _clear(self) -> None:
+        """Delete what a run wrote, and nothing else."""
+        for path in self.path.iterdir():
+            if re.fullmatch(r"(manifest|plan)\.(json|npz)(\.part)?|\d{6}\.(packets|npz|npz\.part)", path.name):
+                path.unlink()
+
+    def plan(self) -> Plan | None:
+        """Return the plan, if it was finished."""
+        return load_plan(self.path) if (self.path / "plan.json").exists() else None
+
+    def save(self, plan: Plan) -> None:
+        """Keep the plan."""
+        try:
+            save_plan(plan, self.path)
+        except OSError as error:
+            raise full(self.path, error) from error
+
+    def segment(self, index: int) -> Path:
+        """Return the name of a segment's files, for `media.segment`."""
+        return self.path / f"{index:06d}"
+
+    def remove(self) -> None:
+        """Delete the folder: the output is complete."""
+        self._clear()
+        with suppress(OSError):  # something else lies in it
+            self.path.rmdir()
+
+
+def full(path: Path, error: OSError) -> MediaError:
+    """Return what to say when something cannot be kept."""
+    return MediaError(
+        f"{path} cannot be written ({error.strerror or error}); free space there, or name another folder with --work, "
+        "and run the same command again: it goes on where this one ended"
+    )
