@@ -154,5 +154,7 @@ def test_a_template_that_this_version_does_not_know_is_refused(facegan_checkpoin
     assert read_view(facegan_checkpoint, [128, 192]) == View("face", TEMPLATE_5, (128, 192))
     header.dims["template"] = "hand"
     save(tmp_path / "facegan.safetensors", weights, header)
-    with pytest.raises(CheckpointError, match='template "hand", this version knows face; update faceage'):
+    with pytest.raises(
+        CheckpointError, match='template "hand", this version knows face, whole face, head; update faceage'
+    ):
         read_view(tmp_path / "facegan.safetensors", [128])

@@ -54,7 +54,9 @@ def test_a_model_is_of_one_architecture(cache, checkpoints, facegan_checkpoint):
 
 
 def test_an_unknown_model_is_refused_with_the_list(cache):
-    with pytest.raises(CheckpointError, match=r'unknown model "other"; there are age-cgan, facegan, space; add one with'):
+    with pytest.raises(
+        CheckpointError, match=r'unknown model "other"; there are age-cgan, facegan, space; add one with'
+    ):
         find_model("other")
 
 
