@@ -17,14 +17,14 @@ from faceage.types import RGB, Frame
 SIZE = 256
 portrait = np.ascontiguousarray(astronaut()[:SIZE, 96 : 96 + SIZE])
 
-# 1. At 80 the skin is old, the hair, the neck and the teeth are not. 2. As a child she has an adult's bones.
+# 1. At 80 skin and hair are old, the neck and the shape of the face are not. 2. As a child she has an adult's bones.
 # 3. Something in front of the face is aged with it: nothing says that it is not skin.
 covered = portrait.copy()
 cv2.rectangle(covered, (96, 128), (190, 200), (90, 120, 160), -1)
 # 4. A face in the dark gets a change that does not belong to it.
 dark = (portrait * 0.25).astype(np.uint8)
 cases = [
-    ("80: hair stays", portrait, 80),
+    ("80: neck stays", portrait, 80),
     ("8: bones stay", portrait, 8),
     ("70: covered", covered, 70),
     ("70: dark", dark, 70),

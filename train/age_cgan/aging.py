@@ -43,7 +43,7 @@ from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
 from train.losses import read_by_all
 from train.readers.age_estimator import load_reader, reader_option
 from train.readers.identity import identity_option, load_identity
-from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
+from train.run import EMA, Run, Script, autocast, device, git_commit, run_options, sheet
 
 SHEET_AGES = (20, 40, 60, 80)
 
@@ -202,7 +202,7 @@ def main(
         y, y_target = classes.to(where).chunk(2)
         age, target = torch.from_numpy(ages).clamp(max=OLDEST_YEARS).to(where).chunk(2)  # as the classes
 
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             aged, reconstruction, delta, z = age_faces(E, G, mask, x, y, y_target, config.latent_noise)
             aged = aged.contiguous(memory_format=torch.channels_last)
             # One pass a kind: the discriminator's batch deviation must not mix real and generated faces.
@@ -221,7 +221,7 @@ def main(
 
         age_share = min(1.0, max(0.0, (run.progress - config.age_start) / 0.25))
         D.requires_grad_(False)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             terms = {"adversary": -D(mask * shift_and_jitter(aged), y_target).float().mean()}
             who = FR(x)
             terms["identity"] = config.identity_weight * (1 - (FR(aged) * who).sum(1)).mean()

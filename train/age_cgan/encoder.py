@@ -30,7 +30,7 @@ from faceage.networks.regressors import IdentityNet
 from train.augment import shift_and_jitter
 from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
 from train.readers.identity import load_identity
-from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
+from train.run import EMA, Run, Script, autocast, device, git_commit, run_options, sheet
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def main(
         x, y, _ = sampler()
         x, y = x.to(where, memory_format=torch.channels_last), y.to(where)
         z = torch.randn(len(x), dims.latent, device=where)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             with torch.no_grad():
                 generated = G(z, y[torch.randperm(len(y))])
             latent_error = (E(shift_and_jitter(generated, shift_px=1, colour=0.05)).float() - z).square().mean()

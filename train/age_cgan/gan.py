@@ -27,7 +27,7 @@ from faceage.networks.age_cgan import AgeCGANDims, Discriminator, Generator
 from train.augment import shift_and_jitter
 from train.data import DATASET, Sampler, load_faces
 from train.readers.identity import load_identity
-from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
+from train.run import EMA, Run, Script, autocast, device, git_commit, run_options, sheet
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def main(
         z = torch.randn(len(x), dims.latent, device=where)
         y_fake = y[torch.randperm(len(x))]
 
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             fake = G(z, y_fake)
             real_view = shift_and_jitter(x)
             # One pass a kind: the discriminator's batch deviation must not mix real and generated faces.
@@ -136,7 +136,7 @@ def main(
         D_step.step()
 
         D.requires_grad_(False)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             score = D(shift_and_jitter(fake), y_fake).float()
             loss_G = -score.mean()
             if FR is not None and run.progress >= config.identity_start:

@@ -50,7 +50,7 @@ from train.facegan.make_pairs import PairSampler, load_pairs
 from train.losses import r1_penalty, read_by_all
 from train.readers.age_estimator import load_reader, reader_option
 from train.readers.identity import identity_option, load_identity
-from train.run import EMA, Part, Run, Script, device, git_commit, run_options, sheet
+from train.run import EMA, Part, Run, Script, autocast, device, git_commit, run_options, sheet
 
 SHEET_AGES = (20, 40, 60, 80)
 STORED_PX = 192
@@ -335,12 +335,12 @@ def main(
         U.train(is_warm)
         U_step.param_groups[0]["lr"] = (config.warm_rate if is_warm else config.rate) * decay
 
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             aged, delta = age_faces(U, x, source, target)
         terms: dict[str, Tensor] = {}
         if not is_warm:
             is_wrong = (age - target).abs() >= config.wrong_age_gap_years
-            with torch.autocast(where.type, torch.bfloat16):
+            with autocast(where):
                 small, small_real, small_aged = (
                     F.interpolate(p, teacher.size_px, mode="area") for p in (x, real, aged)
                 )
@@ -360,7 +360,7 @@ def main(
         coarse.requires_grad_(False)
         fine.requires_grad_(False)
         losses: dict[str, Tensor] = {}
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             if not is_warm:
                 losses["coarse"] = -config.coarse_weight * score(coarse, masks[0], [small_aged], y_target)[0].mean()
                 losses["fine"] = -config.fine_weight * score(fine, masks[1], [aged], y_target)[0].mean()

@@ -31,7 +31,7 @@ from train.data import DATASET, Sampler, load_faces
 from train.losses import r1_penalty, read_by_all
 from train.readers.age_estimator import load_reader, reader_option
 from train.readers.identity import identity_option, load_identity
-from train.run import EMA, Run, Script, device, git_commit, run_options, sheet
+from train.run import EMA, Run, Script, autocast, device, git_commit, run_options, sheet
 
 SHEET_AGES = (10, 20, 30, 40, 50, 60, 70, 80)
 WIDTHS = {64: (192, 192, 128, 64, 32), 128: StyleGANDims().widths, 256: (*StyleGANDims().widths, 32)}
@@ -125,7 +125,7 @@ def main(
         z = torch.randn(len(x) // 2, dims.latent, device=where).repeat(2, 1)
         is_wrong = ((age - age_fake).abs() >= config.wrong_age_gap_years)[: len(x) // 2]
 
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             fake = G(z, y_fake).float()
             real_view = shift_and_jitter(x)
             # One pass a kind: the discriminator's batch deviation must not mix real and generated faces.
@@ -145,7 +145,7 @@ def main(
         D_step.step()
 
         D.requires_grad_(False)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             loss_G = F.softplus(-D(shift_and_jitter(fake), y_fake).float()).mean()
             terms["loss_G"] = loss_G
             if run.progress >= config.guidance_start:

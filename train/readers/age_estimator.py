@@ -29,7 +29,7 @@ from faceage.networks.regressors import AgeEstimator, TrunkDims
 from train.augment import degrade, shift_and_jitter, zoom
 from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
 from train.evaluate.metrics import age_figures
-from train.run import EMA, Run, Script, device, git_commit, run_options
+from train.run import EMA, Run, Script, autocast, device, git_commit, run_options
 
 LOSS_HALF = 0
 """The half of the training pictures for estimators that are in a loss; `train.readers.judge` learns from the other."""
@@ -132,7 +132,7 @@ def main(
         x = to_tensor(zoom(pixels, sampler.random))
         want = torch.from_numpy(ages).clamp(0, 100).to(where)
         x = shift_and_jitter(degrade(x).to(where), shift_px=dims.size_px // 20, colour=0.3)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             log_p = net.log_probabilities(x.contiguous(memory_format=torch.channels_last))
         label = torch.softmax(-0.5 * ((bins - want[:, None]) / config.label_sigma_years) ** 2, 1)
         error = (log_p.exp() @ bins - want).abs().mean()

@@ -25,7 +25,7 @@ from faceage.networks.regressors import IdentityNet, TrunkDims
 from train.augment import degrade, shift_and_jitter
 from train.data import DATASET, FaceSet, Sampler, load_faces, read_archive, to_tensor, warp_faces
 from train.readers.teacher import TEMPLATE_96X112, embed, load_teacher
-from train.run import EMA, Run, Script, device, git_commit, run_options
+from train.run import EMA, Run, Script, autocast, device, git_commit, run_options
 
 identity_option = click.option(
     "--identity", type=click.Path(exists=True, path_type=Path), required=True, help="From train.readers.identity."
@@ -121,7 +121,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float, images: int | None,
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         want = train_targets[mirrored.long().to(where), rows.to(where)]
         x = shift_and_jitter(degrade(x).to(where), shift_px=2, colour=0.15)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             got = net(x.contiguous(memory_format=torch.channels_last))
         cosine = (got * want).sum(1)
         relation = (got @ got.T - want @ want.T).square().mean() * len(x)

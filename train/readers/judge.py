@@ -27,7 +27,7 @@ from faceage.checkpoint import Header, load, save
 from train.augment import shift_and_jitter, soften, zoom
 from train.data import DATASET, FaceSet, Sampler, load_faces, to_tensor
 from train.readers.age_estimator import LOSS_HALF, age_metrics
-from train.run import EMA, Run, Script, device, git_commit, run_options
+from train.run import EMA, Run, Script, autocast, device, git_commit, run_options
 
 JUDGE_PX = 128
 HALF = 1 - LOSS_HALF
@@ -147,7 +147,7 @@ def main(data: Path, out: Path, cache: Path, minutes: float, images: int | None)
         x = shift_and_jitter(soften(x), shift_px=6, colour=0.3)
         want = torch.from_numpy(ages).to(where)
         label = torch.sigmoid((want[:, None] - years) / config.label_blur_years)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast(where):
             logits = net.logits(x.contiguous(memory_format=torch.channels_last))
         loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").sum(1).mean()
         step.zero_grad()
