@@ -159,7 +159,7 @@ def test_the_last_step_is_saved_wherever_the_time_runs_out(archive, cache, tmp_p
 
 
 def test_every_tick_is_logged_and_saved(archive, cache, tmp_path, monkeypatch):
-    from train import age_estimator
+    from train.readers import age_estimator
 
     monkeypatch.setattr(age_estimator, "Config", partial(age_estimator.Config, tick_images=192))
     saved = []
