@@ -37,7 +37,7 @@ BRIGHTER = (0.12, 0.3)
 """How much brighter than the strands around it a pixel may be, and from where on it is no hair."""
 MARGIN = 0.006
 """Width of the margin to a bright background, in sides of the crop."""
-FACE_CENTRE, REACH = 0.45, (0.24, 0.33)
+FACE_CENTRE, REACH = 0.45, (0.29, 0.37)
 """Height of the face's middle in the crop, and how far from it hair may be; in sides of the crop, of which a face takes
 0.29."""
 RIM = 0.06
@@ -106,7 +106,8 @@ def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Cha
     mask, base, chroma = (mix(getattr(before, n), getattr(after, n)) for n in ("mask", "base", "chroma"))
     size = mask.shape[0]
     skin = (1 - share) * before.skin_luma + share * after.skin_luma
-    target = np.float32(np.clip(GREY_SHARE * skin, *GREY_RANGE))
+    # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
+    target = np.float32(np.clip(GREY_SHARE * skin, min(GREY_RANGE[0], skin), GREY_RANGE[1]))
     amount = np.float32(grey) * mask
     darker = np.maximum(target - base, 0)
     gain = amount * darker * (DETAIL / target)
