@@ -8,7 +8,7 @@ import numpy as np
 
 from faceage.errors import ShapeError
 from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template, template_5
-from faceage.kernels import gather_crops
+from faceage.kernels import gather_crops, to_host
 from faceage.types import Crops, FloatArray, Frame, IntArray, View
 
 FRONTAL_TURN = 0.6
@@ -46,7 +46,7 @@ def align_faces(landmarks: FloatArray, size_px: int, template: FloatArray = TEMP
 def prepare_crops(
     frames: Sequence[Frame], frame_index: IntArray, landmarks: FloatArray, view: View, size_px: int
 ) -> Crops:
-    """Align faces and gather their crops.
+    """Align faces and gather their crops, on the host.
 
     Args:
         frames: the pictures.
@@ -56,7 +56,7 @@ def prepare_crops(
         size_px: one of the view's sizes.
     """
     matrices = align_faces(landmarks, size_px, view.template)
-    pixels = gather_crops(frames, frame_index, matrices, size_px)
+    pixels = to_host(gather_crops(frames, frame_index, matrices, size_px))
     return Crops(pixels=pixels, landmarks=apply_affine(matrices, landmarks), frame_to_crop=matrices)
 
 

@@ -10,19 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import cast
 
-import cv2
 import numpy as np
 
-from faceage.types import FloatArray, Frame, Plane
+from faceage.kernels import Thumbnail, thumbnail
+from faceage.types import Frame
 
-SUBSAMPLE = 8
-"""Every n-th luma sample each way is looked at: 0.1 ms a 1080p frame."""
-THUMBNAIL_PX = (48, 27)
-"""Width and height of the thumbnail: small motions stay within one of its pixels."""
-HISTOGRAM_BINS = 32
 CORRELATION_NOISE = 3.0
 """Standard deviation, in 8-bit luma, below which structure is noise: black correlates with nothing."""
 MIN_DECORRELATION = 0.35
@@ -39,33 +32,13 @@ LOOK_AHEAD = 3
 """Frames after a cut whose last must differ from the frame before it too: shorter intermezzi are flashes."""
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What a frame looks like from afar."""
-
-    thumbnail: FloatArray
-    histogram: FloatArray
+def _difference(a: Thumbnail, b: Thumbnail) -> float:
+    return float(np.abs(a.luma - b.luma).mean())
 
 
-def _look(frame: Frame) -> _Look:
-    luma = frame.planes[0][::SUBSAMPLE, ::SUBSAMPLE]
-    if luma.ndim == 3:  # stills' packed RGB: green is nearest to luma
-        luma = luma[..., 1]
-    luma = cast(Plane, np.ascontiguousarray(luma))  # numpy's stubs join the union's dtypes to generic
-    if frame.layout.bit_depth > 8:
-        luma = (luma >> (frame.layout.shift + frame.layout.bit_depth - 8)).astype(np.uint8)
-    histogram = cv2.calcHist([luma], [0], None, [HISTOGRAM_BINS], [0, 256]).ravel()
-    thumbnail = cv2.resize(luma, THUMBNAIL_PX, interpolation=cv2.INTER_AREA)
-    return _Look(thumbnail.astype(np.float32), histogram / luma.size)
-
-
-def _difference(a: _Look, b: _Look) -> float:
-    return float(np.abs(a.thumbnail - b.thumbnail).mean())
-
-
-def _differs(a: _Look, b: _Look) -> bool:
+def _differs(a: Thumbnail, b: Thumbnail) -> bool:
     """Return whether two frames can be of different shots."""
-    x, y = a.thumbnail - a.thumbnail.mean(), b.thumbnail - b.thumbnail.mean()
+    x, y = a.luma - a.luma.mean(), b.luma - b.luma.mean()
     floor = CORRELATION_NOISE**2
     correlation = (x * y).mean() / np.sqrt(((x * x).mean() + floor) * ((y * y).mean() + floor))
     change = np.abs(a.histogram - b.histogram).sum() / 2
@@ -76,19 +49,19 @@ def _differs(a: _Look, b: _Look) -> bool:
 
 def mark_cuts(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:
     """Yield every frame with whether it is the first one of a shot; reads `LOOK_AHEAD` frames ahead."""
-    ahead: deque[tuple[Frame, _Look]] = deque()
+    ahead: deque[tuple[Frame, Thumbnail]] = deque()
     changes: deque[float] = deque(maxlen=HISTORY)
-    before: _Look | None = None
+    before: Thumbnail | None = None
 
     def mark() -> tuple[Frame, bool]:
         nonlocal before
-        frame, look = ahead.popleft()
+        frame, seen = ahead.popleft()
         if before is None:
-            before = look
+            before = seen
             return frame, True
-        change = _difference(before, look)
+        change = _difference(before, seen)
         usual = sum(changes) / len(changes) if changes else 0.0
-        cut = change > MIN_RATIO * usual and _differs(before, look)
+        cut = change > MIN_RATIO * usual and _differs(before, seen)
         # The last frame in view stands for what comes after a flash, or for the new shot.
         if cut and ahead and not _differs(before, ahead[-1][1]):
             return frame, False  # `before` stays: the end of the flash is no cut either
@@ -96,11 +69,11 @@ def mark_cuts(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:
             changes.clear()
         else:
             changes.append(change)
-        before = look
+        before = seen
         return frame, cut
 
     for frame in frames:
-        ahead.append((frame, _look(frame)))
+        ahead.append((frame, thumbnail(frame)))
         if len(ahead) > LOOK_AHEAD:
             yield mark()
     while ahead:

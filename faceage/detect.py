@@ -18,16 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from faceage.engines.base import Engine, Precision, Program
 from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore
-from faceage.kernels.color import color_of, yuv_to_rgb
-from faceage.kernels.gather import gather_crops
+from faceage.kernels import AreaMeans, gather_crops, select_candidates, to_host
 from faceage.networks.mtcnn import (
     ONET_SIZE_PX,
     PNET_CELL_PX,
@@ -38,7 +35,7 @@ from faceage.networks.mtcnn import (
     pnet_program,
     rnet_program,
 )
-from faceage.types import Faces, FloatArray, Frame, IntArray
+from faceage.types import Faces, FloatArray, Frame, IntArray, Samples
 
 MIN_EYE_DISTANCE_PX = 2.0
 """A face whose eyes are closer is dropped: nothing can be aligned by it."""
@@ -121,69 +118,6 @@ class _Boxes:
         return _Boxes(self.frame[rows], self.corners[rows], self.scores[rows])
 
 
-class _Sums:
-    """Sums of a frame's planes from their top left corner, which give the mean of any rectangle by four reads."""
-
-    def __init__(self, frame: Frame, smallest_face_px: float) -> None:
-        self._frame = frame
-        self.size = np.array([frame.width, frame.height])
-        halvings = max(0, int(math.log2(smallest_face_px / SHRUNK_FACE_PX)))
-        shrink = max(2**halvings, math.ceil(math.sqrt(frame.width * frame.height / MAX_SUMMED_PIXELS)))
-        self._tables = []
-        planes = zip(frame.planes, frame.layout.planes, strict=True)
-        for (sub_x, sub_y), same in groupby(planes, lambda item: (item[1].sub_x, item[1].sub_y)):
-            parts = [plane for plane, _ in same]
-            if shrink > 1:
-                height, width = parts[0].shape[:2]
-                size = (-(-width // shrink), -(-height // shrink))
-                parts = [cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in parts]
-            samples = np.dstack(parts)[..., :3]  # [H, W, C]
-            # The sums of 8 bits may pass 2^31 and wrap round; the differences come out right all the same.
-            depth = cv2.CV_32S if samples.dtype == np.uint8 else cv2.CV_64F
-            self._tables.append((np.atleast_3d(cv2.integral(samples, sdepth=depth)), sub_x * shrink, sub_y * shrink))
-
-    def picture(self, width: int, height: int) -> FloatArray:
-        """Return the frame at this size as MTCNN's RGB: float32 [3, H, W], odd sides one pixel longer."""
-        sums = []
-        whole = np.zeros((1, 2), np.int64), self.size[None]
-        for table, sub_x, sub_y in self._tables:
-            x0, x1, y0, y1 = (
-                np.pad(ends[0], (0, len(ends[0]) % 2), "edge")
-                for ends in (*_bins(*whole, 0, width, sub_x), *_bins(*whole, 1, height, sub_y))
-            )
-            rows = table.take(y1, 0) - table.take(y0, 0)
-            cells = rows.take(x1, 1) - rows.take(x0, 1)
-            sums.append((cells, np.outer(y1 - y0, x1 - x0)))
-        return self._to_pixels(sums)
-
-    def rectangles(self, low: IntArray, high: IntArray, size_px: int) -> FloatArray:
-        """Return rectangles as MTCNN's RGB, float32 [K, 3, S, S]; `low` and `high` are pixels [K, 2]."""
-        sums = []
-        for table, sub_x, sub_y in self._tables:
-            x0, x1 = (x[:, None, :] for x in _bins(low, high, 0, size_px, sub_x))
-            y0, y1 = (y[:, :, None] for y in _bins(low, high, 1, size_px, sub_y))
-            flat, stride = table.reshape(-1, table.shape[2]), table.shape[1]
-            cells = flat.take(y1 * stride + x1, 0)
-            cells -= flat.take(y1 * stride + x0, 0)
-            cells -= flat.take(y0 * stride + x1, 0)
-            cells += flat.take(y0 * stride + x0, 0)
-            sums.append((cells, (y1 - y0) * (x1 - x0)))
-        return self._to_pixels(sums).swapaxes(0, 1)
-
-    def _to_pixels(self, sums: list[tuple[npt.NDArray, IntArray]]) -> FloatArray:
-        """Return sums [..., C] over areas [...] of all planes at the same places as MTCNN's RGB [3, ...]."""
-        layout, shape = self._frame.layout, sums[0][1].shape
-        means = [np.divide(cells, areas[..., None].astype(np.float32), dtype=np.float32) for cells, areas in sums]
-        codes = [mean.reshape(-1, shape[-1], mean.shape[-1]) for mean in means]  # two axes of positions, for OpenCV
-        if codes[0].shape[2] == len(codes) == 1:  # gray has no chroma
-            codes += [np.full_like(codes[0], 2 ** (layout.bit_depth - 1))] * 2
-        matrix, offset = yuv_to_rgb(color_of(self._frame), layout.bit_depth)
-        to_pixels = PIXEL_SCALE * np.column_stack([matrix / 2**layout.shift, offset])
-        pixels = cv2.transform(cv2.merge(codes), to_pixels)
-        np.clip(pixels, -PIXEL_SCALE, PIXEL_SCALE, out=pixels)
-        return np.array(cv2.split(pixels)).reshape(3, *shape)
-
-
 class Detector:
     """MTCNN. Calls are safe from several threads at once."""
 
@@ -232,7 +166,7 @@ class Detector:
         frame_to_crop[:, 0, 0] = frame_to_crop[:, 1, 1] = scale
         frame_to_crop[:, :, 2] = (0.5 - low) * scale[:, None] - 0.5
 
-        def crops(part: slice) -> FloatArray:
+        def crops(part: slice) -> Samples:
             crops = gather_crops(frames, faces.frame_index[part], frame_to_crop[part], ONET_SIZE_PX)
             return crops * np.float32(PIXEL_SCALE)
 
@@ -253,8 +187,10 @@ class Detector:
         smallest_px = self.config.smallest_face_px(width, height)
         if PNET_CELL_PX / smallest_px * min(width, height) < PNET_CELL_PX:
             return Faces.empty()
-        sums = [_Sums(frame, smallest_px) for frame in frames]
-        faces = self._decide(sums, self._reject(sums, self._propose(sums)))
+        halvings = max(0, int(math.log2(smallest_px / SHRUNK_FACE_PX)))
+        shrink = max(2**halvings, math.ceil(math.sqrt(width * height / MAX_SUMMED_PIXELS)))
+        means = AreaMeans(frames, scale=PIXEL_SCALE, shrink=shrink)
+        faces = self._decide(means, self._reject(means, self._propose(means)))
         found = faces = faces[_is_sensible(faces.landmarks)]
         for _ in range(LOOKS):
             found = self.refine(frames, found)
@@ -262,40 +198,43 @@ class Detector:
         agreed = near & (found.scores > self.config.thresholds[2])
         return replace(faces, landmarks=np.where(agreed[:, None, None], found.landmarks, faces.landmarks))
 
-    def _propose(self, sums: list[_Sums]) -> _Boxes:
+    def _propose(self, means: AreaMeans) -> _Boxes:
         """Run P-Net over a pyramid whose first level shows the smallest face at 12 pixels; return squares."""
-        width, height = sums[0].size.tolist()
+        width, height = means.width, means.height
         scale = PNET_CELL_PX / self.config.smallest_face_px(width, height)
-        found = []
+        scales, scores, offsets = [], [], []
         while scale * min(width, height) >= PNET_CELL_PX:
-            size = int(width * scale + 1), int(height * scale + 1)
-            offsets, probability = self._pnet(np.stack([frame.picture(*size) for frame in sums]))
-            score = probability[:, 0]
-            frame, row, column = np.nonzero(score >= self.config.thresholds[0])
+            offset, probability = self._pnet(means.pictures(int(width * scale + 1), int(height * scale + 1)))
+            scales.append(scale)
+            scores.append(probability[:, 0])
+            offsets.append(offset)
+            scale *= self.config.pyramid_factor
+        found = []
+        for scale, cells in zip(scales, select_candidates(scores, offsets, self.config.thresholds[0]), strict=True):
+            frame, row, column = cells.places
             corner = np.stack([column, row], -1).astype(np.float32) * PNET_STRIDE_PX
             corners = np.floor(np.concatenate([corner + 1, corner + PNET_CELL_PX], 1) / np.float32(scale))
-            boxes = _Boxes(frame, corners, score[frame, row, column])
+            boxes = _Boxes(frame, corners, cells.scores)
             keep = _nms(boxes, NMS_LEVEL_IOU)
-            moved = corners + offsets[frame, :, row, column] * _sides(corners)
+            moved = corners + cells.values * _sides(corners)
             found.append((frame[keep], _square(moved[keep]), boxes.scores[keep]))
-            scale *= self.config.pyramid_factor
         # The paper's code now removes overlaps above 0.7 across levels. There are none: cells of two levels
         # overlap by the square of the pyramid's factor at most.
         return _Boxes(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
-    def _reject(self, sums: list[_Sums], boxes: _Boxes) -> _Boxes:
+    def _reject(self, means: AreaMeans, boxes: _Boxes) -> _Boxes:
         """Run R-Net; return the squares that pass."""
-        offsets, probabilities = self._look(self._rnet, sums, boxes, RNET_SIZE_PX)
+        offsets, probabilities = self._look(self._rnet, means, boxes, RNET_SIZE_PX)
         moved = boxes.corners + offsets * (_sides(boxes.corners) + 1)
         boxes = replace(boxes, scores=probabilities[:, 1])
         passed = np.flatnonzero(boxes.scores > self.config.thresholds[1])
         keep = passed[_nms(boxes[passed], NMS_IOU)]
         return _Boxes(boxes.frame[keep], _square(moved[keep]), boxes.scores[keep])
 
-    def _decide(self, sums: list[_Sums], boxes: _Boxes) -> Faces:
+    def _decide(self, means: AreaMeans, boxes: _Boxes) -> Faces:
         """Run O-Net; return the faces."""
-        offsets, points, probabilities = self._look(self._onet, sums, boxes, ONET_SIZE_PX)
-        low, high = _pixels_inside(boxes.corners, sums[0].size)
+        offsets, points, probabilities = self._look(self._onet, means, boxes, ONET_SIZE_PX)
+        low, high = _pixels_inside(boxes.corners, means)
         fractions = points.reshape(-1, 2, 5).transpose(0, 2, 1)  # [F, 5, 2]
         landmarks = low[:, None] + fractions * (high - low)[:, None] - 0.5
         corners = boxes.corners + offsets * (_sides(boxes.corners) + 1)
@@ -309,23 +248,19 @@ class Detector:
             scores=boxes.scores[keep],
         )
 
-    def _look(self, engine: Engine, sums: list[_Sums], boxes: _Boxes, size_px: int) -> list[FloatArray]:
+    def _look(self, engine: Engine, means: AreaMeans, boxes: _Boxes, size_px: int) -> list[FloatArray]:
         """Run R- or O-Net on what the boxes show."""
-        low, high = _pixels_inside(boxes.corners, sums[0].size)
+        low, high = _pixels_inside(boxes.corners, means)
 
-        def crops(part: slice) -> FloatArray:
-            pixels = np.empty((len(low[part]), 3, size_px, size_px), np.float32)
-            for index in np.unique(boxes.frame[part]):
-                rows = boxes.frame[part] == index
-                pixels[rows] = sums[index].rectangles(low[part][rows], high[part][rows], size_px)
-            return pixels
+        def crops(part: slice) -> Samples:
+            return means.rectangles(boxes.frame[part], low[part], high[part], size_px)
 
         return self._in_batches(engine, len(low), crops)
 
-    def _in_batches(self, engine: Engine, count: int, crops: Callable[[slice], FloatArray]) -> list[FloatArray]:
+    def _in_batches(self, engine: Engine, count: int, crops: Callable[[slice], Samples]) -> list[FloatArray]:
         size = self.config.max_batch
         outputs = [engine(crops(slice(start, start + size))) for start in range(0, max(count, 1), size)]
-        return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+        return [np.concatenate([to_host(part) for part in parts]) for parts in zip(*outputs, strict=True)]
 
 
 def load_detector(
@@ -352,18 +287,9 @@ def _is_sensible(landmarks: FloatArray) -> npt.NDArray[np.bool_]:
     return np.isfinite(landmarks).all((1, 2)) & (eyes >= MIN_EYE_DISTANCE_PX)
 
 
-def _bins(low: IntArray, high: IntArray, axis: int, count: int, sub: int) -> tuple[IntArray, IntArray]:
-    """Cut pixels [low, high) of an axis into `count` parts; return their first samples and their ends, [K, count].
-
-    A pixel that lies in two parts counts in both: adaptive average pooling, as in torch.
-    """
-    start = low[:, axis, None]
-    steps = np.arange(count + 1) * (high[:, axis, None] - start)
-    return (start + steps[:, :-1] // count) // sub, -((-start + -steps[:, 1:] // count) // sub)
-
-
-def _pixels_inside(corners: FloatArray, size: IntArray) -> tuple[IntArray, IntArray]:
-    """Return what boxes show of a frame of this width and height: pixels [low, high), int64 [K, 2] each."""
+def _pixels_inside(corners: FloatArray, means: AreaMeans) -> tuple[IntArray, IntArray]:
+    """Return what boxes show of a frame: pixels [low, high), int64 [K, 2] each."""
+    size = np.array([means.width, means.height])
     whole = np.trunc(corners).astype(np.int64)
     low = np.clip(whole[:, :2] - 1, 0, size - 1)
     return low, np.clip(whole[:, 2:], low + 1, size)

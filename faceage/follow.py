@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from faceage.kernels import cut_out
 from faceage.types import Faces, FloatArray, Frame
 
 VELOCITY_GAIN = 0.5
@@ -25,8 +26,6 @@ MAX_SIZE_RATIO = 1.7
 JUMP_MARGIN = 0.2
 """Of two tracks on one face, one is to blame for jumping there if its affinity to where it was expected is
 lower than the other's by this much: less is noise."""
-CHROMA_GRID_PX = 2
-"""Where a part of a frame may begin, in luma samples: at a chroma sample of any format."""
 SEARCH_SIDES = 3.0
 """Side of the region in which a lost face is searched, in sides of its box."""
 
@@ -196,7 +195,7 @@ class Follower:
             box = path.box_at(index)
             reach = SEARCH_SIDES / 2 * _side(box[None])
             centre = (box[:2] + box[2:]) / 2
-            region, corner = _cut_out(frame, centre - reach, centre + reach)
+            region, corner = cut_out(frame, centre - reach, centre + reach)
             if region is not None:
                 for sight in _sights(self._detector.detect([region]), index):
                     moved = sight.box + np.tile(corner, 2)
@@ -299,20 +298,6 @@ class Follower:
     def _overlaps(self, sight: Sight, boxes: Sequence[FloatArray]) -> bool:
         """Return whether a face lies on one of the boxes."""
         return bool(len(boxes)) and bool((_iou(sight.box[None], np.stack(boxes)) >= self._config.collapse_iou).any())
-
-
-def _cut_out(frame: Frame, low: FloatArray, high: FloatArray) -> tuple[Frame | None, FloatArray]:
-    """Return the part of a frame between two corners, as views, and where it begins; None if outside."""
-    x0, y0 = np.maximum(low.astype(int) // CHROMA_GRID_PX * CHROMA_GRID_PX, 0)
-    x1, y1 = np.minimum(high.astype(int), (frame.width, frame.height))
-    corner = np.array([x0, y0], np.float32)
-    if x0 >= x1 or y0 >= y1:
-        return None, corner
-    planes = tuple(
-        plane[y0 // spec.sub_y : -(-y1 // spec.sub_y), x0 // spec.sub_x : -(-x1 // spec.sub_x)]
-        for plane, spec in zip(frame.planes, frame.layout.planes, strict=True)
-    )
-    return replace(frame, planes=planes, native=None), corner
 
 
 def _sights(faces: Faces, frame: int, *, detected: bool = True) -> list[Sight]:

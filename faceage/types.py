@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Union
 
 import numpy as np
 import numpy.typing as npt
 
 from faceage.errors import ShapeError, UnsupportedError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-Plane = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+HostPlane = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Plane = Union[HostPlane, "Tensor"]
+"""The samples of one plane, where the frame lives: a numpy array, or a tensor that torch has on some device."""
+Samples = Union[FloatArray, "Tensor"]
+"""float32 values that were read from planes, on the frames' own device."""
 
 Matrix = Literal["rgb", "bt601", "bt709", "bt2020", "smpte240m"]
 ChromaSiting = Literal["left", "center", "topleft"]
@@ -103,19 +110,25 @@ RGB = ColorSpec(matrix="rgb", full_range=True, chroma_siting="center")
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One decoded picture in its native planes. The planes are views: no sample is copied or converted."""
+    """One decoded picture in its native planes, as it is stored: no sample is converted or turned."""
 
     planes: tuple[Plane, ...]
-    """One array a plane: [H, W], or [H, W, C] where components are interleaved. Rows may be padded (strided)."""
+    """One array or tensor a plane, all of one kind: [H, W], or [H, W, C] where components are interleaved. Rows may be
+    padded (strided). What is written is what is here."""
     pixel_format: str
     color: ColorSpec
+    rotation: int = 0
+    """Degrees counter-clockwise by which a player turns the picture, a multiple of 90. Positions of faces are given in
+    the picture as it is shown; `kernels.crop_to_plane` turns them."""
     pts: int = 0
     """Presentation time in units of `time_base`."""
     time_base: Fraction = Fraction(1)
     native: object = field(default=None, repr=False, compare=False)
-    """The decoder's own frame that owns the planes; only `faceage.media` looks inside."""
+    """The decoder's own frame, for the metadata that goes with it; only `faceage.media` looks inside."""
 
     def __post_init__(self) -> None:
+        if self.rotation % 90:
+            raise ShapeError(f"a frame is turned by quarter turns, got {self.rotation} degrees")
         if self.pixel_format not in PIXEL_LAYOUTS:
             raise UnsupportedError(
                 f"pixel format {self.pixel_format} is not one faceage can edit in place "
@@ -128,10 +141,11 @@ class Frame:
         for plane, spec in zip(self.planes, layout.planes, strict=True):
             want = (-(-height // spec.sub_y), -(-width // spec.sub_x))
             want += (len(spec.components),) if len(spec.components) > 1 else ()
-            if plane.shape != want or plane.dtype != layout.dtype:
+            dtype = str(plane.dtype).removeprefix("torch.")
+            if plane.shape != want or dtype != layout.dtype.name:
                 raise ShapeError(
                     f"plane {spec.components} of {self.pixel_format} must be {layout.dtype} {want}, "
-                    f"got {plane.dtype} {plane.shape}"
+                    f"got {dtype} {tuple(plane.shape)}"
                 )
 
     @property
@@ -140,14 +154,24 @@ class Frame:
         return PIXEL_LAYOUTS[self.pixel_format]
 
     @property
+    def device(self) -> str:
+        """Where the planes lie: "cpu", also for arrays, or "cuda:N"."""
+        return str(self.planes[0].device)
+
+    @property
+    def is_array(self) -> bool:
+        """Whether the planes are numpy arrays; else they are tensors."""
+        return isinstance(self.planes[0], np.ndarray)
+
+    @property
     def width(self) -> int:
-        """Width in luma samples."""
-        return self.planes[0].shape[1]
+        """Width in luma samples, as the picture is shown."""
+        return self.planes[0].shape[0 if self.rotation % 180 else 1]
 
     @property
     def height(self) -> int:
-        """Height in luma samples."""
-        return self.planes[0].shape[0]
+        """Height in luma samples, as the picture is shown."""
+        return self.planes[0].shape[1 if self.rotation % 180 else 0]
 
     @property
     def time_s(self) -> float:

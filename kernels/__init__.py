@@ -1,22 +1,35 @@
-"""Pixel operations: read aligned crops out of native planes, and apply a change to them.
+"""Pixel operations: all that reads or writes the samples of a frame, where the frame lives.
 
-Each file has its formula, a PyTorch reference (`*_ref`) and a fast implementation. Nothing here imports
-torch before a reference is called.
+Each file has its formula, a PyTorch reference for any device and a fast implementation for arrays. Nothing here imports
+torch before a frame of tensors or a reference is at hand.
 """
 
 from faceage.kernels.apply_change import BLACK_OFFSET, RGB_LUMA, Rect, apply_change, change_crop
+from faceage.kernels.area_means import AreaMeans
+from faceage.kernels.candidates import Candidates, select_candidates
 from faceage.kernels.color import color_of, rgb_to_yuv_delta, yuv_to_rgb
-from faceage.kernels.gather import gather_crops, gather_crops_ref
+from faceage.kernels.gather import gather_crops
+from faceage.kernels.placement import cut_out
+from faceage.kernels.thumbnail import Thumbnail, luma_plane, thumbnail
+from faceage.kernels.transfer import to_device, to_host
 
 __all__ = [
     "BLACK_OFFSET",
     "RGB_LUMA",
+    "AreaMeans",
+    "Candidates",
     "Rect",
+    "Thumbnail",
     "apply_change",
     "change_crop",
     "color_of",
+    "cut_out",
     "gather_crops",
-    "gather_crops_ref",
+    "luma_plane",
     "rgb_to_yuv_delta",
+    "select_candidates",
+    "thumbnail",
+    "to_device",
+    "to_host",
     "yuv_to_rgb",
 ]

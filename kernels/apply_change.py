@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import cv2
 import numpy as np
@@ -45,8 +45,10 @@ import numpy.typing as npt
 
 from faceage.errors import ShapeError
 from faceage.kernels.color import LUMA_WEIGHTS, color_of, luma_codes, rgb_to_yuv_delta
-from faceage.kernels.gather import Matrix23, compose_affine, crop_to_plane, warp_samples
-from faceage.types import Change, FloatArray, Frame, PixelLayout, Plane, PlaneLayout
+from faceage.kernels.gather import warp_samples
+from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane
+from faceage.kernels.transfer import as_tensor, to_device
+from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout
 
 if TYPE_CHECKING:
     import torch
@@ -162,19 +164,20 @@ def _filter_matrix_ref(size: int, step: float) -> tuple[FloatArray, int]:
     return matrix.astype(np.float32), 1
 
 
-def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect) -> torch.Tensor:
+def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect, device: torch.device) -> torch.Tensor:
     """Return the maps [H', W', C] at the samples of `rect`: float64 [H, W, C]."""
     import torch
 
     height, width = maps.shape[:2]
     step_x, step_y = _plane_steps(matrix)
     (filter_x, kx), (filter_y, ky) = _filter_matrix_ref(width, step_x), _filter_matrix_ref(height, step_y)
-    factors = (torch.from_numpy(np.ascontiguousarray(a)).double() for a in (filter_y, filter_x, maps))
+    factors = (to_device(a, device).double() for a in (filter_y, filter_x, maps))
     filtered = torch.einsum("iy,jx,yxc->cij", *factors)
-    m = torch.from_numpy(_samples_to_filtered(matrix, rect, kx, ky))
+    m = _samples_to_filtered(matrix, rect, kx, ky).tolist()
     x0, y0, x1, y1 = rect
-    y, x = torch.meshgrid(torch.arange(y1 - y0).double(), torch.arange(x1 - x0).double(), indexing="ij")
-    u, v = m[0, 0] * x + m[0, 1] * y + m[0, 2], m[1, 0] * x + m[1, 1] * y + m[1, 2]
+    rows, columns = (torch.arange(n, device=device).double() for n in (y1 - y0, x1 - x0))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    u, v = m[0][0] * x + m[0][1] * y + m[0][2], m[1][0] * x + m[1][1] * y + m[1][2]
     # grid_sample wants -1 and 1 at the centres of the first and the last sample.
     grid = torch.stack([2 * u / (kx * width - 1) - 1, 2 * v / (ky * height - 1) - 1], -1)
     sampled = torch.nn.functional.grid_sample(filtered[None], grid[None], padding_mode="zeros", align_corners=True)
@@ -186,17 +189,17 @@ def _change_ref(part: _PlaneChange, rect: Rect) -> None:
     import torch
 
     x0, y0, x1, y1 = rect
-    layout, samples = part.layout, part.plane[y0:y1, x0:x1]
-    before = torch.from_numpy(samples.astype(np.int64)).reshape(y1 - y0, x1 - x0, -1)
-    change = _sample_ref(part.delta, part.matrix, rect)
+    layout, samples = part.layout, as_tensor(part.plane)[y0:y1, x0:x1]
+    before = samples.long().reshape(y1 - y0, x1 - x0, -1)
+    change = _sample_ref(part.delta, part.matrix, rect, samples.device)
     if part.gain is not None:
         codes = before.double() / 2**layout.shift
-        luma = codes @ torch.tensor(RGB_LUMA).double() if before.shape[2] == 3 else codes[..., 0]
-        gain = _sample_ref(part.gain[..., None], part.matrix, rect)
+        luma = codes @ to_device(RGB_LUMA, samples.device).double() if before.shape[2] == 3 else codes[..., 0]
+        gain = _sample_ref(part.gain[..., None], part.matrix, rect, samples.device)
         change = change + gain * (luma - part.black + BLACK_OFFSET * part.span)[..., None]
     rounded = change.round().long()
     after = (before + rounded * 2**layout.shift).clamp(0, _code_max(layout))
-    samples[...] = torch.where(rounded == 0, before, after).numpy().reshape(samples.shape)
+    samples.copy_(torch.where(rounded == 0, before, after).reshape(samples.shape))
 
 
 @lru_cache(maxsize=16)
@@ -236,6 +239,7 @@ def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> tuple[FloatA
 def _change_cpu(part: _PlaneChange, rect: Rect) -> None:
     """Change `rect` of a plane with OpenCV, a strip at a time."""
     layout, matrix = part.layout, part.matrix
+    plane = cast(HostPlane, part.plane)
     steps = _plane_steps(matrix)
     offsets, gains = part.delta, None
     if part.gain is not None:
@@ -249,7 +253,7 @@ def _change_cpu(part: _PlaneChange, rect: Rect) -> None:
         bottom = min(top + rows, y1)
         to_filtered = _samples_to_filtered(matrix, (x0, top, x1, bottom), kx, ky)
         size = (x1 - x0, bottom - top)
-        samples = part.plane[top:bottom, x0:x1]
+        samples = plane[top:bottom, x0:x1]
         change = warp_samples(filtered, to_filtered, size, cv2.BORDER_CONSTANT).reshape(samples.shape)
         if gains is not None:
             gain = warp_samples(gains, to_filtered, size, cv2.BORDER_CONSTANT)
@@ -262,7 +266,7 @@ def _change_cpu(part: _PlaneChange, rect: Rect) -> None:
         _add_rounded(samples, change, layout)
 
 
-def _add_rounded(part: Plane, change: FloatArray, layout: PixelLayout) -> None:
+def _add_rounded(part: HostPlane, change: FloatArray, layout: PixelLayout) -> None:
     if part.dtype == np.uint8:  # OpenCV rounds half to even, and saturates at 0 and 255
         rounded = cv2.add(change, 0, dtype=cv2.CV_16S).reshape(part.shape)
         part[...] = cv2.add(part, rounded, dtype=cv2.CV_8U).reshape(part.shape)
@@ -293,11 +297,12 @@ def apply_change(
         change: in the pixels of the crop, already times mask and strength, exactly 0 on the outer two pixels.
             A gain of None costs nothing.
         frame_to_crop: float32 [2, 3], frame (luma) pixels to crop pixels; invertible and finite.
-        impl: "cpu" is NumPy and OpenCV, "ref" the PyTorch reference; "auto" is "cpu".
+        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "auto" is "cpu" for arrays, "ref" for
+            tensors.
 
     Returns:
-        The touched rectangle in luma pixels (x0, y0, x1, y1; x1 and y1 outside), or None if nothing can
-        have changed: the crop lies outside the frame, or the change is all zero.
+        The touched rectangle in luma pixels as they are stored (x0, y0, x1, y1; x1 and y1 outside), or None if nothing
+        can have changed: the crop lies outside the frame, or the change is all zero.
 
     Raises:
         ShapeError: if the matrix has another shape than the above.
@@ -311,11 +316,11 @@ def apply_change(
     # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
     codes = cv2.transform(change.delta.transpose(1, 2, 0), rgb_to_yuv_delta(color, layout.bit_depth))
     black, span = luma_codes(color, layout.bit_depth)
-    run = _change_ref if impl == "ref" else _change_cpu
+    run = _change_ref if impl == "ref" or not frame.is_array else _change_cpu
     changing = _changing_part(change)
     touched: list[Rect] = []
     for plane, spec in zip(frame.planes, layout.planes, strict=True):
-        matrix = crop_to_plane(frame_to_crop, spec, color.chroma_siting)
+        matrix = crop_to_plane(frame, spec, frame_to_crop)
         left, top, right, bottom = _grown(changing, matrix, change.size_px)
         inner = slice(top, bottom), slice(left, right)
         matrix = compose_affine(matrix, np.array([[1.0, 0, left], [0, 1, top]]))
@@ -337,7 +342,8 @@ def apply_change(
     if not touched:
         return None
     x0s, y0s, x1s, y1s = zip(*touched, strict=True)
-    return min(x0s), min(y0s), min(max(x1s), frame.width), min(max(y1s), frame.height)
+    height, width = frame.planes[0].shape[:2]
+    return min(x0s), min(y0s), min(max(x1s), width), min(max(y1s), height)
 
 
 def change_crop(pixels: FloatArray, change: Change) -> FloatArray:

@@ -11,8 +11,7 @@ The box mean is the antialiasing: a 500-pixel face in a 64-pixel crop is read wh
 the frame's border, so a face may lie partly or wholly outside. Nothing beyond the face's rectangle is read,
 and only the small crop is converted to RGB.
 
-Convention: sample centres at integers in every plane. A chroma sample x lies at luma s x + o with o = 0 where
-it is co-sited and (s - 1) / 2 where it is centred. Bytes moved: the face's rectangle once.
+Convention: sample centres at integers in every plane, placed as in `placement`. Bytes moved: the face's rectangle once.
 Tolerance: in float32 the two implementations differ by less than 1e-5; OpenCV before 5.0 rounds
 sampling positions to 1/32 of a cell, which adds up to 1/64 of the difference of neighbouring cells.
 """
@@ -25,36 +24,15 @@ from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from faceage.errors import ShapeError
 from faceage.kernels.color import color_of, yuv_to_rgb
-from faceage.types import ChromaSiting, FloatArray, Frame, IntArray, Plane, PlaneLayout
+from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane
+from faceage.kernels.transfer import as_tensor, to_device
+from faceage.types import FloatArray, Frame, HostPlane, IntArray, Samples
 
 if TYPE_CHECKING:
     import torch
-
-Matrix23 = npt.NDArray[np.float64]
-
-
-def luma_to_plane(layout: PlaneLayout, siting: ChromaSiting) -> Matrix23:
-    """Return the map from luma pixels to samples of a plane: float64 [2, 3]."""
-    offset_x = 0.0 if siting in ("left", "topleft") else (layout.sub_x - 1) / 2
-    offset_y = 0.0 if siting == "topleft" else (layout.sub_y - 1) / 2
-    sx, sy = 1 / layout.sub_x, 1 / layout.sub_y
-    return np.array([[sx, 0, -offset_x * sx], [0, sy, -offset_y * sy]])
-
-
-def compose_affine(after: Matrix23, before: Matrix23) -> Matrix23:
-    """Return the float64 [2, 3] map that applies `before`, then `after`."""
-    linear = after[:, :2] @ before[:, :2]
-    return np.column_stack([linear, after[:, :2] @ before[:, 2] + after[:, 2]])
-
-
-def crop_to_plane(frame_to_crop: FloatArray, layout: PlaneLayout, siting: ChromaSiting) -> Matrix23:
-    """Return the map from crop pixels to samples of a plane: float64 [2, 3]."""
-    full = np.vstack([frame_to_crop.astype(np.float64), [0, 0, 1]])
-    return compose_affine(luma_to_plane(layout, siting), np.linalg.inv(full)[:2])
 
 
 def box_factors(crop_to_samples: Matrix23) -> tuple[int, int]:
@@ -77,26 +55,26 @@ def gather_crops_ref(
     frame_index: IntArray,
     frame_to_crop: FloatArray,
     size_px: int,
-) -> FloatArray:
+) -> torch.Tensor:
     """Compute `gather_crops` with PyTorch, term by term as in the formula."""
     import torch
 
-    crops = torch.zeros(len(frame_index), 3, size_px, size_px)
-    for row, index in enumerate(frame_index):
+    crops = torch.empty(len(frame_index), 3, size_px, size_px, device=frames[0].device if frames else None)
+    for row, index in enumerate(frame_index.tolist()):
         frame = frames[index]
         color, layout = color_of(frame), frame.layout
         components = []
         for plane, spec in zip(frame.planes, layout.planes, strict=True):
-            samples = torch.from_numpy(plane.astype(np.float32)) / 2**layout.shift
-            matrix = crop_to_plane(frame_to_crop[row], spec, color.chroma_siting)
+            samples = as_tensor(plane).float() / 2**layout.shift
+            matrix = crop_to_plane(frame, spec, frame_to_crop[row])
             components += _sample_plane_ref(samples.reshape(*plane.shape[:2], -1), matrix, size_px)
         if len(components) == 1:  # gray: no chroma
             components += [torch.full_like(components[0], 2 ** (layout.bit_depth - 1))] * 2
-        matrix, offset = (torch.from_numpy(a.copy()) for a in yuv_to_rgb(color, layout.bit_depth))
+        matrix, offset = (to_device(a, crops.device) for a in yuv_to_rgb(color, layout.bit_depth))
         codes = torch.stack(components[:3]).double()
         rgb = torch.einsum("ij,jhw->ihw", matrix, codes) + offset[:, None, None]
         crops[row] = rgb.clamp(-1, 1).float()
-    return crops.numpy()
+    return crops
 
 
 def _sample_plane_ref(samples: torch.Tensor, crop_to_samples: Matrix23, size_px: int) -> list[torch.Tensor]:
@@ -104,15 +82,16 @@ def _sample_plane_ref(samples: torch.Tensor, crop_to_samples: Matrix23, size_px:
     import torch
 
     dx, dy = box_factors(crop_to_samples)
-    m = torch.from_numpy(_crop_to_cells(crop_to_samples, (dx, dy)))
-    y, x = torch.meshgrid(torch.arange(size_px).double(), torch.arange(size_px).double(), indexing="ij")
-    u = m[0, 0] * x + m[0, 1] * y + m[0, 2]  # [S, S], cells
-    v = m[1, 0] * x + m[1, 1] * y + m[1, 2]
+    m = _crop_to_cells(crop_to_samples, (dx, dy)).tolist()
+    pixels = torch.arange(size_px, device=samples.device).double()
+    y, x = torch.meshgrid(pixels, pixels, indexing="ij")
+    u = m[0][0] * x + m[0][1] * y + m[0][2]  # [S, S], cells
+    v = m[1][0] * x + m[1][1] * y + m[1][2]
     height, width, _ = samples.shape
 
     def cell(i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        rows = (dy * i.long()[..., None] + torch.arange(dy)).clamp(0, height - 1)
-        cols = (dx * j.long()[..., None] + torch.arange(dx)).clamp(0, width - 1)
+        rows = (dy * i.long()[..., None] + torch.arange(dy, device=samples.device)).clamp(0, height - 1)
+        cols = (dx * j.long()[..., None] + torch.arange(dx, device=samples.device)).clamp(0, width - 1)
         return samples[rows[..., :, None], cols[..., None, :]].mean((2, 3))  # [S, S, C]
 
     i, j = v.floor(), u.floor()
@@ -132,7 +111,7 @@ def _cell_span(low: float, high: float, cells: int) -> tuple[int, int]:
     return first, max(min(math.floor(high) + 1, cells), 0) + 1
 
 
-def _clamped_slice(plane: Plane, axis: int, start: int, stop: int) -> tuple[Plane, int, int]:
+def _clamped_slice(plane: HostPlane, axis: int, start: int, stop: int) -> tuple[HostPlane, int, int]:
     """Return samples start..stop along `axis` that exist, and how many lack on each side."""
     size = plane.shape[axis]
     low, high = max(start, 0), min(stop, size)
@@ -151,7 +130,7 @@ def warp_samples(samples: FloatArray, matrix: Matrix23, size: tuple[int, int], b
     return cv2.warpAffine(samples, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=border)
 
 
-def _sample_plane(plane: Plane, crop_to_samples: Matrix23, size_px: int) -> FloatArray:
+def _sample_plane(plane: HostPlane, crop_to_samples: Matrix23, size_px: int) -> FloatArray:
     """Return float32 [S, S] or [S, S, C] samples of a plane, in its stored codes."""
     dx, dy = box_factors(crop_to_samples)
     m = _crop_to_cells(crop_to_samples, (dx, dy))
@@ -176,7 +155,7 @@ def _gather_cpu(frame: Frame, frame_to_crop: FloatArray, size_px: int) -> FloatA
     color, layout = color_of(frame), frame.layout
     sampled = []
     for plane, spec in zip(frame.planes, layout.planes, strict=True):
-        matrix = crop_to_plane(frame_to_crop, spec, color.chroma_siting)
+        matrix = crop_to_plane(frame, spec, frame_to_crop)
         colors = plane[..., :3] if plane.ndim == 3 else plane  # alpha plays no part
         sampled.append(_sample_plane(colors, matrix, size_px))
     if len(sampled) == 1 and sampled[0].ndim == 2:  # gray has no chroma
@@ -194,27 +173,31 @@ def gather_crops(
     size_px: int,
     *,
     impl: Literal["auto", "ref", "cpu"] = "auto",
-) -> FloatArray:
+) -> Samples:
     """Return the aligned crops of faces, read from the frames' native planes.
 
     Args:
-        frames: the batch's frames; their sizes and pixel formats may differ. Alpha is ignored.
+        frames: the batch's frames, of any sizes and pixel formats; all are arrays, or all are tensors of one device.
+            Alpha is ignored.
         frame_index: int64 [F], the position of each face's frame in `frames`. F may be 0.
         frame_to_crop: float32 [F, 2, 3], frame (luma) pixels to crop pixels; invertible and finite.
         size_px: S, the crop's side.
-        impl: "cpu" is NumPy and OpenCV, "ref" the PyTorch reference; "auto" is "cpu".
+        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "auto" is "cpu" for arrays, "ref" for
+            tensors.
 
     Returns:
-        float32 [F, 3, S, S], RGB in [-1, 1], in the frame's own (non-linear) colour space.
+        float32 [F, 3, S, S], RGB in [-1, 1], in the frame's own (non-linear) colour space; where the frames live.
 
     Raises:
         ShapeError: if `frame_to_crop` does not fit `frame_index`.
     """
     if frame_to_crop.shape != (len(frame_index), 2, 3):
         raise ShapeError(f"expected frame_to_crop [{len(frame_index)}, 2, 3], got {frame_to_crop.shape}")
-    if impl == "ref":
-        return gather_crops_ref(frames, frame_index, frame_to_crop, size_px)
-    crops = np.empty((len(frame_index), 3, size_px, size_px), np.float32)
+    are_arrays = all(frame.is_array for frame in frames)
+    if impl == "ref" or not are_arrays:
+        crops = gather_crops_ref(frames, frame_index, frame_to_crop, size_px)
+        return crops.numpy() if are_arrays else crops
+    pixels = np.empty((len(frame_index), 3, size_px, size_px), np.float32)
     for row, index in enumerate(frame_index):
-        crops[row] = _gather_cpu(frames[index], frame_to_crop[row], size_px)
-    return crops
+        pixels[row] = _gather_cpu(frames[index], frame_to_crop[row], size_px)
+    return pixels

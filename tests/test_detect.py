@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from skimage import data
 
-from faceage.detect import DetectConfig, Detector, _Sums, detector_programs, load_detector
+from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
 from faceage.engines.store import EngineStore
 from faceage.types import RGB, ColorSpec, Faces, Frame
 
@@ -189,30 +189,6 @@ def test_native_planes_agree_better_than_two_rgb_conversions(engine_store, refer
     assert ours.min() > 0.75
     assert ours.mean() > max(0.95, theirs.mean())
     assert (ours > 0.9).mean() > 0.85
-
-
-@pytest.mark.parametrize("pixel_format", ["rgb24", "rgb48", "gray"])
-def test_means_are_torchs_area_interpolation(pixel_format):
-    from torch import from_numpy
-    from torch.nn.functional import interpolate
-
-    picture = np.random.default_rng(0).integers(0, 255, (75, 91, 3), np.uint8)
-    frame = rgb_frame(picture)
-    if pixel_format == "rgb48":
-        frame = Frame(planes=(picture.astype(np.uint16) * 257,), pixel_format="rgb48", color=RGB)
-    elif pixel_format == "gray":
-        picture = np.repeat(picture[..., :1], 3, 2)
-        frame = Frame(planes=(np.ascontiguousarray(picture[..., 0]),), pixel_format="gray", color=RGB)
-    pixels = from_numpy((picture.transpose(2, 0, 1)[None] - np.float32(127.5)) / 128)
-    sums = _Sums(frame, 20)
-    level = sums.picture(40, 33)
-    assert level.shape == (3, 34, 40)
-    np.testing.assert_allclose(level[:, :33], interpolate(pixels, size=(33, 40), mode="area")[0], atol=1e-5)
-    np.testing.assert_allclose(level[:, 33], level[:, 32], atol=1e-6)
-    low, high = np.array([[0, 0], [70, 20], [17, 3]]), np.array([[91, 75], [81, 29], [65, 52]])
-    for (x0, y0), (x1, y1), crop in zip(low, high, sums.rectangles(low, high, 24), strict=True):
-        want = interpolate(pixels[..., y0:y1, x0:x1], size=(24, 24), mode="area")[0]
-        np.testing.assert_allclose(crop, want, atol=1e-5)
 
 
 def test_large_frames(detector, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from fractions import Fraction
@@ -10,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from clips import (
     FRAMES,
     TIME_BASE,
@@ -25,8 +27,7 @@ from clips import (
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import choose_encoder
-from faceage.media.planes import read_only_planes
-from faceage.media.rotation import upright
+from faceage.media.planes import read_only_planes, to_native
 from faceage.media.video import (
     EncodeOptions,
     VideoReader,
@@ -467,19 +468,44 @@ def test_rotation_of_mirrored_pictures(tmp_path, matrix, rotation):
     assert (left == unit).all() or (left == unit * [-1, 1]).all()
 
 
-@pytest.mark.parametrize("pixel_format", ["yuv422p", "yuv422p10le", "yuv440p", "yuv420p", "nv12"])
-@pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_upright_views_of_every_subsampling(pixel_format, rotation):
-    layout = PIXEL_LAYOUTS[pixel_format]
-    rng = np.random.default_rng(0)
-    shapes = [(32 // p.sub_y, 48 // p.sub_x, len(p.components)) for p in layout.planes]
-    planes = tuple(rng.integers(0, 255, s if s[2] > 1 else s[:2]).astype(layout.dtype) for s in shapes)
-    frame = Frame(planes=planes, pixel_format=pixel_format, color=ColorSpec(), pts=0, time_base=TIME_BASE)
-    turned = upright(frame, rotation)
-    assert (turned.width, turned.height) == ((48, 32) if rotation == 180 else (32, 48))
-    for before, after in zip(planes, turned.planes, strict=True):
-        np.testing.assert_array_equal(after, np.rot90(before, rotation // 90))
-        assert np.shares_memory(before, after)
+@pytest.mark.parametrize("kind", ["array", "tensor", "array of another layout", "nothing"])
+def test_the_planes_are_what_is_written(tmp_path, kind):
+    """Whatever stands in a frame's planes is encoded, not what the decoder had made of it."""
+    source = make_clip(tmp_path / "in.mkv", codec="ffv1", pts=regular_pts(3))
+    with VideoReader(source) as reader, VideoWriter(tmp_path / "out.mkv", reader) as writer:
+        wanted = []
+        for frame in reader:
+            planes = [np.clip(plane.astype(int) + 7, 0, 255).astype(np.uint8) for plane in frame.planes]
+            if kind == "tensor":
+                frame = dataclasses.replace(frame, planes=tuple(torch.from_numpy(p.copy()) for p in planes))
+            elif kind == "array of another layout":
+                frame = dataclasses.replace(frame, planes=tuple(np.asfortranarray(p) for p in planes))
+            elif kind == "array":
+                frame = dataclasses.replace(frame, planes=tuple(planes))
+            else:
+                planes = [plane.copy() for plane in frame.planes]
+            wanted.append(planes)
+            writer.write(frame)
+    with VideoReader(tmp_path / "out.mkv") as reader:
+        for frame, planes in zip(reader, wanted, strict=True):
+            for plane, want in zip(frame.planes, planes, strict=True):
+                np.testing.assert_array_equal(plane, want)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_writable_frame_leaves_the_given_one_alone(tmp_path, as_tensor):
+    with VideoReader(make_clip(tmp_path / "in.mp4", pts=regular_pts(3))) as reader:
+        for frame in reader:
+            if as_tensor:
+                frame = dataclasses.replace(frame, planes=tuple(torch.from_numpy(p.copy()) for p in frame.planes))
+            before = [np.array(plane) for plane in frame.planes]
+            edited = writable(writable(frame))
+            for plane in edited.planes:
+                plane[:] = 3
+            for plane, was in zip(frame.planes, before, strict=True):
+                np.testing.assert_array_equal(plane, was)
+            for plane in to_native(edited).planes:
+                assert set(bytes(plane)[: plane.width]) == {3}
 
 
 def test_tags_keep_one_comment_and_track_titles(tmp_path):

@@ -1,17 +1,19 @@
-"""The planes of a decoded frame as numpy arrays, read-only or writable, without a copy."""
+"""Between the frames of PyAV and our own: planes read-only or writable, without a copy where there can be."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 import numpy as np
 from av.video.frame import VideoFrame
 
-from faceage.types import PIXEL_LAYOUTS, Frame, Plane
+from faceage.kernels import to_host
+from faceage.types import PIXEL_LAYOUTS, Frame, HostPlane, Plane
 
 
-def read_only_planes(native: VideoFrame, pixel_format: str) -> tuple[Plane, ...]:
+def read_only_planes(native: VideoFrame, pixel_format: str) -> tuple[HostPlane, ...]:
     """Return views of a decoded frame that hold their own reference on its buffers.
 
     DLPack gives such views; `make_writable` may then replace the frame's buffers while they are read.
@@ -22,15 +24,15 @@ def read_only_planes(native: VideoFrame, pixel_format: str) -> tuple[Plane, ...]
     if odd or native.planes[0].line_size < 0:
         native.make_writable()
         return tuple(_read_only(plane) for plane in _plane_views(native, pixel_format))
-    return tuple(_read_only(cast(Plane, np.from_dlpack(plane))) for plane in native.planes[:count])
+    return tuple(_read_only(cast(HostPlane, np.from_dlpack(plane))) for plane in native.planes[:count])
 
 
-def _read_only(plane: Plane) -> Plane:
+def _read_only(plane: HostPlane) -> HostPlane:
     plane.flags.writeable = False
     return plane
 
 
-def _plane_views(native: VideoFrame, pixel_format: str) -> tuple[Plane, ...]:
+def _plane_views(native: VideoFrame, pixel_format: str) -> tuple[HostPlane, ...]:
     """Return arrays over the frame's buffers, valid while those are the frame's."""
     layout = PIXEL_LAYOUTS[pixel_format]
     views = []
@@ -48,22 +50,43 @@ def _plane_views(native: VideoFrame, pixel_format: str) -> tuple[Plane, ...]:
 def writable(frame: Frame) -> Frame:
     """Return the frame with planes that may be changed. Call it before any sample is.
 
-    Decoded frames are the pictures that the decoder predicts the next ones from. The samples are copied if
-    the decoder or an array still refers to them. The given frame's own planes stay as they were, but only
-    the returned frame is to be written: both share `native`.
+    Decoded frames are the pictures that the decoder predicts the next ones from. The samples are copied unless nothing
+    but the given frame refers to them; the given frame's own planes stay as they were.
     """
-    native = native_of(frame)
+    if isinstance(frame.native, VideoFrame) and _are_of(frame.planes, frame.native, frame.pixel_format):
+        frame.native.make_writable()
+        return replace(frame, planes=_plane_views(frame.native, frame.pixel_format))
+    return replace(frame, planes=tuple(_copy(plane) for plane in frame.planes))
+
+
+def _copy(plane: Plane) -> Plane:
+    return plane.copy() if isinstance(plane, np.ndarray) else plane.clone()
+
+
+def to_native(frame: Frame) -> VideoFrame:
+    """Return a PyAV frame of a frame's planes, with the metadata that came with them from the decoder.
+
+    It is the decoder's own where the planes are still its buffers; else the samples are copied into it.
+    """
+    native = frame.native
+    if not isinstance(native, VideoFrame):
+        names = {"gray16": "gray16le", "rgb48": "rgb48le", "rgba64": "rgba64le"}
+        height, width = frame.planes[0].shape[:2]
+        native = VideoFrame(width, height, names.get(frame.pixel_format, frame.pixel_format))
+    elif _are_of(frame.planes, native, frame.pixel_format):
+        return native
     native.make_writable()
-    return replace(frame, planes=_plane_views(native, frame.pixel_format), native=native)
-
-
-def native_of(frame: Frame) -> VideoFrame:
-    """Return the PyAV frame under a frame; one is made for a frame that was built from arrays."""
-    if isinstance(frame.native, VideoFrame):
-        return frame.native
-    names = {"gray16": "gray16le", "rgb48": "rgb48le", "rgba64": "rgba64le"}
-    native = VideoFrame(frame.width, frame.height, names.get(frame.pixel_format, frame.pixel_format))
     for target, plane in zip(_plane_views(native, frame.pixel_format), frame.planes, strict=True):
-        target[...] = plane
+        target[...] = to_host(plane)
     native.pts, native.time_base = frame.pts, frame.time_base
     return native
+
+
+def _are_of(planes: Sequence[Plane], native: VideoFrame, pixel_format: str) -> bool:
+    """Return whether planes are views of a PyAV frame's buffers as they are now."""
+    return all(
+        isinstance(plane, np.ndarray)
+        and plane.__array_interface__["data"][0] == view.__array_interface__["data"][0]
+        and plane.strides == view.strides
+        for plane, view in zip(planes, _plane_views(native, pixel_format), strict=True)
+    )

@@ -232,6 +232,7 @@ class VideoReader:
             planes=read_only_planes(native, self.pixel_format),
             pixel_format=self.pixel_format,
             color=info.color,
+            rotation=0 if info.rotation % 90 else info.rotation,  # other angles are left to the player
             pts=pts,
             time_base=info.time_base,
             native=native,

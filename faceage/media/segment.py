@@ -25,7 +25,7 @@ from av.video.stream import VideoStream
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import Encoder, loses_rgb
 from faceage.media.files import write_atomically
-from faceage.media.planes import native_of
+from faceage.media.planes import to_native
 from faceage.media.probe import VideoInfo
 from faceage.types import Frame, IntArray
 
@@ -56,7 +56,7 @@ class SegmentEncoder:
         Raises:
             MediaError: if the encoder cannot express the frame's time.
         """
-        native = native_of(frame)
+        native = to_native(frame)
         if native.format.name != self._encoder.pixel_format:
             color_range = self._info.color_tags[1] or None
             native = native.reformat(

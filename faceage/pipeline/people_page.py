@@ -11,7 +11,6 @@ import numpy as np
 
 from faceage.align import pose_weights, prepare_crops
 from faceage.geometry import TEMPLATE_5
-from faceage.media.rotation import upright
 from faceage.media.video import VideoReader
 from faceage.pipeline.plan import Plan, PlannedTrack, person_age
 from faceage.pipeline.video import read_planned
@@ -80,15 +79,15 @@ def _best_places(tracks: list[PlannedTrack]) -> list[tuple[Track, int]]:
 
 
 def _frames_at(plan: Plan, reader: VideoReader, wanted: list[int]) -> Iterator[tuple[int, Frame]]:
-    """Yield frames by their numbers, upright."""
+    """Yield frames by their numbers."""
     if plan.can_seek:
         for index in wanted:
             for frame in read_planned(plan, reader, index, index + 1):
-                yield index, upright(frame, plan.rotation)
+                yield index, frame
         return
     for index, frame in enumerate(read_planned(plan, reader, 0, max(wanted, default=-1) + 1)):
         if index in wanted:
-            yield index, upright(frame, plan.rotation)
+            yield index, frame
 
 
 def _picture(frame: Frame, landmarks: FloatArray) -> str:

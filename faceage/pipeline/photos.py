@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from faceage.align import choose_size, pose_weights, prepare_crops
 from faceage.blend import blend_faces
 from faceage.errors import FaceAgeError
 from faceage.media.image import Still, copy_image, read_image, write_image
+from faceage.media.planes import writable
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
 from faceage.pipeline.threads import WriteBehind, map_ahead, read_ahead
 from faceage.types import Change, Faces, FloatArray, Frame, IntArray
@@ -222,7 +223,7 @@ def age_photos(
         finished(reports[i])
 
     def age(batch: list[tuple[int, Still]]) -> tuple[list[tuple[int, Still]], list[Frame], list[AgedPhoto]]:
-        frames = [replace(s.frame, planes=tuple(p.copy() for p in s.frame.planes)) for _, s in batch]
+        frames = [writable(s.frame) for _, s in batch]
         return batch, frames, age_frames(networks, frames, request, timer)
 
     with WriteBehind(write, BATCH_PHOTOS) as out:

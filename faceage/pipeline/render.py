@@ -18,7 +18,6 @@ from faceage.agers.base import Key, Look
 from faceage.align import align_faces, choose_size, face_weights, prepare_crops
 from faceage.blend import blend_faces
 from faceage.errors import MediaError
-from faceage.media.rotation import upright
 from faceage.media.video import writable
 from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, person_age
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
@@ -194,18 +193,16 @@ class Renderer:
         for low, high in self._plan.chunks(self.begin(first), last):
             # The chunk's last frame belongs to the next one; here it only ends the last interval between key frames.
             held += itertools.islice(source, high - low + 1 - len(held))
-            upright_frames = [upright(frame, self._plan.rotation) for frame in held]
             while waiting and waiting[0].track.first_frame < high:
                 in_view.append(waiting.popleft())
             in_view = [aged for aged in in_view if aged.track.last_frame >= low]
             if low in self._boundaries and low >= first:
                 chain, upcoming = upcoming, {}
             if low >= first:
-                self._extend(chain, in_view, upright_frames, low, is_shown=True)
+                self._extend(chain, in_view, held, low, is_shown=True)
             following = self._boundary_after(low) if low >= first else first
             if low < following < max(last, first + 1) and following - low <= self._warm_up(following):
-                self._extend(upcoming, in_view, upright_frames, low, is_shown=False)
-            del upright_frames
+                self._extend(upcoming, in_view, held, low, is_shown=False)
             for index in range(low, high):
                 frame = held.pop(0)
                 if index >= first:
@@ -286,10 +283,9 @@ class Renderer:
             return frame
         with self._timer("blend"):
             frame = writable(frame)
-            ours = upright(frame, self._plan.rotation)
             for aged, at in present:
                 before, after, share = chain[aged.track.track_id].around(index)
                 changes = self._networks.ager.draw(aged.look, before, after, share)
                 matrices = [matrix[at] for matrix in aged.frame_to_crop]
-                blend_faces(ours, changes, [float(aged.weights[at])] * len(changes), matrices)
+                blend_faces(frame, changes, [float(aged.weights[at])] * len(changes), matrices)
         return frame

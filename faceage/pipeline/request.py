@@ -26,7 +26,7 @@ from faceage.engines.base import Engine, Precision, Program
 from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
-from faceage.kernels import change_crop, gather_crops
+from faceage.kernels import change_crop, gather_crops, to_host
 from faceage.models import DEFAULT_MODEL, find_model
 from faceage.models.fetch import facenet_file
 from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame
@@ -135,15 +135,15 @@ class Networks:
         """Return the ages that faces of a batch of frames seem to have: float32 [F], years."""
         matrices = align_faces(faces.landmarks, self.age_reader_px)
         (ages,) = self.age_reader(gather_crops(frames, faces.frame_index, matrices, self.age_reader_px))
-        return ages
+        return to_host(ages)
 
     def sample_appearances(self, frames: Sequence[Frame], faces: Faces) -> list[Appearance]:
         """Measure the appearance of each face of a batch of frames; see `mean_appearance`."""
         matrices = align_faces(faces.landmarks, self.identity_px)
         pixels = gather_crops(frames, faces.frame_index, matrices, self.identity_px)
         (embeddings,) = self.identity(pixels)
-        thumbnails = _shrink(pixels, THUMBNAIL_PX)
-        return [Appearance(embedding=e, thumbnail=t) for e, t in zip(embeddings, thumbnails, strict=True)]
+        thumbnails = _shrink(to_host(pixels), THUMBNAIL_PX)
+        return [Appearance(embedding=e, thumbnail=t) for e, t in zip(to_host(embeddings), thumbnails, strict=True)]
 
     def measure_identity(self, crops: Crops, changes: Sequence[Change | None]) -> FloatArray:
         """Return the cosine between each face's embedding and that of the changed face: float32 [F], in [-1, 1].

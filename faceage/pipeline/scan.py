@@ -9,7 +9,6 @@ import numpy as np
 
 from faceage.align import pose_weights
 from faceage.checkpoint import sha256_of
-from faceage.media.rotation import upright
 from faceage.media.video import VideoReader
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import SEGMENT_FRAMES, Plan, PlannedTrack, choose_boundaries
@@ -58,7 +57,7 @@ def scan(
     # How many frames a part of a video has shows only when they are decoded.
     total = reader.info.frame_count if reader.start_s is None and reader.end_s is None else None
     decoded = read_ahead(timed(reader, "decode", timer), AHEAD_FRAMES)
-    windows = tracker.scan(upright(frame, reader.info.rotation) for frame in _noting_times(decoded, pts))
+    windows = tracker.scan(_noting_times(decoded, pts))
     while True:
         with timer("detect and track"):
             window = next(windows, None)

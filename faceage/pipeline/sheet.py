@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from faceage.errors import NoFaceError
-from faceage.kernels import gather_crops
+from faceage.kernels import gather_crops, to_host
 from faceage.media.image import read_image
+from faceage.media.planes import writable
 from faceage.pipeline.photos import AgedPhoto, age_frames
 from faceage.pipeline.request import AgeRequest, Networks
 from faceage.types import Frame
@@ -46,7 +46,7 @@ def make_sheet(
     columns: list[list[np.ndarray]] = []
     aged: AgedPhoto | None = None
     for age in ages:
-        frame = replace(still.frame, planes=tuple(p.copy() for p in still.frame.planes))
+        frame = writable(still.frame)
         request = AgeRequest(age=age, source_age=source_age, strength=strength)
         (aged,) = age_frames(networks, [frame], request)
         if not len(aged.faces):
@@ -67,7 +67,7 @@ def _cells(frame: Frame, photo: AgedPhoto) -> list[np.ndarray]:
         scale = CELL_PX / (size * (1 + 2 * _CONTEXT))
         frame_to_cell = scale * frame_to_crop
         frame_to_cell[:, 2] += scale * size * _CONTEXT
-        (pixels,) = gather_crops([frame], np.zeros(1, np.int64), frame_to_cell[None], CELL_PX)
+        (pixels,) = to_host(gather_crops([frame], np.zeros(1, np.int64), frame_to_cell[None], CELL_PX))
         cells.append(((pixels + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0))
     return cells
 

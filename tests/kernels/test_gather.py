@@ -7,7 +7,8 @@ from numerics import GATHER_ATOL
 
 from faceage.errors import ShapeError
 from faceage.kernels import color_of, gather_crops, rgb_to_yuv_delta, yuv_to_rgb
-from faceage.kernels.gather import box_factors, crop_to_plane
+from faceage.kernels.gather import box_factors
+from faceage.kernels.placement import crop_to_plane
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame, PlaneLayout
 
 SITINGS = ("left", "center", "topleft")
@@ -124,10 +125,10 @@ def test_reduction_is_antialiased():
 
 
 def test_box_is_the_planes_own():
-    matrix = similarity(0.25, 37)[0]
-    assert box_factors(crop_to_plane(matrix, PlaneLayout("Y"), "left")) == (4, 4)
-    assert box_factors(crop_to_plane(matrix, PlaneLayout("U", 2, 2), "left")) == (2, 2)
-    assert box_factors(crop_to_plane(matrix, PlaneLayout("U", 2, 1), "left")) == (2, 4)
+    frame, matrix = make_frame("yuv420p"), similarity(0.25, 37)[0]
+    assert box_factors(crop_to_plane(frame, PlaneLayout("Y"), matrix)) == (4, 4)
+    assert box_factors(crop_to_plane(frame, PlaneLayout("U", 2, 2), matrix)) == (2, 2)
+    assert box_factors(crop_to_plane(frame, PlaneLayout("U", 2, 1), matrix)) == (2, 4)
 
 
 def test_no_face_and_several_frames():

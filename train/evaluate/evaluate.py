@@ -34,7 +34,6 @@ from faceage.agers.latent import LatentConfig
 from faceage.align import face_weights, prepare_crops
 from faceage.checkpoint import sha256_of
 from faceage.errors import NoFaceError
-from faceage.media.rotation import upright
 from faceage.media.video import EncodeOptions, VideoReader
 from faceage.models import BUNDLED_MODELS, find_model
 from faceage.pipeline.request import AgeRequest, Networks, load_networks
@@ -172,7 +171,7 @@ def follow(networks: Networks, clip: Path) -> list[Followed]:
     with VideoReader(clip) as reader:
         tracker = Tracker(networks.detector)
         measured: dict[tuple[int, int], FloatArray] = {}
-        for window in tracker.scan(upright(frame, reader.info.rotation) for frame in reader):
+        for window in tracker.scan(reader):
             faces = window.faces
             for track_id, frame, points in zip(window.track_ids, faces.frame_index, faces.landmarks, strict=True):
                 measured[int(track_id), window.first_frame + int(frame)] = points
@@ -196,10 +195,9 @@ def follow(networks: Networks, clip: Path) -> list[Followed]:
 
 
 def _pairs(source: Path, aged: Path) -> Iterator[tuple[Frame, Frame]]:
-    """Yield the frames of two versions of a clip side by side, upright."""
+    """Yield the frames of two versions of a clip side by side."""
     with VideoReader(source) as before, VideoReader(aged) as after:
-        for a, b in zip(before, after, strict=True):
-            yield upright(a, before.info.rotation), upright(b, after.info.rotation)
+        yield from zip(before, after, strict=True)
 
 
 def draw_sheet(networks: Networks, val: FaceSet, pictures: list[np.ndarray], path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from faceage.align import align_faces
 from faceage.geometry import invert_affine
-from faceage.kernels import gather_crops
+from faceage.kernels import gather_crops, luma_plane, to_host
 from faceage.types import FloatArray, Frame, IntArray
 from train.evaluate.metrics import landmark_jitter, optical_flow, picture_mask, warp_residual
 from train.readers.judge import JUDGE_PX
@@ -31,7 +31,7 @@ class Followed:
     track_id: int
     first_frame: int
     smoothed: FloatArray
-    """float32 [T, 5, 2], upright frame pixels: what faces are aligned by."""
+    """float32 [T, 5, 2], frame pixels: what faces are aligned by."""
     measured: FloatArray
     """float32 [T, 5, 2], as the detector gave them; NaN where it saw no face."""
     weights: FloatArray
@@ -70,7 +70,7 @@ def measure_tracks(
     """Return the figures of each track that is aged in full for at least `MIN_SAMPLES` frames.
 
     Args:
-        frames: (source, aged) of the whole video, upright, from the first frame on.
+        frames: (source, aged) of the whole video, from the first frame on.
         tracks: who is in it.
         read: returns ages [N] of aligned faces, uint8 [N, 128, 128, 3].
     """
@@ -140,5 +140,5 @@ def _motion(
 
 def _luma(frame: Frame, part: tuple[slice, slice]) -> FloatArray:
     """Return the luma of a part of a frame in codes of 8 bits, float32 [H, W]; of RGB, the green."""
-    plane = frame.planes[0] if frame.planes[0].ndim == 2 else frame.planes[0][..., 1]
-    return plane[part].astype(np.float32) / 2.0 ** (frame.layout.bit_depth + frame.layout.shift - 8)
+    luma = to_host(luma_plane(frame)[part])
+    return luma.astype(np.float32) / 2.0 ** (frame.layout.bit_depth + frame.layout.shift - 8)

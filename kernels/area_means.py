@@ -1,0 +1,235 @@
+"""Means of a frame's samples over the bins of rectangles, as small RGB pictures: what the face detector sees.
+
+A rectangle [x0, x1) of the shown picture is cut into n bins along x, and likewise along y. Of a plane that has one
+sample for s luma samples, bin i holds the samples from a to before b, and with c[.] the codes of all components there:
+
+    a = floor((x0 + floor(i (x1 - x0) / n)) / s),     b = ceil((x0 + ceil((i + 1) (x1 - x0) / n)) / s)
+    rgb = scale clamp(matrix @ mean(c[a:b]) + offset, -1, 1)
+
+A sample that lies in two bins counts in both: adaptive average pooling, as in torch.
+
+Convention: rectangles are in luma pixels of the picture as it is shown. Bytes moved: each sample once a call, if bins
+do not overlap. The CPU sums a frame once and reads four sums a bin.
+Tolerance: implementations differ by less than 1e-5; a CPU that shrinks large frames first rounds to codes once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from faceage.kernels.color import color_of, yuv_to_rgb
+from faceage.kernels.placement import upright
+from faceage.kernels.transfer import to_device
+from faceage.types import FloatArray, Frame, IntArray, Plane, Samples
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AreaMeans:
+    """Frames of one size, prepared for means over many rectangles.
+
+    Args:
+        frames: of one size, all arrays or all on one device; one at least.
+        scale: what RGB in [-1, 1] is multiplied by.
+        shrink: arrays are reduced by this integer first, for their sums take four times their memory.
+        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "auto" is "cpu" for arrays, "ref" for
+            tensors.
+    """
+
+    def __init__(
+        self,
+        frames: Sequence[Frame],
+        *,
+        scale: float = 1.0,
+        shrink: int = 1,
+        impl: Literal["auto", "ref", "cpu"] = "auto",
+    ) -> None:
+        self.width, self.height = frames[0].width, frames[0].height
+        if impl == "auto":
+            impl = "cpu" if frames[0].is_array else "ref"
+        self._frames: list[_TensorSums] | list[_ArraySums]
+        if impl == "ref":
+            self._frames = [_TensorSums(frame, scale) for frame in frames]
+        else:
+            self._frames = [_ArraySums(frame, scale, shrink) for frame in frames]
+
+    def pictures(self, width: int, height: int) -> Samples:
+        """Return the whole frames at this size: float32 [N, 3, H, W], odd sides one pixel longer."""
+        return _stack([frame.picture(width, height) for frame in self._frames])
+
+    def rectangles(self, frame_index: IntArray, low: IntArray, high: IntArray, size_px: int) -> Samples:
+        """Return rectangles in squares.
+
+        Args:
+            frame_index: int64 [K], the position of each rectangle's frame. K may be 0.
+            low: int64 [K, 2], the first pixel of each.
+            high: int64 [K, 2], the pixel after its last.
+            size_px: S.
+
+        Returns:
+            float32 [K, 3, S, S].
+        """
+        order = np.argsort(frame_index, kind="stable")
+        parts = [
+            self._frames[index].rectangles(low[rows], high[rows], size_px)
+            for index in np.unique(frame_index).tolist()
+            for rows in [np.flatnonzero(frame_index == index)]
+        ]
+        if not parts:
+            return self._frames[0].rectangles(low, high, size_px)
+        return _concatenate(parts, np.argsort(order, kind="stable"))
+
+
+def _stack(parts: list[Samples]) -> Samples:
+    if isinstance(parts[0], np.ndarray):
+        return np.stack(parts)
+    import torch
+
+    return torch.stack(parts)
+
+
+def _concatenate(parts: list[Samples], order: IntArray) -> Samples:
+    """Return the rows of all parts in another order."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)[order]
+    import torch
+
+    return torch.cat(parts)[to_device(order, parts[0].device)]
+
+
+def _bins(low: IntArray, high: IntArray, axis: int, count: int, sub: int) -> tuple[IntArray, IntArray]:
+    """Return the first sample of each bin and the one after its last, a and b of the formula: int64 [K, count]."""
+    start = low[:, axis, None]
+    steps = np.arange(count + 1) * (high[:, axis, None] - start)
+    return (start + steps[:, :-1] // count) // sub, -((-start + -steps[:, 1:] // count) // sub)
+
+
+def _picture_bins(width: int, height: int, size: IntArray, sub: tuple[int, int]) -> tuple[IntArray, ...]:
+    """Return the bins of a whole frame, x0, x1, y0, y1: int64 [W] and [H], the last one twice if the side is odd."""
+    whole = np.zeros((1, 2), np.int64), size[None]
+    ends = (*_bins(*whole, 0, width, sub[0]), *_bins(*whole, 1, height, sub[1]))
+    return tuple(np.pad(end[0], (0, len(end[0]) % 2), "edge") for end in ends)
+
+
+def _planes_as_shown(frame: Frame) -> list[tuple[list[Plane], int, int]]:
+    """Return the planes as they are shown, those of one resolution together, with luma samples per sample."""
+    specs = zip(frame.planes, frame.layout.planes, strict=True)
+    turned = frame.rotation % 180
+    return [
+        ([upright(plane, frame.rotation) for plane, _ in same], *(sub[::-1] if turned else sub))
+        for sub, same in groupby(specs, lambda item: (item[1].sub_x, item[1].sub_y))
+    ]
+
+
+class _TensorSums:
+    """The PyTorch reference: sums from the frame's top left corner, in float64."""
+
+    def __init__(self, frame: Frame, scale: float) -> None:
+        import torch
+
+        self._frame, self._scale = frame, scale
+        self._tables = []
+        for planes, sub_x, sub_y in _planes_as_shown(frame):
+            tensors = [torch.from_numpy(p.copy()) if isinstance(p, np.ndarray) else p for p in planes]
+            samples = torch.cat([t.double().reshape(*t.shape[:2], -1) for t in tensors], -1)[..., :3]
+            sums = torch.nn.functional.pad(samples.cumsum(0).cumsum(1), (0, 0, 1, 0, 1, 0))
+            self._tables.append((sums, sub_x, sub_y))
+
+    def picture(self, width: int, height: int) -> torch.Tensor:
+        """Return the frame at this size: float32 [3, H, W]."""
+        size = np.array([self._frame.width, self._frame.height])
+        ends = [_picture_bins(width, height, size, (sub_x, sub_y)) for _, sub_x, sub_y in self._tables]
+        return self._means([tuple(end[None] for end in plane) for plane in ends])[0]
+
+    def rectangles(self, low: IntArray, high: IntArray, size_px: int) -> torch.Tensor:
+        """Return rectangles: float32 [K, 3, S, S]."""
+        return self._means(
+            [
+                (*_bins(low, high, 0, size_px, sub_x), *_bins(low, high, 1, size_px, sub_y))
+                for _, sub_x, sub_y in self._tables
+            ]
+        )
+
+    def _means(self, ends: list[tuple[IntArray, ...]]) -> torch.Tensor:
+        """Return the means over bins x0, x1 [K, W] and y0, y1 [K, H] of each plane's samples: float32 [K, 3, H, W]."""
+        import torch
+
+        codes = []
+        for (table, _, _), plane_ends in zip(self._tables, ends, strict=True):
+            x0, x1, y0, y1 = (to_device(end, table.device) for end in plane_ends)
+            left, right, top, bottom = x0[:, None, :], x1[:, None, :], y0[:, :, None], y1[:, :, None]
+            sums = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
+            codes.append(sums / ((bottom - top) * (right - left))[..., None])
+        layout = self._frame.layout
+        if codes[0].shape[-1] == len(codes) == 1:  # gray has no chroma
+            codes.append(torch.full_like(codes[0], 2 ** (layout.bit_depth - 1 + layout.shift)).expand(-1, -1, -1, 2))
+        matrix, offset = (to_device(a, codes[0].device) for a in yuv_to_rgb(color_of(self._frame), layout.bit_depth))
+        rgb = torch.cat(codes, -1) @ (matrix.T / 2**layout.shift) + offset
+        return (self._scale * rgb.clamp(-1, 1)).float().permute(0, 3, 1, 2).contiguous()
+
+
+class _ArraySums:
+    """The CPU implementation: sums by OpenCV, which give the mean of any rectangle by four reads."""
+
+    def __init__(self, frame: Frame, scale: float, shrink: int) -> None:
+        self._size = np.array([frame.width, frame.height])
+        self._layout, self._scale = frame.layout, scale
+        matrix, offset = yuv_to_rgb(color_of(frame), frame.layout.bit_depth)
+        self._to_pixels = scale * np.column_stack([matrix / 2**frame.layout.shift, offset])
+        self._tables = []
+        for planes, sub_x, sub_y in _planes_as_shown(frame):
+            parts = planes
+            if shrink > 1:
+                height, width = parts[0].shape[:2]
+                size = (-(-width // shrink), -(-height // shrink))
+                parts = [cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in parts]
+            samples = np.dstack(parts)[..., :3]  # [H, W, C]
+            # The sums of 8 bits may pass 2^31 and wrap round; the differences come out right all the same.
+            depth = cv2.CV_32S if samples.dtype == np.uint8 else cv2.CV_64F
+            self._tables.append((np.atleast_3d(cv2.integral(samples, sdepth=depth)), sub_x * shrink, sub_y * shrink))
+
+    def picture(self, width: int, height: int) -> FloatArray:
+        """Return the frame at this size: float32 [3, H, W]."""
+        sums = []
+        for table, sub_x, sub_y in self._tables:
+            x0, x1, y0, y1 = _picture_bins(width, height, self._size, (sub_x, sub_y))
+            rows = table.take(y1, 0) - table.take(y0, 0)
+            cells = rows.take(x1, 1) - rows.take(x0, 1)
+            sums.append((cells, np.outer(y1 - y0, x1 - x0)))
+        return self._to_rgb(sums)
+
+    def rectangles(self, low: IntArray, high: IntArray, size_px: int) -> FloatArray:
+        """Return rectangles: float32 [K, 3, S, S]."""
+        if not len(low):
+            return np.zeros((0, 3, size_px, size_px), np.float32)
+        sums = []
+        for table, sub_x, sub_y in self._tables:
+            x0, x1 = (x[:, None, :] for x in _bins(low, high, 0, size_px, sub_x))
+            y0, y1 = (y[:, :, None] for y in _bins(low, high, 1, size_px, sub_y))
+            flat, stride = table.reshape(-1, table.shape[2]), table.shape[1]
+            cells = flat.take(y1 * stride + x1, 0)
+            cells -= flat.take(y1 * stride + x0, 0)
+            cells -= flat.take(y0 * stride + x1, 0)
+            cells += flat.take(y0 * stride + x0, 0)
+            sums.append((cells, (y1 - y0) * (x1 - x0)))
+        return np.ascontiguousarray(self._to_rgb(sums).swapaxes(0, 1))
+
+    def _to_rgb(self, sums: list[tuple[npt.NDArray, IntArray]]) -> FloatArray:
+        """Return sums [..., C] over areas [...] of all planes at the same places as RGB [3, ...]."""
+        shape = sums[0][1].shape
+        means = [np.divide(cells, areas[..., None].astype(np.float32), dtype=np.float32) for cells, areas in sums]
+        codes = [mean.reshape(-1, shape[-1], mean.shape[-1]) for mean in means]  # two axes of positions, for OpenCV
+        if codes[0].shape[2] == len(codes) == 1:  # gray has no chroma
+            codes += [np.full_like(codes[0], 2 ** (self._layout.bit_depth - 1 + self._layout.shift))] * 2
+        pixels = cv2.transform(cv2.merge(codes), self._to_pixels)
+        np.clip(pixels, -self._scale, self._scale, out=pixels)
+        return np.array(cv2.split(pixels)).reshape(3, *shape)

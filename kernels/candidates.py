@@ -1,0 +1,68 @@
+"""The cells of score maps that pass a threshold: of dense maps on a device, only what passes goes to the host.
+
+For maps of several resolutions, with s the scores and v the values of a cell:
+
+    {(map, n, row, column, s, v) : s[n, row, column] >= threshold}      in order of map, n, row, column
+
+Bytes moved: the maps once, and about 24 bytes a cell that passes to the host. A tensor's device is waited for twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from faceage.kernels.transfer import to_host
+from faceage.types import FloatArray, IntArray, Samples
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Candidates(NamedTuple):
+    """The cells of one map that pass, K of them."""
+
+    places: tuple[IntArray, ...]
+    """n, row and column: int64 [K] each."""
+    scores: FloatArray
+    """float32 [K]."""
+    values: FloatArray
+    """float32 [K, C]."""
+
+
+def select_candidates(scores: Sequence[Samples], values: Sequence[Samples], threshold: float) -> list[Candidates]:
+    """Return the cells that pass, map by map.
+
+    Args:
+        scores: float32 [N, H, W] each.
+        values: float32 [N, C, H, W] each.
+        threshold: the lowest score that passes.
+    """
+    if isinstance(scores[0], np.ndarray):
+        return [_select_cpu(s, v, threshold) for s, v in zip(scores, values, strict=True)]
+    return _select_ref(scores, values, threshold)
+
+
+def _select_cpu(scores: FloatArray, values: FloatArray, threshold: float) -> Candidates:
+    n, row, column = np.nonzero(scores >= threshold)
+    return Candidates((n, row, column), scores[n, row, column], values[n, :, row, column])
+
+
+def _select_ref(scores: Sequence[torch.Tensor], values: Sequence[torch.Tensor], threshold: float) -> list[Candidates]:
+    """Do the same with PyTorch, all maps at once."""
+    import torch
+
+    flat = torch.cat([s.flatten() for s in scores])
+    (passing,) = (flat >= threshold).nonzero(as_tuple=True)
+    cells = torch.cat([v.permute(0, 2, 3, 1).flatten(0, 2) for v in values])
+    # float64 holds the positions exactly, so that all goes in one piece.
+    table = to_host(torch.cat([passing[:, None].double(), flat[passing][:, None], cells[passing]], 1))
+    ends = np.cumsum([0] + [int(np.prod(s.shape)) for s in scores])
+    found = []
+    for first, last, s in zip(ends[:-1], ends[1:], scores, strict=True):
+        rows = table[(first <= table[:, 0]) & (table[:, 0] < last)]
+        places = np.unravel_index(rows[:, 0].astype(np.int64) - first, tuple(s.shape))
+        found.append(Candidates(places, rows[:, 1].astype(np.float32), rows[:, 2:].astype(np.float32)))
+    return found

@@ -1,0 +1,87 @@
+"""What a frame looks like from afar: a thumbnail of its luma, and the luma's histogram.
+
+With Y the codes of every n-th luma sample each way, cut to 8 bits, and W x H the thumbnail:
+
+    thumbnail = round(A Y B^T),     A[i, y] = the part of sample y in row i of H, B likewise; rows sum to 1
+    histogram[k] = share of the samples with k <= Y / 8 < k + 1, k = 0 .. 31
+
+Of packed RGB the green samples are read: they are nearest to luma. Bytes moved: every n-th sample of every n-th row.
+Tolerance: the thumbnail may differ by 1 code, where it is rounded. Pictures of less than 384 x 216 are enlarged, and by
+OpenCV in another way; thumbnails are only compared with those of the same video.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from faceage.kernels.placement import upright
+from faceage.kernels.transfer import as_tensor, to_device, to_host
+from faceage.types import FloatArray, Frame, HostPlane, Plane
+
+SUBSAMPLE = 8
+"""n: 0.1 ms a 1080p frame."""
+THUMBNAIL_PX = (48, 27)
+"""W and H: small motions stay within one pixel."""
+HISTOGRAM_BINS = 32
+
+
+class Thumbnail(NamedTuple):
+    """What a frame looks like from afar."""
+
+    luma: FloatArray
+    """float32 [27, 48], codes of 8 bits."""
+    histogram: FloatArray
+    """float32 [32], shares of the samples."""
+
+
+def luma_plane(frame: Frame) -> Plane:
+    """Return the luma samples [H, W] as the picture is shown; of packed RGB, the green ones."""
+    plane = frame.planes[0]
+    return upright(plane if plane.ndim == 2 else plane[..., 1], frame.rotation)
+
+
+def _area_matrix(count: int, samples: int) -> npt.NDArray[np.float32]:
+    """Return A of the formula: float32 [count, samples]."""
+    edges = np.arange(count + 1)[:, None] * samples / count
+    covered = np.clip(edges - np.arange(samples), 0, 1)  # of each sample, what lies before each edge
+    return (np.diff(covered, axis=0) * count / samples).astype(np.float32)
+
+
+def thumbnail(frame: Frame, *, impl: Literal["auto", "ref", "cpu"] = "auto") -> Thumbnail:
+    """Return what a frame looks like from afar, on the host.
+
+    Args:
+        frame: arrays or tensors.
+        impl: "cpu" is OpenCV, for arrays; "ref" PyTorch; "auto" is "cpu" for arrays, else "ref".
+    """
+    if impl == "auto":
+        impl = "cpu" if frame.is_array else "ref"
+    return _thumbnail_ref(frame) if impl == "ref" else _thumbnail_cpu(frame)
+
+
+def _thumbnail_ref(frame: Frame) -> Thumbnail:
+    import torch
+
+    luma = as_tensor(frame.planes[0])[::SUBSAMPLE, ::SUBSAMPLE]
+    luma = (luma[..., 1] if luma.ndim == 3 else luma).int() >> (frame.layout.shift + frame.layout.bit_depth - 8)
+    height, width = luma.shape
+    rows, columns = (to_device(_area_matrix(*n), luma.device) for n in ((27, height), (48, width)))
+    small = (rows @ luma.float() @ columns.T).round()
+    counts = torch.histc(luma.float(), HISTOGRAM_BINS, 0, 256)
+    # One way to the host for both.
+    values = to_host(torch.cat([small.flatten(), counts / luma.numel()]))
+    return Thumbnail(values[:-HISTOGRAM_BINS].reshape(27, 48), values[-HISTOGRAM_BINS:])
+
+
+def _thumbnail_cpu(frame: Frame) -> Thumbnail:
+    luma = frame.planes[0][::SUBSAMPLE, ::SUBSAMPLE]
+    luma = cast(HostPlane, np.ascontiguousarray(luma[..., 1] if luma.ndim == 3 else luma))
+    if frame.layout.bit_depth > 8:
+        luma = (luma >> (frame.layout.shift + frame.layout.bit_depth - 8)).astype(np.uint8)
+    histogram = cv2.calcHist([luma], [0], None, [HISTOGRAM_BINS], [0, 256]).ravel()
+    small = cv2.resize(luma, THUMBNAIL_PX, interpolation=cv2.INTER_AREA)
+    return Thumbnail(small.astype(np.float32), histogram / luma.size)
