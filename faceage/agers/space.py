@@ -40,6 +40,8 @@ full, and the blur's width in sides of the crop: sharp creases on a blurred face
 MIN_BLUR_PX = 0.3
 COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
+UNCOVERED_PX = 64
+"""Side of the map of what of the face no hair covers."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Younger skin: the bilateral filter's width in sides of the crop, and in luma."""
 
@@ -61,7 +63,7 @@ class FaceKey:
     size_px: int
     """S, the side of the crop in which the change is drawn."""
     coordinates: FloatArray
-    """float32 [C, C, 2], canonical pixels; C is half the side of the network's input."""
+    """float32 [M, M, 2], canonical pixels."""
     colours: FloatArray
     """float32 [32, 32, 3], RGB in [0, 1]."""
     smooth: FloatArray | None
@@ -69,7 +71,7 @@ class FaceKey:
     blur: float
     """Width of the blur that creases get, in sides of the crop."""
     uncovered: FloatArray | None
-    """float32 [C, C], 1 where no hair covers the face; None: not looked for."""
+    """float32 [64, 64], 1 where no hair covers the face; None: not looked for."""
     hair: HairKey | None
 
 
@@ -86,7 +88,7 @@ class SpaceAger:
 
         Args:
             coordinates: (faces [F, 3, S, S], landmarks [F, 10] as fractions of the crop) -> coordinates
-                [F, 2, S/2, S/2], fractions of the canonical picture.
+                [F, 2, M, M], fractions of the canonical picture.
             hair: heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]; None: hair keeps its colour.
             canonical: what age changes.
             views: the face's, and the head's where there is a hair network.
@@ -126,17 +128,17 @@ class SpaceAger:
                     colours=cv2.resize(rgb, (COLOUR_PX, COLOUR_PX), interpolation=cv2.INTER_AREA),
                     blur=BLUR_SIGMA * float(np.clip((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1)),
                     smooth=_smooth(rgb @ RGB_LUMA) if look.tone[..., 3].any() else None,
-                    uncovered=None if found is None else self._uncovered(found, coordinates.shape[0]),
+                    uncovered=None if found is None else self._uncovered(found),
                     hair=found,
                 )
             )
         return keys
 
-    def _uncovered(self, hair: HairKey, side_px: int) -> FloatArray:
-        """Return where a face's crop shows no hair: float32 [side_px, side_px]."""
+    def _uncovered(self, hair: HairKey) -> FloatArray:
+        """Return where a face's crop shows no hair: float32 [64, 64]."""
         face, head = (view.template for view in self.views)
-        matrix = similarity_to_template(template_5(hair.mask.shape[0], head)[None], template_5(side_px, face))[0]
-        covered = cv2.warpAffine(hair.mask, matrix, (side_px, side_px), flags=cv2.INTER_LINEAR)
+        matrix = similarity_to_template(template_5(hair.mask.shape[0], head)[None], template_5(UNCOVERED_PX, face))[0]
+        covered = cv2.warpAffine(hair.mask, matrix, (UNCOVERED_PX, UNCOVERED_PX), flags=cv2.INTER_LINEAR)
         return 1 - np.clip(covered, 0, 1)
 
     def draw(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> list[Change | None]:
@@ -221,17 +223,18 @@ def coordinates_program(checkpoint: Path) -> Program:
     def build() -> tuple:
         import torch
 
-        from faceage.networks.space import CoordinateNet, MapDims
+        from faceage.networks.space import CoordinateDims, CoordinateNet
 
-        network = load_network(checkpoint, lambda dims: CoordinateNet(MapDims(**dims)))
+        network = load_network(checkpoint, lambda dims: CoordinateNet(CoordinateDims(**dims)))
         landmarks = torch.from_numpy(np.stack([TEMPLATES[dims["template"]].reshape(-1)] * EXAMPLES))
         return network, (torch.from_numpy(example_faces(EXAMPLES, dims["size_px"])), landmarks)
 
-    return _program(checkpoint, build, (TensorSpec("landmarks", (BATCH, 10)),))
+    return _program(checkpoint, build, (2, dims["map_px"]), (TensorSpec("landmarks", (BATCH, 10)),))
 
 
 def hair_program(checkpoint: Path) -> Program:
     """Heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]."""
+    dims = read_header(checkpoint).dims
 
     def build() -> tuple:
         import torch
@@ -239,12 +242,16 @@ def hair_program(checkpoint: Path) -> Program:
         from faceage.networks.space import MapDims, MapNet
 
         network = load_network(checkpoint, lambda dims: MapNet(MapDims(**dims)))
-        return network, (torch.from_numpy(example_faces(EXAMPLES, read_header(checkpoint).dims["size_px"])),)
+        return network, (torch.from_numpy(example_faces(EXAMPLES, dims["size_px"])),)
 
-    return _program(checkpoint, build, ())
+    return _program(checkpoint, build, (dims["outputs"], dims["size_px"] // 2))
 
 
-def _program(checkpoint: Path, build: Callable[[], tuple], more: tuple[TensorSpec, ...]) -> Program:
+def _program(
+    checkpoint: Path, build: Callable[[], tuple], output: tuple[int, int], more: tuple[TensorSpec, ...] = ()
+) -> Program:
+    """Return a program whose output has so many channels and such a side."""
+    channels, side = output
     header = read_header(checkpoint)
     size = header.dims["size_px"]
     sources = [module_file(f"faceage.networks.{name}") for name in ("space", "facegan")]
@@ -253,7 +260,7 @@ def _program(checkpoint: Path, build: Callable[[], tuple], more: tuple[TensorSpe
         fingerprint=fingerprint(sha256_of(checkpoint), *sources, module_file("faceage.geometry")),
         build=build,
         inputs=(TensorSpec("crops", (BATCH, 3, size, size)), *more),
-        outputs=(TensorSpec("maps", (BATCH, header.dims["outputs"], size // 2, size // 2)),),
+        outputs=(TensorSpec("maps", (BATCH, channels, side, side)),),
         exact=True,
     )
 

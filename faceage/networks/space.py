@@ -54,7 +54,7 @@ class _Block(nn.Module):
 class MapNet(nn.Module):
     """Crop [N, 3, S, S] -> map [N, C, S/2, S/2].
 
-    The crop is aligned, so where a pixel lies says most of what it is: two planes with its position come with the
+    The crop is aligned, so where a pixel lies says much of what it is: two planes with its position come with the
     colours. The map starts as `bias_map`, a parameter, and the network draws what differs from it.
     """
 
@@ -88,27 +88,91 @@ class MapNet(nn.Module):
         return self.scale * (self.head(x) + self.bias_map)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CoordinateDims:
+    """Dimensions of the coordinate network."""
+
+    size_px: int
+    """Side of the crops; a multiple of 32."""
+    shapes: int = 20
+    """Principal components of a face's shape that the network reads."""
+    map_px: int = 32
+    """Side of the map of coordinates, which is smooth."""
+    template: str = "whole face"
+    """Name of the crops' template, in `geometry.TEMPLATES`."""
+    widths: tuple[int, ...] = (16, 32, 64, 96, 96)
+    """Channels at S/2, S/4, S/8, S/16 and S/32."""
+    hidden: int = 160
+    """Width of the layer between the picture and its shape."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON gives lists
+        if self.size_px % 32 or len(self.widths) != 5:
+            raise ValueError(f"the side must be a multiple of 32 and have five widths: {self}")
+
+
+class _Level(nn.Sequential):
+    """Two 3x3 convolutions."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(_Conv(inputs, outputs), nn.ReLU(), _Conv(outputs, outputs), nn.ReLU())
+        for conv in (self[0][0], self[2][0]):
+            nn.init.kaiming_normal_(conv.weight)
+
+
+def _surroundings(x: Tensor) -> Tensor:
+    """Return the mean around each pixel of [N, 1, S, S], over about S/6."""
+    means = F.avg_pool2d(F.avg_pool2d(x, 8), 3, stride=1, padding=1, count_include_pad=False)
+    return F.interpolate(means, scale_factor=8.0, mode="bilinear", align_corners=False)
+
+
+def _even_contrast(x: Tensor) -> Tensor:
+    """Return luma [N, 1, S, S] less its local mean, over its local deviation: the same in any light.
+
+    Without it the network did not begin to learn in thousands of steps.
+    """
+    luma = x.mean(1, keepdim=True)
+    rest = luma - _surroundings(luma)
+    return rest / (_surroundings(rest.square()) + 0.002).sqrt()
+
+
 class CoordinateNet(nn.Module):
     """(crop, landmarks) -> where each pixel of the crop lies on the canonical face.
 
-    A face's five landmarks say most of it already, linearly; the network draws what they do not: the outline, the
-    expression, the perspective.
+    The meshes of faces have few degrees of freedom. Five landmarks say most of them, linearly; the network reads the
+    others, as principal components ("shapes"), from the picture. The map is linear in both:
+
+        coordinates(x) = bias_map(x) + sum_k (landmark offsets, shapes)_k maps_k(x)
+
+    Only the shapes are trained by gradients (`train.space.coordinates`); the maps are fitted in closed form.
     """
 
-    def __init__(self, dims: MapDims) -> None:
+    def __init__(self, dims: CoordinateDims) -> None:
         super().__init__()
-        self.net = MapNet(dims)
-        half = dims.size_px // 2
-        self.landmark_maps = nn.Parameter(torch.zeros(10, dims.outputs, half, half))
+        W, side = dims.widths, dims.map_px
+        self.levels = nn.ModuleList(_Level(a, b) for a, b in pairwise((4, *W)))
+        self.hidden = nn.Linear(W[-1] * (dims.size_px // 32) ** 2, dims.hidden)
+        self.to_shapes = nn.Linear(dims.hidden + 10, dims.shapes)
+        self.bias_map = nn.Parameter(torch.zeros(2, side, side))
+        self.maps = nn.Parameter(torch.zeros(10 + dims.shapes, 2, side, side))
         template = torch.from_numpy(TEMPLATES[dims.template].reshape(-1).copy())
         self.register_buffer("template", template, persistent=False)
 
+    def shapes(self, x_N3SS: Tensor, landmarks_NK: Tensor) -> Tensor:
+        """Return the shapes [N, dims.shapes] of faces, in standard deviations; the arguments are `forward`'s."""
+        x = F.pixel_unshuffle(_even_contrast(x_N3SS), 2)
+        for i, level in enumerate(self.levels):
+            x = level(F.max_pool2d(x, 2) if i else x)
+        hidden = F.relu(self.hidden(x.flatten(1)))
+        # Offsets of landmarks are some hundredths of the crop's side.
+        return self.to_shapes(torch.cat([hidden, 30 * (landmarks_NK - self.template)], 1))
+
     def forward(self, x_N3SS: Tensor, landmarks_NK: Tensor) -> Tensor:
-        """Return coordinates [N, 2, S/2, S/2], fractions of the canonical picture.
+        """Return coordinates [N, 2, M, M], fractions of the canonical picture.
 
         Args:
             x_N3SS: aligned faces, RGB in [-1, 1].
             landmarks_NK: their five landmarks as fractions of the crop's side, x and y in turns: K is 10.
         """
-        offsets = landmarks_NK - self.template
-        return self.net(x_N3SS) + torch.einsum("nk,kchw->nchw", offsets, self.landmark_maps)
+        weights = torch.cat([landmarks_NK - self.template, self.shapes(x_N3SS, landmarks_NK)], 1)
+        return self.bias_map + torch.einsum("nk,kchw->nchw", weights, self.maps)

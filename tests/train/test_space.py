@@ -5,24 +5,36 @@ import numpy as np
 import torch
 
 from faceage.kernels import RGB_LUMA
-from train.space.coordinates import identity_map, read_map
+from train.space.coordinate_maps import Shapes, fit, identity_map
+from train.space.coordinates import read_map
 from train.space.hair import recolour
-from train.space.landmark_maps import fit
 from train.space.model import EXPOSURE_PX, EXPOSURE_TAKEN, LUMA_PX, blur, change_maps, creases
 
 
-def test_a_map_that_is_linear_in_the_landmarks_is_found():
+def test_a_map_that_is_linear_in_its_weights_is_found():
     random = np.random.default_rng(0)
-    identity = identity_map(32).numpy()
-    linear = random.normal(0, 0.3, (10, 2, 1, 1)) * np.ones((1, 1, 16, 16))
-    offsets = random.normal(0, 0.05, (600, 10))
-    maps = identity + np.einsum("nk,kcij->ncij", offsets, linear)
+    identity = identity_map(16)
+    linear = random.normal(0, 0.3, (12, 2, 1, 1)) * np.ones((1, 1, 16, 16))
+    weights = random.normal(0, 1, (600, 12)) * ([0.05] * 10 + [1, 1])  # landmarks and shapes
+    linear[10:] *= 0.05
+    expected = identity + np.einsum("nk,kcij->ncij", weights, linear)
+    maps = expected.copy()
     maps[::3, :, :3] = np.nan  # pixels that some faces do not cover
     maps[:, :, :, -1] = np.nan  # and that none does
-    bias, found = fit(maps, offsets, identity)
-    made = bias + np.einsum("nk,kcij->ncij", offsets, found)
-    expected = identity + np.einsum("nk,kcij->ncij", offsets, linear)
-    np.testing.assert_allclose(made, expected, atol=0.01)
+    bias, found = fit(maps, weights)
+    np.testing.assert_allclose(bias + np.einsum("nk,kcij->ncij", weights, found), expected, atol=0.01)
+
+
+def test_shapes_say_what_landmarks_do_not():
+    random = np.random.default_rng(0)
+    offsets, shapes = random.normal(0, 0.05, (800, 10)), random.normal(0, 1, (800, 3))
+    by_landmarks, by_shapes = random.normal(0, 30, (10, 936)), random.normal(0, 1, (3, 936))
+    meshes = 64 + offsets @ by_landmarks + shapes @ by_shapes
+    model = Shapes.of(meshes.reshape(800, 468, 2), offsets, 3)
+    read = model(meshes.reshape(800, 468, 2), offsets)
+    assert np.allclose(read.std(0), 1, atol=0.1)
+    made = model.mean + offsets @ model.linear + read @ model.directions
+    np.testing.assert_allclose(made, meshes, atol=0.05)
 
 
 def test_a_map_is_read_between_its_samples():

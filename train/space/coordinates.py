@@ -3,9 +3,9 @@
     python -m train.space.coordinates --faces runs/space/faces --archive utkface.tar --archive aaf.tar \
         --out runs/space/coordinates --minutes 90
 
-Distilled from the mesh teacher. The loss reads the network's map at the teacher's points (and at points between them,
-and around the face's outline) and compares with where these points lie on the canonical face. Writes
-`coordinates.safetensors`. Two CPU cores see about 60 faces a second.
+Distilled from the mesh teacher: the network reads the principal components of the meshes, and the loss is the square
+distance of the mesh that they make from the teacher's. The map made of them is measured at the mesh's points, at points
+between them, and around the face's outline. Writes `coordinates.safetensors`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faceage.checkpoint import Header, save
-from faceage.geometry import WHOLE_FACE_TEMPLATE_5, apply_affine, similarity_to_template
-from faceage.networks.space import CoordinateNet, MapDims
+from faceage.geometry import WHOLE_FACE_TEMPLATE_5, apply_affine, similarity_to_template, template_5
+from faceage.networks.space import CoordinateDims, CoordinateNet
 from train.data import to_tensor
 from train.run import EMA, Run, Script, device, git_commit
-from train.space.canonical import CANONICAL_PX, ENLARGE, FACE_CENTRE, OVAL, Canonical
+from train.space.canonical import CANONICAL_PX, OVAL, Canonical
+from train.space.coordinate_maps import Shapes, fit, true_map
 from train.space.faces import Heads, pictures_of
-from train.space.landmark_maps import fit, true_map
 
 STORED_PX, CONTEXT = 176, 1.1
 """Side of the stored crops, and how much wider than the network's crop they are."""
@@ -42,19 +42,15 @@ DATASET = {"name": "UTKFace and All-Age-Faces (a part)", "licence": "non-commerc
 class Config:
     """Hyper-parameters."""
 
-    batch: int = 16
-    rate: float = 1.5e-3
+    batch: int = 32
+    rate: float = 1e-3
     weight_decay: float = 0.01
-    turn_degrees: float = 6.0
-    """Bounds of the augmentation: the landmarks that align crops are off by so much."""
-    zoom: float = 0.07
-    shift: float = 0.025
-    landmark_noise: float = 0.006
-    """Deviation of the landmarks, as a fraction of the crop's side: what a video's are off by."""
-    fitted_faces: int = 900
+    landmark_noise: float = 0.012
+    """Largest deviation of the landmarks that align a crop, as a fraction of its side; each face draws its own."""
+    fitted_faces: int = 2_000
     """Faces for the linear part."""
     ema_half_life_images: int = 10_000
-    tick_images: int = 4_000
+    tick_images: int = 8_000
     seed: int = 11
 
 
@@ -107,39 +103,55 @@ def stored_crops(heads: Heads, archives: list[Path], folder: Path) -> tuple[np.n
     return np.load(file, mmap_mode="r"), apply_affine(matrices, points)
 
 
+def align(points: np.ndarray, noise: np.ndarray, random: np.random.Generator, size_px: int) -> np.ndarray:
+    """Return the maps [N, 2, 3] into crops that inexact landmarks align, and write these into `points`.
+
+    Args:
+        points: [N, 473, 2], meshes and landmarks; the landmarks are moved.
+        noise: [N], deviation of the landmarks, as a fraction of the crop's side.
+        random: the deviations are drawn from it.
+        size_px: side of the crop.
+    """
+    eyes = np.linalg.norm(points[:, 469] - points[:, 468], axis=-1)
+    side = eyes / (WHOLE_FACE_TEMPLATE_5[1, 0] - WHOLE_FACE_TEMPLATE_5[0, 0])
+    points[:, 468:] += random.normal(0, 1, (len(points), 5, 2)) * (noise * side)[:, None, None]
+    return similarity_to_template(points[:, 468:], template_5(size_px, WHOLE_FACE_TEMPLATE_5))
+
+
 def draw(
-    crops: np.ndarray, points: np.ndarray, rows: np.ndarray, canonical: Canonical, random: np.random.Generator,
-    config: Config, size_px: int,
+    crops: np.ndarray, points: np.ndarray, rows: np.ndarray, mirror: np.ndarray, random: np.random.Generator,
+    noise: float, size_px: int, *, spoiled: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Return augmented crops uint8 [B, S, S, 3], meshes [B, 468, 2] in their pixels, and landmarks [B, 5, 2].
+    """Return augmented crops uint8 [B, S, S, 3], meshes [B, 468, 2] in their pixels, and landmarks' offsets [B, 10].
 
     Args:
         crops: uint8 [N, T, T, 3], wider.
         points: float32 [N, 473, 2], their meshes and landmarks.
         rows: int64 [B], which faces.
-        canonical: the canonical face.
+        mirror: int64 [473], each point's counterpart on the other side.
         random: what is drawn is drawn from it.
-        config: how much is changed.
+        noise: largest deviation of the landmarks, as a fraction of the crop's side.
         size_px: S.
+        spoiled: see `spoil`.
     """
-    mirror = np.concatenate([canonical.mirror, len(canonical.mirror) + np.array([1, 0, 2, 4, 3])])
-    faces, moved = [], []
-    for row in rows:
-        angle = random.uniform(-1, 1) * config.turn_degrees
-        scale = size_px * CONTEXT / STORED_PX * math.exp(random.uniform(-1, 1) * config.zoom)
-        matrix = cv2.getRotationMatrix2D(((STORED_PX - 1) / 2, (STORED_PX - 1) / 2), angle, scale)
-        matrix[:, 2] += (size_px - STORED_PX) / 2 + random.uniform(-1, 1, 2) * config.shift * size_px
-        matrix = matrix.astype(np.float32)
-        face = cv2.warpAffine(crops[row], matrix, (size_px, size_px), borderMode=cv2.BORDER_REPLICATE)
-        there = apply_affine(matrix[None], points[row][None])[0]
-        if random.random() < 0.5:
-            face = face[:, ::-1]
-            there = (there * (-1, 1) + (size_px - 1, 0))[mirror]
-        faces.append(spoil(np.ascontiguousarray(face), random))
-        moved.append(there)
-    both = np.stack(moved).astype(np.float32)
-    landmarks = both[:, -5:] + random.normal(0, config.landmark_noise * size_px, (len(both), 5, 2)).astype(np.float32)
-    return np.stack(faces), both[:, :-5], landmarks
+    there = points[rows].astype(np.float32)
+    flipped = random.random(len(rows)) < 0.5
+    there[flipped] = (there[flipped] * (-1, 1) + (STORED_PX - 1, 0))[:, mirror]
+    matrices = align(there, random.uniform(0, noise, len(rows)), random, size_px)
+    moved = apply_affine(matrices, there)
+    faces = []
+    for row, flip, matrix in zip(rows, flipped, matrices, strict=True):
+        face = crops[row][:, ::-1] if flip else crops[row]
+        face = cv2.warpAffine(
+            np.ascontiguousarray(face),
+            matrix,
+            (size_px, size_px),
+            flags=cv2.INTER_AREA,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        faces.append(spoil(face, random) if spoiled else face)
+    offsets = (moved[:, 468:] + 0.5) / size_px - WHOLE_FACE_TEMPLATE_5
+    return np.stack(faces), moved[:, :468], offsets.reshape(len(rows), 10).astype(np.float32)
 
 
 def spoil(face: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -152,7 +164,7 @@ def spoil(face: np.ndarray, random: np.random.Generator) -> np.ndarray:
         x, y = random.integers(0, size, 2)
         w, h = random.integers(size // 8, size // 2, 2)
         face[y : y + h, x : x + w] = random.integers(0, 256, 3)
-    light = random.uniform(0.5, 1.4) * (1 + random.uniform(-0.12, 0.12, 3))
+    light = random.uniform(0.5, 1.2) * (1 + random.uniform(-0.12, 0.12, 3))
     gamma = math.exp(random.uniform(-0.4, 0.4))
     levels = np.arange(256)[:, None] / 255
     table = np.clip(255 * light * levels**gamma + random.uniform(-25, 25), 0, 255)
@@ -164,17 +176,18 @@ def spoil(face: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def read_map(uv: Tensor, points: Tensor, size_px: int) -> Tensor:
-    """Return a map [N, C, S/2, S/2] read at points [N, P, 2] in pixels of the crop: [N, P, C]."""
+    """Return a map [N, C, M, M] of a crop read at points [N, P, 2] in the crop's pixels: [N, P, C]."""
     grid = (points + 0.5) / size_px * 2 - 1
     read = F.grid_sample(uv, grid[:, :, None], mode="bilinear", padding_mode="border", align_corners=False)
     return read[..., 0].permute(0, 2, 1)
 
 
-def identity_map(size_px: int) -> Tensor:
-    """Return the map of a face that is the canonical one: [2, S/2, S/2], fractions of its side."""
-    axis = (torch.arange(size_px // 2) + 0.5) / (size_px // 2)
-    y, x = torch.meshgrid((axis - FACE_CENTRE) * ENLARGE + 0.5, (axis - 0.5) * ENLARGE + 0.5, indexing="ij")
-    return torch.stack([x, y])
+def map_error(uv: Tensor, meshes: np.ndarray, points: Points, size_px: int) -> Tensor:
+    """Return how far the canonical points of faces are off, in their maps [N, 2, M, M]: [N], fractions of the side."""
+    want = torch.from_numpy(((points.canonical + 0.5) / CANONICAL_PX).astype(np.float32))
+    off = read_map(uv, torch.from_numpy(points(meshes).astype(np.float32)), size_px) - want
+    seen = torch.from_numpy(points.seen(meshes))
+    return (off.square().sum(-1).sqrt() * seen).sum(1) / seen.sum(1)
 
 
 @click.command(cls=Script, context_settings={"show_default": True})
@@ -186,7 +199,7 @@ def identity_map(size_px: int) -> Tensor:
 def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, images: int | None) -> None:
     """Train the coordinate network."""
     cv2.setNumThreads(1)
-    config, dims = Config(), MapDims(size_px=128, outputs=2, scale=0.02, widths=(16, 24, 48, 72, 96))
+    config, dims = Config(), CoordinateDims(size_px=128)
     size = dims.size_px
     torch.manual_seed(config.seed)
     run = Run(out, config, minutes, images, dims=dims)
@@ -194,52 +207,53 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
     # Data: presence is a logit; turned and hidden faces stay in, wrong ones do not.
     heads = Heads.load(folder)
     canonical = Canonical.of(heads.rows(~heads.validation))
+    mirror = np.concatenate([canonical.mirror, len(canonical.mirror) + np.array([1, 0, 2, 4, 3])])
     crops, mesh_and_landmarks = stored_crops(heads, list(archives), folder)
     good = heads.presence > 2
-    train, val = np.flatnonzero(good & ~heads.validation), np.flatnonzero(good & heads.validation)[::8]
+    train, val = np.flatnonzero(good & ~heads.validation), np.flatnonzero(good & heads.validation)[::4]
     points = Points(canonical)
-    want = torch.from_numpy(((points.canonical + 0.5) / CANONICAL_PX).astype(np.float32))
     where = device()
-    random = np.random.default_rng(config.seed)
 
-    # Networks
+    # What is fitted in closed form, from all training faces: the shapes, then the maps.
+    random = np.random.default_rng(config.seed)
+    exact = mesh_and_landmarks[train].astype(np.float32)
+    moved = apply_affine(align(exact, random.uniform(0, config.landmark_noise, len(exact)), random, size), exact)
+    offsets = ((moved[:, 468:] + 0.5) / size - WHOLE_FACE_TEMPLATE_5).reshape(len(moved), 10)
+    shapes = Shapes.of(moved[:, :468], offsets, dims.shapes)
     net = CoordinateNet(dims)
     if not (out / "resume.pt").exists():
-        _, meshes, landmarks = draw(
-            crops, mesh_and_landmarks, random.choice(train, config.fitted_faces), canonical, random, config, size
-        )
-        maps = np.stack([true_map(mesh, canonical, size) for mesh in meshes])
-        offsets = (landmarks + 0.5) / size - WHOLE_FACE_TEMPLATE_5
-        bias, linear = fit(maps, offsets.reshape(len(maps), 10), identity_map(size).numpy())
+        some = random.choice(len(moved), config.fitted_faces, replace=False)
+        maps = np.stack([true_map(mesh, canonical, size, dims.map_px) for mesh in moved[some, :468]])
+        bias, linear = fit(maps, np.column_stack([offsets[some], shapes(moved[some, :468], offsets[some])]))
         with torch.no_grad():
-            net.net.bias_map.copy_(torch.from_numpy(bias) / dims.scale)
-            net.landmark_maps.copy_(torch.from_numpy(linear))
-            net.net.head.weight.mul_(0.1)
-            net.net.head.bias.zero_()
-    net.landmark_maps.requires_grad_(False)
+            net.bias_map.copy_(torch.from_numpy(bias))
+            net.maps.copy_(torch.from_numpy(linear))
+    for fitted in (net.bias_map, net.maps):
+        fitted.requires_grad_(False)
     net = net.to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
-    # Gradients of the deepest layers are as small as Adam's usual epsilon, which would stop them.
-    step = torch.optim.AdamW(net.net.parameters(), config.rate, weight_decay=config.weight_decay, eps=1e-12)
+    step = torch.optim.AdamW(
+        [p for p in net.parameters() if p.requires_grad], config.rate, weight_decay=config.weight_decay
+    )
     parts = {"net": net, "ema": ema.net, "step": step}
     run.load_state(parts)
     random = np.random.default_rng((config.seed, run.images_seen))
+    directions = torch.from_numpy(shapes.directions).to(where)
 
-    def errors(network: CoordinateNet, faces: np.ndarray, meshes: np.ndarray, landmarks: np.ndarray) -> Tensor:
-        x = to_tensor(faces).to(where, memory_format=torch.channels_last)
-        uv = network(x, torch.from_numpy((landmarks + 0.5) / size).flatten(1).to(where))
-        off = read_map(uv, torch.from_numpy(points(meshes).astype(np.float32)), size) - want
-        seen = torch.from_numpy(points.seen(meshes))
-        return (torch.sqrt(off.square().sum(-1) + 1e-6) * seen).sum(1) / seen.sum(1)  # [N], fractions of the side
+    def inputs(faces: np.ndarray, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
+        landmarks = torch.from_numpy(offsets).to(where) + net.template
+        return to_tensor(faces).to(where, memory_format=torch.channels_last), landmarks
 
     ticks, losses = run.images_seen // config.tick_images, []
     is_over = run.is_over
     while not is_over:
         step.param_groups[0]["lr"] = config.rate * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 1e-6
         rows = random.choice(train, config.batch)
-        loss = errors(net, *draw(crops, mesh_and_landmarks, rows, canonical, random, config, size)).mean()
+        faces, meshes, offsets = draw(crops, mesh_and_landmarks, rows, mirror, random, config.landmark_noise, size)
+        off = net.shapes(*inputs(faces, offsets)) - torch.from_numpy(shapes(meshes, offsets)).to(where)
+        loss = (off @ directions).unflatten(1, (-1, 2)).square().sum(-1).mean()  # square pixels
         step.zero_grad()
-        (size * loss).backward()
+        loss.backward()
         step.step()
         run.images_seen += config.batch
         ema.update(net, config.batch, run.images_seen)
@@ -247,14 +261,16 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, minutes: float, im
         is_over = run.is_over
         if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
-            fixed = np.random.default_rng(0)
-            with torch.inference_mode():
-                held_out = torch.cat([
-                    errors(ema.net, *draw(crops, mesh_and_landmarks, val[i : i + 64], canonical, fixed, config, size))
-                    for i in range(0, len(val), 64)
-                ])  # fmt: skip
-            metrics = {"val_error_px": float(held_out.mean()) * size, "val_median_px": float(held_out.median()) * size}
-            run.record(error_px=float(np.mean(losses)) * size, **metrics)
+            fixed, errors = np.random.default_rng(0), []
+            for some in np.array_split(val, len(val) // 64 + 1):
+                faces, meshes, offsets = draw(
+                    crops, mesh_and_landmarks, some, mirror, fixed, config.landmark_noise, size, spoiled=False
+                )
+                with torch.inference_mode():
+                    errors.append(map_error(ema.net(*inputs(faces, offsets)).cpu(), meshes, points, size))
+            held_out = size * torch.cat(errors)
+            metrics = {"val_error_px": float(held_out.mean()), "val_median_px": float(held_out.median())}
+            run.record(mesh_px=math.sqrt(float(np.mean(losses))), **metrics)
             losses.clear()
             header = Header(
                 arch="space-coordinates",

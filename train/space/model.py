@@ -38,7 +38,7 @@ EXPOSURE_PX, EXPOSURE_TAKEN = 13.0, 0.95
 CREASE_BAND_PX = (0.8, 7.0)
 COHERENCE = (0.25, 0.7)
 """Coherence of the structure tensor from which and to which a detail is taken for a crease: blotches have less."""
-CREASE_SPREAD, EVENNESS = 0.06, 0.6
+CREASE_SPREAD, EVENNESS = 0.06, 0.9
 """Deviation of log luma that the creases of all exemplars are brought toward, and how much of the way, in powers."""
 WRINKLE_RANGE = 0.5
 """Log ratio that int8 -127 and 127 stand for."""
