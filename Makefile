@@ -32,7 +32,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 chaos: .venv/installed
 	FACEAGE_CHAOS=25 $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/test_chaos.py

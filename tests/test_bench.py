@@ -87,7 +87,7 @@ def test_images(networks, tiny_model, face_photo):
 
 def test_images_of_a_cameras_size(networks, tiny_model, monkeypatch):
     monkeypatch.setattr("faceage.cli.bench.GENERATED_PHOTOS", 2)
-    item = bench("images", "--megapixels", 0.5, "--repeats", 1, "--model", tiny_model)
+    item = bench("images", "--megapixels", 0.2, "--repeats", 1, "--model", tiny_model)
     assert item["faceage"]["photos"] == 2
     assert item["faceage"]["faces"] == 4
 

@@ -182,8 +182,10 @@ def test_killed_at_any_moment_it_goes_on_as_if_unbroken(command, tmp_path, monke
     assert [line["images"] for line in log_of(unbroken)] == [24, 48, 72, 80]
     assert (unbroken / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    # Each session starts where the one before left its last checkpoint: at 0, 0, 0, 24, 24 and 48 images.
+    # Each session starts where the one before left its last checkpoint: at 0, 0, 0, 24, 24 and 48 images. What is done
+    # at these moments is the same code for all scripts, so one script goes through all of them.
     deaths = [("step", 2, 0), ("logged", 1, 0), ("exported", 2, 24), ("saving", 1, 24), ("step", 5, 48)]
+    deaths = deaths if script == "gan" else [deaths[2], deaths[4]]
     for moment, count, saved in deaths:
         with monkeypatch.context() as patch:
             kill_at(patch, moment, count)
@@ -198,12 +200,12 @@ def test_killed_at_any_moment_it_goes_on_as_if_unbroken(command, tmp_path, monke
 
 def test_a_real_kill_at_a_random_moment(command, tmp_path, validation_file):
     unbroken, folder = tmp_path / "unbroken", tmp_path / "killed"
-    images = ("--images", 16 * TICK_IMAGES)
+    images = ("--images", 8 * TICK_IMAGES)
     train("gan", command("gan", unbroken, *images))
     tiny = [sys.executable, str(Path(__file__).parent / "tiny.py"), str(validation_file), "gan"]
     process = subprocess.Popen(tiny + command("gan", folder, *images), cwd=ROOT, stderr=subprocess.DEVNULL)
     log = folder / "log.jsonl"
-    ticks = random.SystemRandom().randint(1, 10)
+    ticks = random.SystemRandom().randint(1, 4)
     deadline = time.monotonic() + 60
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= ticks):
         assert time.monotonic() < deadline, "no progress"
