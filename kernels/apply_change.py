@@ -171,8 +171,8 @@ def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect, device: torch.de
     height, width = maps.shape[:2]
     step_x, step_y = _plane_steps(matrix)
     (filter_x, kx), (filter_y, ky) = _filter_matrix_ref(width, step_x), _filter_matrix_ref(height, step_y)
-    factors = (to_device(a, device).double() for a in (filter_y, filter_x, maps))
-    filtered = torch.einsum("iy,jx,yxc->cij", *factors)
+    along_y, along_x, values = (to_device(a, device).double() for a in (filter_y, filter_x, maps))
+    filtered = along_y @ values.permute(2, 0, 1) @ along_x.T  # one einsum would take the outer product of the filters
     m = _samples_to_filtered(matrix, rect, kx, ky).tolist()
     x0, y0, x1, y1 = rect
     rows, columns = (torch.arange(n, device=device).double() for n in (y1 - y0, x1 - x0))

@@ -61,6 +61,27 @@ def test_older_faces_get_creases_and_younger_ones_lose_detail(canonical, appeara
     assert younger[..., 3].max() > 0.5
 
 
+def test_creases_are_those_of_the_two_nearest_old_faces(canonical, appearance):
+    covariates = canonical.basis(appearance.thumbnail[None], appearance.embedding[None], np.array([30], np.float32))
+    near, nearer, far = (covariates[0] + np.float32(off) for off in (0.2, 0.1, 2.0))
+    lines = np.zeros((3, CANONICAL_PX, CANONICAL_PX), np.float32)
+    for face, x in enumerate((80, 128, 176)):
+        lines[face, 70:90, x] = -0.02
+
+    def darker(*covariates):
+        few = replace(canonical, wrinkles=lines, wrinkle_covariates=np.stack(covariates))
+        none = replace(few, wrinkles=0 * lines)
+        tones = [model.mix(appearance, 30, 75)[75:85, [80, 128, 176], 0] for model in (none, few)]
+        return (tones[0] - tones[1]).mean(0)
+
+    one, other = darker(near, nearer, far), darker(nearer, near, far)
+    assert (one[:2] > 1e-3).all()
+    assert (other[:2] > 1e-3).all()
+    assert one[2] == other[2] == 0
+    assert other[0] > 1.2 * one[0]
+    assert one[1] > 1.2 * other[1]
+
+
 def test_dark_detail_of_old_skin_is_redder(canonical, appearance):
     tone = canonical.mix(appearance, 30, 75)
     cheek = tone[140:170, 60:100].reshape(-1, 4)

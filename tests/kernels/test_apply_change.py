@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+from frames import noise_frame
 from numerics import ADD_ATOL_CODES, ADD_MAX_TIES, ROUND_TRIP_ATOL
 
 from faceage.errors import ShapeError
@@ -13,20 +14,10 @@ SIZE = 32
 
 
 def make_frame(pixel_format, width=150, height=121, color=None, seed=0, span=(0.3, 0.7)):
-    """Noise in every plane, inside padded buffers: the planes are views whose rows are further apart."""
-    rng = np.random.default_rng(seed)
-    layout = PIXEL_LAYOUTS[pixel_format]
-    planes = []
-    for spec in layout.planes:
-        shape = (-(-height // spec.sub_y), -(-width // spec.sub_x))
-        shape += (len(spec.components),) if len(spec.components) > 1 else ()
-        low, high = span if spec.components[0] in "YR" else (0.44, 0.56)
-        codes = rng.integers(int(low * 2**layout.bit_depth), int(high * 2**layout.bit_depth), shape)
-        padded = np.zeros((shape[0] + 2, shape[1] + 7, *shape[2:]), layout.dtype)
-        padded[: shape[0], : shape[1]] = codes << layout.shift
-        planes.append(padded[: shape[0], : shape[1]])
-    default = RGB if layout.planes[0].components.startswith("RGB") else ColorSpec(chroma_siting="center")
-    return Frame(planes=tuple(planes), pixel_format=pixel_format, color=color or default)
+    """Noise in padded planes; chroma lies in the middle of its luma samples."""
+    is_rgb = PIXEL_LAYOUTS[pixel_format].planes[0].components.startswith("RGB")
+    color = color or (RGB if is_rgb else ColorSpec(chroma_siting="center"))
+    return noise_frame(pixel_format, width, height, color=color, seed=seed, span=span, padding=7)
 
 
 def copy_frame(frame):

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+from frames import noise_frame
 from numerics import GATHER_ATOL
 
 from faceage.errors import ShapeError
@@ -12,21 +13,6 @@ from faceage.kernels.placement import crop_to_plane
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame, PlaneLayout
 
 SITINGS = ("left", "center", "topleft")
-
-
-def make_frame(pixel_format, width=97, height=83, color=None, seed=0):
-    """Noise in every plane; chroma near neutral, so that few RGB values are out of gamut."""
-    rng = np.random.default_rng(seed)
-    layout = PIXEL_LAYOUTS[pixel_format]
-    planes = []
-    for spec in layout.planes:
-        shape = (-(-height // spec.sub_y), -(-width // spec.sub_x))
-        shape += (len(spec.components),) if len(spec.components) > 1 else ()
-        low, high = (0.2, 0.8) if "Y" in spec.components or "R" in spec.components else (0.42, 0.58)
-        codes = rng.integers(int(low * 2**layout.bit_depth), int(high * 2**layout.bit_depth), shape)
-        planes.append((codes << layout.shift).astype(layout.dtype))
-    default = RGB if layout.planes[0].components.startswith("RGB") else ColorSpec()
-    return Frame(planes=tuple(planes), pixel_format=pixel_format, color=color or default)
 
 
 def similarity(scale, degrees=0.0, center=(0.0, 0.0), size_px=16):
@@ -54,7 +40,7 @@ def test_cpu_equals_reference(pixel_format, matrix):
     chroma = any(spec.sub_x * spec.sub_y > 1 for spec in PIXEL_LAYOUTS[pixel_format].planes)
     for siting in SITINGS if chroma else SITINGS[:1]:
         color = ColorSpec(matrix="bt601", chroma_siting=siting)
-        frame = make_frame(pixel_format, color=None if "rgb" in pixel_format else color)
+        frame = noise_frame(pixel_format, color=None if "rgb" in pixel_format else color)
         index = np.zeros(1, np.int64)
         fast = gather_crops([frame], index, matrix, 16)
         assert fast.shape == (1, 3, 16, 16)
@@ -114,7 +100,7 @@ def test_ramp_is_exact_at_every_position(impl, pixel_format, siting, scale, degr
 
 
 def test_reduction_is_antialiased():
-    frame = make_frame("gray", 512, 512, ColorSpec(full_range=True))
+    frame = noise_frame("gray", 512, 512, color=ColorSpec(full_range=True))
     stripes = Frame(
         planes=(np.ascontiguousarray(np.tile(np.uint8([0, 0, 255, 255]), (512, 128))),),
         pixel_format="gray",
@@ -125,14 +111,14 @@ def test_reduction_is_antialiased():
 
 
 def test_box_is_the_planes_own():
-    frame, matrix = make_frame("yuv420p"), similarity(0.25, 37)[0]
+    frame, matrix = noise_frame("yuv420p"), similarity(0.25, 37)[0]
     assert box_factors(crop_to_plane(frame, PlaneLayout("Y"), matrix)) == (4, 4)
     assert box_factors(crop_to_plane(frame, PlaneLayout("U", 2, 2), matrix)) == (2, 2)
     assert box_factors(crop_to_plane(frame, PlaneLayout("U", 2, 1), matrix)) == (2, 4)
 
 
 def test_no_face_and_several_frames():
-    frames = [make_frame("yuv420p"), make_frame("nv12", 64, 48, seed=1), make_frame("rgba64", seed=2)]
+    frames = [noise_frame("yuv420p"), noise_frame("nv12", 64, 48, seed=1), noise_frame("rgba64", seed=2)]
     empty = gather_crops(frames, np.zeros(0, np.int64), np.zeros((0, 2, 3), np.float32), 16)
     assert empty.shape == (0, 3, 16, 16)
     index = np.array([2, 0, 1, 0])
@@ -145,10 +131,10 @@ def test_no_face_and_several_frames():
 
 def test_one_pixel_frame_and_padded_planes():
     for pixel_format in PIXEL_LAYOUTS:
-        frame = make_frame(pixel_format, 1, 1)
+        frame = noise_frame(pixel_format, 1, 1)
         crop = gather_crops([frame], np.zeros(1, np.int64), MATRICES["reduced, rotated"], 8)
         assert np.ptp(crop, axis=(2, 3)).max() < 1e-5
-        frame = make_frame(pixel_format, 30, 22)
+        frame = noise_frame(pixel_format, 30, 22)
         wide = [np.pad(p, [(0, 3), (0, 5)] + [(0, 0)] * (p.ndim - 2), constant_values=7) for p in frame.planes]
         views = tuple(w[: p.shape[0], : p.shape[1]] for w, p in zip(wide, frame.planes, strict=True))
         padded = dataclasses.replace(frame, planes=views)
@@ -158,9 +144,9 @@ def test_one_pixel_frame_and_padded_planes():
 
 
 def test_alpha_is_ignored_and_gray_is_neutral():
-    rgba = make_frame("rgba")
+    rgba = noise_frame("rgba")
     rgb = Frame(planes=(rgba.planes[0][..., :3],), pixel_format="rgb24", color=RGB)
-    gray = make_frame("gray16")
+    gray = noise_frame("gray16")
     index, matrix = np.zeros(1, np.int64), MATRICES["reduced, rotated"]
     np.testing.assert_array_equal(gather_crops([rgba], index, matrix, 16), gather_crops([rgb], index, matrix, 16))
     crop = gather_crops([gray], index, matrix, 16)
@@ -184,11 +170,11 @@ def test_color_matrices(matrix, full_range, depth):
 
 
 def test_pixel_format_wins_over_contradicting_tags():
-    assert color_of(make_frame("rgb24", color=ColorSpec())).matrix == "rgb"
-    assert color_of(make_frame("yuvj420p", color=ColorSpec(full_range=False))).full_range
-    assert color_of(make_frame("gray", color=RGB)).matrix != "rgb"
+    assert color_of(noise_frame("rgb24", color=ColorSpec())).matrix == "rgb"
+    assert color_of(noise_frame("yuvj420p", color=ColorSpec(full_range=False))).full_range
+    assert color_of(noise_frame("gray", color=RGB)).matrix != "rgb"
 
 
 def test_wrong_shape_is_named():
     with pytest.raises(ShapeError, match=r"expected frame_to_crop \[2, 2, 3\], got \(1, 2, 3\)"):
-        gather_crops([make_frame("gray")], np.zeros(2, np.int64), MATRICES["same size"], 8)
+        gather_crops([noise_frame("gray")], np.zeros(2, np.int64), MATRICES["same size"], 8)

@@ -1,0 +1,132 @@
+"""The path of a GPU on tensors of the CPU: the same code, the same result, and no wait for the device on the way."""
+
+import dataclasses
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from frames import as_tensors
+from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
+
+from faceage.detect import Detector
+from faceage.kernels import transfer
+from faceage.media.planes import writable
+from faceage.media.reader import VideoReader
+from faceage.pipeline.photos import age_frames
+from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.video import age_video
+from faceage.types import RGB, Frame
+
+WAITS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
+"""What of a tensor waits for its device."""
+MAX_DIFFERENT = 2e-4
+"""Share of the samples that may differ, by one code: changes that lie half-way between two codes."""
+
+
+class OnDevice:
+    """An engine that gives tensors for tensors, as those on a GPU do."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.calls_with_tensors = 0
+
+    def __call__(self, *arrays):
+        if isinstance(arrays[0], np.ndarray):
+            return self._engine(*arrays)
+        self.calls_with_tensors += 1
+        return tuple(torch.from_numpy(np.array(out)) for out in self._engine(*(np.from_dlpack(a) for a in arrays)))
+
+
+@pytest.fixture
+def on_device(facegan):
+    """The same networks on engines of a device. FaceGAN's: an optimized latent would enlarge what rounding differs."""
+    detector = facegan.detector
+    parts = [OnDevice(engine) for engine in (detector._pnet, detector._rnet, detector._onet)]
+    return dataclasses.replace(
+        facegan,
+        detector=Detector(*parts, detector.config),
+        age_reader=OnDevice(facegan.age_reader),
+        identity=OnDevice(facegan.identity),
+    )
+
+
+@contextmanager
+def no_waiting():
+    """Whatever waits for a tensor's device raises, but in the one place from which values go to the host.
+
+    Yields the waits there, by their names.
+    """
+    waited = []
+
+    def guarded(name, original):
+        def call(self, *args, **kwargs):
+            caller = sys._getframe(1).f_code
+            if caller.co_filename != transfer.__file__ or caller.co_name != "to_host":
+                raise AssertionError(f"{name} of a tensor in {caller.co_filename}:{caller.co_name}")
+            waited.append(name)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WAITS:
+            patch.setattr(torch.Tensor, name, guarded(name, getattr(torch.Tensor, name)))
+        yield waited
+
+
+def test_the_guard_raises_outside_the_one_place():
+    with no_waiting() as waited:
+        transfer.to_host(torch.ones(2))
+        assert waited == ["cpu", "numpy"]
+        for wait in (torch.Tensor.item, bool, float, np.asarray):
+            with pytest.raises(AssertionError, match="of a tensor in"):
+                wait(torch.ones(()))
+
+
+def assert_alike(tensors, arrays):
+    for a, b in zip(tensors, arrays, strict=True):
+        apart = np.abs(a.astype(int) - b)
+        assert apart.max() <= 1
+        assert (apart > 0).mean() <= MAX_DIFFERENT
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_a_video_of_tensors_is_the_video_of_arrays(facegan, on_device, tmp_path, monkeypatch, rotation):
+    pictures = [np.ascontiguousarray(np.rot90(p, -rotation // 90)) for p in moving_face(16)]
+    clip = write_clip(tmp_path / "in.mkv", pictures)
+    request = AgeRequest(age=70, source_age=30)
+    read = VideoReader._frame
+    monkeypatch.setattr(VideoReader, "_frame", lambda *args: dataclasses.replace(read(*args), rotation=rotation))
+    first = age_video(facegan, clip, tmp_path / "arrays.mkv", request, encode=LOSSLESS)
+    monkeypatch.setattr(
+        VideoReader, "_frame", lambda *args: as_tensors(dataclasses.replace(read(*args), rotation=rotation))
+    )
+    with no_waiting() as waited:
+        second = age_video(on_device, clip, tmp_path / "tensors.mkv", request, encode=LOSSLESS)
+    assert waited
+    assert first.frames_with_faces == second.frames_with_faces == 16
+    assert on_device.detector._onet.calls_with_tensors >= 16
+    assert on_device.identity.calls_with_tensors
+    monkeypatch.undo()
+    source, arrays, tensors = (decoded(p) for p in (clip, tmp_path / "arrays.mkv", tmp_path / "tensors.mkv"))
+    assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
+    for a, b in zip(tensors, arrays, strict=True):
+        assert_alike(a, b)
+
+
+def test_photos_of_tensors_are_those_of_arrays(facegan, on_device):
+    photos = [Frame(planes=(picture,), pixel_format="rgb24", color=RGB) for picture in moving_face(3)[::2]]
+    request = AgeRequest(age=70)
+    arrays, tensors = ([writable(frame) for frame in frames] for frames in (photos, [as_tensors(p) for p in photos]))
+    done = [age_frames(facegan, arrays, request)]
+    with no_waiting():
+        done.append(age_frames(on_device, tensors, request))
+    for one, other in zip(*done, strict=True):
+        assert len(one.faces) == len(other.faces) == 1
+        np.testing.assert_allclose(one.faces.landmarks, other.faces.landmarks, atol=1e-2)
+    assert on_device.age_reader.calls_with_tensors == 1
+    for frame, other, photo in zip(arrays, tensors, photos, strict=True):
+        assert (frame.planes[0] != photo.planes[0]).any()
+        assert_alike([np.from_dlpack(plane) for plane in other.planes], frame.planes)
