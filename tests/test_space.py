@@ -159,6 +159,29 @@ def test_the_hair_of_the_rim_is_left_alone():
             assert not rim.any()
 
 
+def test_hair_that_moves_is_that_of_the_key_frames_there_and_common_to_both_between():
+    key = find_hair(*head(0.15))
+    moved = replace(key, mask=np.roll(key.mask, 16, 0))
+    for share, end in ((0.0, key), (1.0, moved)):
+        np.testing.assert_allclose(
+            draw_hair(1.0, key, moved, share).delta, draw_hair(1.0, end, end, 0.0).delta, atol=1e-6
+        )
+    half = draw_hair(1.0, key, moved, 0.5)
+    in_both = np.minimum(key.mask, moved.mask)
+    assert half.gain[in_both > 0.9].mean() > 0.02
+    in_one = (in_both == 0) & (np.maximum(key.mask, moved.mask) > 0)
+    assert in_one.any()
+    assert not half.gain[in_one].any()
+
+
+def test_what_hair_leaves_is_not_lit():
+    key = find_hair(*head(0.15))
+    gone = replace(key, mask=np.zeros_like(key.mask))
+    strengths = [np.abs(draw_hair(1.0, key, gone, share).delta).max() for share in (0, 0.1, 0.25, 0.9)]
+    assert strengths[0] > strengths[1] > 0.1 * strengths[0]
+    assert strengths[2] == strengths[3] == 0
+
+
 def canned(coordinates, canonical):
     """An ager whose coordinate network gives the same map for everybody; no hair."""
     view = View("face", TEMPLATES["whole face"], FACE_SIZES_PX)

@@ -40,6 +40,8 @@ MARGIN = 0.006
 FACE_CENTRE, REACH = 0.45, (0.29, 0.37)
 """Height of the face's middle in the crop, and how far from it hair may be; in sides of the crop, of which a face takes
 0.29."""
+ONE_KEY_FADE = 4.0
+"""Hair that is in one key frame only turns grey within 1 / this of the way to the other one, less and less."""
 RIM = 0.06
 """The mask falls to 0 over this share of the crop at its rims: long hair fades out there."""
 
@@ -103,7 +105,8 @@ def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Cha
     def mix(a: FloatArray, b: FloatArray) -> FloatArray:
         return a if before is after else (1 - t) * a + t * b
 
-    mask, base, chroma = (mix(getattr(before, n), getattr(after, n)) for n in ("mask", "base", "chroma"))
+    mask = before.mask if before is after else _moving_mask(before.mask, after.mask, share)
+    base, chroma = mix(before.base, after.base), mix(before.chroma, after.chroma)
     size = mask.shape[0]
     skin = (1 - share) * before.skin_luma + share * after.skin_luma
     # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
@@ -115,6 +118,17 @@ def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Cha
     faded = cv2.resize(amount, chroma.shape[:2])[..., None] * chroma * np.float32(-2 * FADE)
     delta = cv2.resize(faded, (size, size)).transpose(2, 0, 1) + 2 * lift
     return Change(delta=clear_rim(np.ascontiguousarray(delta)), gain=gain)
+
+
+def _moving_mask(before: FloatArray, after: FloatArray, share: float) -> FloatArray:
+    """Return where hair is between two key frames: where it is in both, and near one of them where it is in that one.
+
+    A head that nods moves its hair against its face. Where hair was, there is skin or background then: lit like hair,
+    it would shine. Hair that stays dark at its rim for some frames is hardly seen.
+    """
+    both = np.minimum(before, after)
+    leaving, arriving = (np.float32(max(0.0, 1 - ONE_KEY_FADE * s) ** 2) for s in (share, 1 - share))
+    return both + leaving * (before - both) + arriving * (after - both)
 
 
 def clear_rim(maps: FloatArray) -> FloatArray:
