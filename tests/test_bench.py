@@ -11,13 +11,15 @@ from click.testing import CliRunner
 from clips import frame_times, make_clip
 
 from faceage.agers.base import Ages
+from faceage.bench.latent import EVALUATION_STEPS, bench_follow
+from faceage.bench.naive import _FaceGAN, generated_faces
+from faceage.bench.photos import faces_of
+from faceage.bench.video import loop_clip
 from faceage.cli import main
 from faceage.cli.environment import machine, versions
 from faceage.errors import NoFaceError
 from faceage.geometry import template_5
 from faceage.models import find_model
-from faceage.pipeline.bench import EVALUATION_STEPS, bench_follow, faces_of, loop_clip
-from faceage.pipeline.naive import _FaceGAN, generated_faces
 from faceage.types import Crops
 
 

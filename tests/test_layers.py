@@ -16,7 +16,8 @@ LAYERS = {
     "media": 4, "detect": 4, "follow": 4, "cuts": 4, "smooth": 4, "track": 4, "align": 4, "blend": 4,
     "agers": 4, "models": 4,
     "pipeline": 5,
-    "cli": 6,
+    "bench": 6,
+    "cli": 7,
 }  # fmt: skip
 """Module or subpackage of faceage -> its layer."""
 FAMILIES = [

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import click
 
+from faceage.bench.engines import bench_engines
+from faceage.bench.latent import LATENT_FACES, age_cgan_of, bench_follow, bench_latent
+from faceage.bench.naive import generated_faces, generated_photos
+from faceage.bench.photos import bench_photos, faces_of
+from faceage.bench.video import bench_video
 from faceage.cli.encoding import encode_options
 from faceage.cli.environment import machine, versions
 from faceage.cli.options import AGE, NetworkOptions, check_model, model_option, network_options, output_options
@@ -15,17 +20,6 @@ from faceage.cli.output import Output
 from faceage.engines.store import BACKENDS, Backend, EngineStore, backends_for, best_precision
 from faceage.media.image import find_images
 from faceage.media.video import EncodeOptions, probe_video
-from faceage.pipeline.bench import (
-    LATENT_FACES,
-    age_cgan_of,
-    bench_follow,
-    bench_latent,
-    bench_photos,
-    bench_video,
-    faces_of,
-)
-from faceage.pipeline.bench_engines import bench_engines
-from faceage.pipeline.naive import generated_faces, generated_photos
 from faceage.pipeline.request import AgeRequest
 from faceage.types import Crops
 
