@@ -23,5 +23,5 @@ request = faceage.AgeRequest(age=age)
 if report.error:
     sys.exit(report.error)
 for face in report.faces:
-    print(f"a face at {face['box']}: {face['source_age']:.0f} -> {face['target_age']:.0f} years")
+    print(f"a face at {face.box}: {face.source_age:.0f} -> {face.target_age:.0f} years")
 print(f"written to {target}")

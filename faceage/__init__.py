@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from faceage.follow import TrackConfig
     from faceage.media.codecs import EncodeOptions
     from faceage.media.image import find_images
-    from faceage.pipeline.photos import PhotoReport, age_photos
+    from faceage.pipeline.photos import age_photos
+    from faceage.pipeline.report import FaceReport, PersonReport, PhotoReport, VideoReport
     from faceage.pipeline.request import AgeRequest, Networks, load_networks
     from faceage.pipeline.sheet import make_sheet
-    from faceage.pipeline.video import VideoReport, age_video
+    from faceage.pipeline.video import age_video
 
 __version__ = "0.1.0"
 
@@ -29,10 +30,12 @@ _HOMES = {
     "DetectConfig": "faceage.detect",
     "EncodeOptions": "faceage.media.codecs",
     "FaceAgeError": "faceage.errors",
+    "FaceReport": "faceage.pipeline.report",
     "Networks": "faceage.pipeline.request",
-    "PhotoReport": "faceage.pipeline.photos",
+    "PersonReport": "faceage.pipeline.report",
+    "PhotoReport": "faceage.pipeline.report",
     "TrackConfig": "faceage.follow",
-    "VideoReport": "faceage.pipeline.video",
+    "VideoReport": "faceage.pipeline.report",
     "age_photos": "faceage.pipeline.photos",
     "age_video": "faceage.pipeline.video",
     "find_images": "faceage.media.image",
@@ -45,7 +48,9 @@ __all__ = [
     "DetectConfig",
     "EncodeOptions",
     "FaceAgeError",
+    "FaceReport",
     "Networks",
+    "PersonReport",
     "PhotoReport",
     "TrackConfig",
     "VideoReport",

@@ -163,7 +163,7 @@ def test_a_video_without_faces_is_copied_byte_for_byte(networks, tmp_path):
     source = write_clip(tmp_path / "none.mkv", [noise] * 12)
     report = age_video(networks, source, tmp_path / "out.mkv", AgeRequest(age=70))
     assert (tmp_path / "out.mkv").read_bytes() == source.read_bytes()
-    assert report.people == []
+    assert report.people == ()
     assert report.frames == 12
     assert report.frames_with_faces == 0
     assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
@@ -228,11 +228,25 @@ def test_photos_one_bad_file_stops_nobody(networks, tmp_path):
     assert (out / "plain.png").read_bytes() == plain.read_bytes()
     before, after = cv2.imread(str(good)), cv2.imread(str(out / "good.png"))
     changed = np.argwhere((before != after).any(2))
-    box = np.array(reports[1].faces[0]["box"])
+    box = np.array(reports[1].faces[0].box)
     margin = 0.7 * (box[2] - box[0])
     assert len(changed)
     assert (changed.min(0)[::-1] > box[:2] - margin).all()
     assert (changed.max(0)[::-1] < box[2:] + margin).all()
+
+
+def test_outputs_are_labelled_unless_told_otherwise(networks, face_photo, face_clip, tmp_path):
+    request = AgeRequest(age=70, source_age=30)
+    for label in (True, False):
+        photo, video = tmp_path / f"{label}.png", str(tmp_path / f"{label}.mp4")
+        options = {} if label else {"label": False}
+        age_photos(networks, [(face_photo, photo)], request, **options)
+        age_video(networks, str(face_clip), video, request, end_s=0.2, **options)
+        assert (b"compositeWithTrainedAlgorithmicMedia" in photo.read_bytes()) == label
+        with av.open(video) as container:
+            comment = container.metadata["comment"]
+        assert comment.startswith("shot on a film set")
+        assert ("target_age: 70" in comment) == label
 
 
 def test_a_batch_of_photos_gives_what_each_gives_alone(either):

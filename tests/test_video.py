@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 from fractions import Fraction
@@ -24,6 +25,7 @@ from clips import (
     regular_pts,
     stream_duration,
 )
+from PIL import Image
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import choose_encoder
@@ -619,6 +621,36 @@ def test_colour_tags_and_pixel_aspect_are_kept(tmp_path, codec, suffix):
     if (codec, suffix) == ("libx265", ".mp4"):
         with av.open(str(tmp_path / "out.mp4")) as container:
             assert container.streams.video[0].codec_context.codec_tag == "hvc1"
+
+
+@pytest.mark.parametrize("siting", ["left", "center", "topleft", "top"])
+def test_the_chroma_siting_is_found(tmp_path, siting):
+    clip = make_clip(tmp_path / "in.mp4", options={"chroma_sample_location": siting})
+    assert probe_video(clip).chroma_siting == siting
+
+
+def test_interlaced_top_first_is_no_chroma_siting(tmp_path):
+    options = {"flags": "+ildct+ilme", "field_order": "tt"}
+    clip = make_clip(tmp_path / "in.mov", codec="prores_ks", pixel_format="yuv422p10le", options=options)
+    assert probe_video(clip).chroma_siting is None
+
+
+def test_side_data_of_a_kind_without_a_name_does_no_harm(tmp_path):
+    """FFmpeg gives the EXIF data of a JPEG as side data that PyAV 18 cannot name."""
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    with av.open(str(tmp_path / "exif.avi"), "w") as output:
+        stream = output.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for pts in range(3):
+            data = io.BytesIO()
+            Image.new("RGB", (64, 48), (90, 80, 70)).save(data, "JPEG", exif=exif)
+            packet = av.Packet(data.getvalue())
+            packet.pts = packet.dts = pts
+            packet.stream, packet.time_base = stream, Fraction(1, 25)
+            output.mux(packet)
+    transcode(tmp_path / "exif.avi", tmp_path / "out.avi")
+    assert len(packets_of(tmp_path / "out.avi", "video")) == 3
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])

@@ -1,4 +1,4 @@
-"""The options that are about videos alone, and the label that they carry."""
+"""The options that are about videos alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import click
 
 from faceage.cli.options import group
 from faceage.media.video import EncodeOptions
-from faceage.media.xmp import SOURCE_TYPE
 from faceage.track import TrackConfig
 
 
@@ -55,9 +54,3 @@ detect_every_option = click.option(
     "--detect-every", type=click.IntRange(min=1), default=TrackConfig.detect_every, show_default=True, metavar="FRAMES",
     help="Frames between two searches of the whole picture; in between, known faces are followed.",
 )  # fmt: skip
-
-
-def label_comment(label: dict[str, str], existing: str | None) -> str:
-    """Return the label as a container's comment, after the comment that the source has."""
-    text = f"digitalSourceType: {SOURCE_TYPE}; " + "; ".join(f"{k}: {v}" for k, v in label.items())
-    return f"{existing}\n{text}" if existing else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
@@ -11,7 +12,6 @@ import click
 
 from faceage.cli.options import (
     NetworkOptions,
-    describe_target,
     network_options,
     no_label_option,
     output_options,
@@ -21,7 +21,8 @@ from faceage.cli.options import (
 from faceage.cli.output import Output
 from faceage.errors import MediaError
 from faceage.media.image import find_images
-from faceage.pipeline.photos import PhotoReport, age_photos
+from faceage.pipeline.photos import photo_reports
+from faceage.pipeline.report import PhotoReport
 from faceage.pipeline.request import AgeRequest, StageTimer
 
 SKIPPED_SHOWN = 5
@@ -62,20 +63,13 @@ def command(
         if not jobs:
             return
         networks = network.load(out)
-        timer = StageTimer()
-        finished = 0
-
-        def progress(report: PhotoReport) -> None:
-            nonlocal finished
-            finished += 1
-            out.progress("photos", "aged", finished, len(jobs))
+        timer, summary = StageTimer(), _Summary()
+        for report in photo_reports(networks, jobs, request, overwrite=overwrite, label=not no_label, timer=timer):
+            summary.add(report)
+            out.progress("photos", "aged", summary.photos, len(jobs))
             _report(report, out)
-
-        start = perf_counter()
-        label = None if no_label else network.label(describe_target(request))
-        reports = age_photos(networks, jobs, request, overwrite=overwrite, label=label, progress=progress, timer=timer)
         out.end_progress()
-        _summarise(reports, perf_counter() - start, output, timer, out)
+        summary.show(output, timer, out)
 
 
 def _jobs(inputs: tuple[Path, ...], output: Path, overwrite: bool, out: Output) -> list[tuple[Path, Path]]:
@@ -115,30 +109,40 @@ def _jobs(inputs: tuple[Path, ...], output: Path, overwrite: bool, out: Output) 
 def _report(report: PhotoReport, out: Output) -> None:
     out.item(dataclasses.asdict(report))
     if report.error is None and not out.is_interactive:
-        aged = _aged(report)
-        ages = ", ".join(f"{face['source_age']:.0f} -> {face['target_age']:.0f}" for face in aged)
-        what = f"{len(aged)} {'face' if len(aged) == 1 else 'faces'} ({ages})"
-        if not aged:
+        ages = ", ".join(f"{face.source_age:.0f} -> {face.target_age:.0f}" for face in report.aged)
+        what = f"{len(report.aged)} {'face' if len(report.aged) == 1 else 'faces'} ({ages})"
+        if not report.aged:
             found = "faces found, none to be changed (profiles, or --strength 0)" if report.faces else "no face found"
             what = f"{found}, passed through untouched"
         out.line(f"{report.source}: {what} -> {report.target}")
 
 
-def _aged(report: PhotoReport) -> list[dict]:
-    """Return the faces that were changed: a profile is found but left alone."""
-    return [face for face in report.faces if face["weight"] > 0]
+@dataclass
+class _Summary:
+    """What was done to all photos of a run."""
 
+    photos: int = 0
+    failed: int = 0
+    faces: int = 0
+    untouched: int = 0
+    started: float = field(default_factory=perf_counter)
 
-def _summarise(reports: list[PhotoReport], seconds: float, output: Path, timer: StageTimer, out: Output) -> None:
-    done = [report for report in reports if report.error is None]
-    faces = sum(len(_aged(report)) for report in done)
-    untouched = sum(not _aged(report) for report in done)
-    stages = timer.ms_per(len(reports))
-    out.result("stage_ms", stages)
-    out.result("photos_per_second", round(len(reports) / seconds, 2))
-    out.line(
-        f"{len(done)} {'photo' if len(done) == 1 else 'photos'} written to {output}: {faces} faces aged, "
-        f"{untouched} without a face passed through, {len(reports) - len(done)} failed, "
-        f"{len(reports) / seconds:.1f} photos/s"
-    )
-    out.detail("milliseconds a photo, overlapping: " + ", ".join(f"{k} {v:g}" for k, v in stages.items()))
+    def add(self, report: PhotoReport) -> None:
+        self.photos += 1
+        if report.error is not None:
+            self.failed += 1
+            return
+        self.faces += len(report.aged)
+        self.untouched += not report.aged
+
+    def show(self, output: Path, timer: StageTimer, out: Output) -> None:
+        speed = self.photos / (perf_counter() - self.started)
+        stages = timer.ms_per(self.photos)
+        out.result("stage_ms", stages)
+        out.result("photos_per_second", round(speed, 2))
+        done = self.photos - self.failed
+        out.line(
+            f"{done} {'photo' if done == 1 else 'photos'} written to {output}: {self.faces} faces aged, "
+            f"{self.untouched} without a face passed through, {self.failed} failed, {speed:.1f} photos/s"
+        )
+        out.detail("milliseconds a photo, overlapping: " + ", ".join(f"{k} {v:g}" for k, v in stages.items()))

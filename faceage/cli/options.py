@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
-from faceage import __version__
-from faceage.ages import OLDEST_YEARS
-from faceage.checkpoint import sha256_of
 from faceage.cli.output import Output
 from faceage.detect import DetectConfig
 from faceage.engines.base import Precision
 from faceage.engines.eager import has_gpu
 from faceage.engines.store import BACKENDS, Backend, best_backend, best_precision
-from faceage.models import DEFAULT_MODEL, find_model, list_models
+from faceage.models import DEFAULT_MODEL, list_models
 from faceage.pipeline.request import AGE_LIMITS_YEARS, AgeRequest, Networks, load_networks
 
 if TYPE_CHECKING:
@@ -136,15 +133,6 @@ class NetworkOptions:
         out.result("engines", engines)
         return networks
 
-    def label(self, target: str) -> dict[str, str]:
-        """Return what an output's label says: the tool, the model, the age."""
-        generator = sha256_of(find_model(self.model).generator)[:12]
-        return {
-            "tool": f"faceage {__version__}",
-            "model": f"{self.model} sha256:{generator}",
-            "target_age": target,
-        }
-
 
 model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="See `faceage models list`.")
 backend_option = click.option(
@@ -199,8 +187,3 @@ output_options = group(
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 no_label_option = click.option("--no-label", is_flag=True, help="Do not mark outputs as partly synthetic.")
-
-
-def describe_target(request: AgeRequest) -> str:
-    """Return the wanted age as a label says it: "70", "+20 years"."""
-    return f"{request.by:+g} years" if request.age is None else f"{min(request.age, OLDEST_YEARS):g}"

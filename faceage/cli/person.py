@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from faceage.cli.options import REQUEST_OPTIONS, describe_target, group
+from faceage.cli.options import REQUEST_OPTIONS, group
 from faceage.pipeline.request import AgeRequest
 
 KEEP = "keep"
@@ -22,14 +22,6 @@ class Wish:
     """Whom `people` does not name; None: they stay as they are."""
     people: Mapping[int, AgeRequest | None]
     """By their numbers in the plan; None: this one stays as they are."""
-
-    @property
-    def description(self) -> str:
-        """The wish as a label says it: "70", "+20 years", "70, person 3 kept"."""
-        parts = [] if self.everybody is None else [describe_target(self.everybody)]
-        for number, request in self.people.items():
-            parts.append(f"person {number} {'kept' if request is None else describe_target(request)}")
-        return ", ".join(parts)
 
 
 def _wish(

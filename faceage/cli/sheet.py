@@ -19,6 +19,7 @@ from faceage.cli.options import (
 from faceage.cli.output import Output
 from faceage.media.image import FORMATS, Still, write_image
 from faceage.media.video import check_output
+from faceage.pipeline.label import label_fields
 from faceage.pipeline.sheet import make_sheet
 from faceage.types import RGB, Frame
 
@@ -84,7 +85,7 @@ def command(
         networks = network.load(out)
         picture = make_sheet(networks, photo, ages, source_age=source_age, strength=strength)
         frame = Frame(planes=(picture,), pixel_format="rgb24", color=RGB)
-        label = None if no_label else network.label(", ".join(f"{age:g}" for age in ages))
+        label = None if no_label else label_fields(networks, ", ".join(f"{age:g}" for age in ages))
         write_image(output, Still(frame=frame, format="PNG"), frame, overwrite=overwrite, label=label)
         out.item({"source": str(photo), "target": str(output), "ages": ages})
         out.line(f"{photo}: {len(ages)} ages -> {output}")

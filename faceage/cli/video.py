@@ -10,16 +10,16 @@ from pathlib import Path
 
 import click
 
-from faceage.cli.encoding import Time, detect_every_option, encode_options, label_comment
+from faceage.cli.encoding import Time, detect_every_option, encode_options
 from faceage.cli.options import NetworkOptions, network_options, no_label_option, output_options, overwrite_option
 from faceage.cli.output import Output
 from faceage.cli.person import Wish, wish_options
 from faceage.errors import CheckpointError, EngineError, FaceAgeError, MediaError
 from faceage.media.codecs import choose_encoder
-from faceage.media.probe import open_input
 from faceage.media.video import EncodeOptions, check_output, probe_video
 from faceage.pipeline.plan import load_plan
-from faceage.pipeline.video import PersonReport, VideoReport, age_video
+from faceage.pipeline.report import PersonReport, VideoReport
+from faceage.pipeline.video import age_video
 from faceage.track import TrackConfig
 
 PEOPLE_SHOWN = 6
@@ -91,7 +91,6 @@ def command(
         if not pairs:
             return
         networks = network.load(out)
-        label = None if no_label else network.label(wish.description)
         for source, target in pairs:
             try:
                 report = age_video(
@@ -101,12 +100,13 @@ def command(
                     wish.everybody,
                     people=wish.people,
                     plan=plan,
-                    encode=_labelled(encode, source, label),
+                    encode=encode,
                     track=TrackConfig(detect_every=detect_every),
                     start_s=start,
                     end_s=end,
                     resume=resume,
                     work=work,
+                    label=not no_label,
                     progress=functools.partial(out.progress, str(source)),
                 )
             except KeyboardInterrupt:
@@ -148,14 +148,6 @@ def _can_start(source: Path, target: Path, encode: EncodeOptions, out: Output) -
     out.detail(f"{source}: {info.width}x{info.height} {info.codec} {info.pixel_format}; encoder {encoder.name} "
                f"{encoder.pixel_format} {encoder.options}")  # fmt: skip
     return True
-
-
-def _labelled(encode: EncodeOptions, source: Path, label: dict[str, str] | None) -> EncodeOptions:
-    if label is None:
-        return encode
-    with open_input(source) as container:
-        comment = next((text for name, text in container.metadata.items() if name.lower() == "comment"), None)
-    return replace(encode, metadata={"comment": label_comment(label, comment)})
 
 
 def _report(report: VideoReport, out: Output) -> None:

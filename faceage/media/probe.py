@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +15,6 @@ from pathlib import Path
 from typing import cast
 
 import av
-import av.logging
 from av.container import InputContainer
 from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
@@ -50,6 +52,11 @@ REPACKED = (
     | {"nv21": "nv12", "nv24": "yuv444p"}
 )
 """Decoded formats that are copied, without loss, into one that faceage edits. Any other is refused."""
+
+_SITING_ELEMENTS = re.compile(rb"\x55\xb7\x81(.)\x55\xb8\x81(.)", re.DOTALL)
+"""ChromaSitingHorz and ChromaSitingVert of Matroska (RFC 9559, 5.1.4.1.28.23), a byte each."""
+_SITINGS = {(1, 2): "left", (2, 2): "center", (1, 1): "topleft", (2, 1): "top"}
+"""Their values -> FFmpeg's names."""
 
 _MATRICES: dict[int, Matrix] = {
     0: "rgb",
@@ -126,7 +133,7 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
     path = Path(path)
     with open_input(path) as container:
         stream = video_stream(container, path)
-        siting = _chroma_siting(container, stream)
+        siting = _chroma_siting(stream)
         frame = _first_frame(container, stream, path)
         return _describe(path, container, stream, frame, siting)
 
@@ -175,23 +182,23 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     raise MediaError(f"{path} has no video stream ({kinds} only); name a file with a picture")
 
 
-def _chroma_siting(container: InputContainer, stream: VideoStream) -> str | None:
-    """Return FFmpeg's name of the stream's chroma location.
+def _chroma_siting(stream: VideoStream) -> str | None:
+    """Return FFmpeg's name of the stream's chroma location, None where it is not said.
 
-    PyAV 18 has no attribute for it; FFmpeg prints it in the description of a stream at this log level.
+    PyAV 18 has no attribute for it. The header of a Matroska file that the stream is copied to says it, but for the two
+    locations below the luma row, which Matroska does not know.
     """
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.VERBOSE)
-    av.logging.set_libav_level(av.logging.VERBOSE)
+    if stream.codec_context.codec.canonical_name == "dvvideo":
+        return "topleft"  # of 4:2:0 DV, which Matroska does not hold
+    header = io.BytesIO()
     try:
-        text = container.dumps_format()  # type: ignore[attr-defined]  # PyAV's stubs leave it out
-    finally:
-        av.logging.set_level(level)
-        av.logging.set_libav_level(av.logging.INFO)
-    line = next((line for line in text.splitlines() if f"Stream #0:{stream.index}" in line), "")
-    words = line.replace("(", " ").replace(")", " ").replace(",", " ").split()
-    names = ("left", "center", "topleft", "top", "bottomleft", "bottom")
-    return next((word for word in words if word in names), None)
+        with av.open(header, "w", format="matroska") as copy:
+            copy.add_stream_from_template(stream)
+            copy.start_encoding()
+    except (av.FFmpegError, ValueError):
+        return None  # a codec that Matroska has no name for
+    found = _SITING_ELEMENTS.search(header.getvalue())
+    return None if found is None else _SITINGS.get((found[1][0], found[2][0]))
 
 
 def _first_frame(container: InputContainer, stream: VideoStream, path: Path) -> VideoFrame:
@@ -242,7 +249,8 @@ def _describe(
     assert stream.time_base is not None  # FFmpeg gives every stream that it demuxes one, 1/90000 if nothing else
     context = stream.codec_context
     tags = (context.colorspace, context.color_range, context.color_primaries, context.color_trc)
-    matrix = _side_data(frame, "DISPLAYMATRIX")
+    side_data = _side_data(path, frame)
+    matrix = side_data.get("DISPLAYMATRIX", b"")
     duration = container.duration / av.time_base if container.duration else None
     count = len(stream.index_entries) if counts_frames(container) else stream.frames
     kinds = [s.type for s in container.streams]
@@ -269,8 +277,8 @@ def _describe(
         rotation=180 - frame.rotation if _is_mirrored(matrix) else frame.rotation,
         field_order=context.field_order,
         hdr=_HDR_TRANSFERS.get(context.color_trc),
-        mastering_display=_mastering_display(_side_data(frame, "MASTERING_DISPLAY_METADATA")),
-        content_light=_content_light(_side_data(frame, "CONTENT_LIGHT_LEVEL")),
+        mastering_display=_mastering_display(side_data.get("MASTERING_DISPLAY_METADATA", b"")),
+        content_light=_content_light(side_data.get("CONTENT_LIGHT_LEVEL", b"")),
         audio_streams=kinds.count("audio"),
         subtitle_streams=kinds.count("subtitle"),
         other_streams=len(kinds) - kinds.count("audio") - kinds.count("subtitle") - 1,
@@ -290,9 +298,19 @@ def counts_frames(container: InputContainer) -> bool:
     return container.format.name.startswith("mov,") or container.format.name == "avi"
 
 
-def _side_data(frame: VideoFrame, name: str) -> bytes:
-    every = cast(Iterable[SideData], frame.side_data)  # PyAV's stubs give the container the type of its items
-    return next((bytes(data) for data in every if data.type.name == name), b"")
+def _side_data(path: Path, frame: VideoFrame) -> dict[str, bytes]:
+    """Return the side data of a frame by FFmpeg's names."""
+    try:
+        every = cast(Iterable[SideData], frame.side_data)  # PyAV's stubs give the container the type of its items
+        return {data.type.name: bytes(data) for data in every}
+    except ValueError:
+        # PyAV 18 refuses all where it has no name for one: EXIF in MJPEG, LCEVC, the views of MV-HEVC.
+        log.info("%s: its side data cannot be read; what it says of HDR mastering is left out", path)
+        if not frame.rotation:
+            return {}
+        turn = math.radians(-frame.rotation)
+        sine, cosine = round(math.sin(turn) * (1 << 16)), round(math.cos(turn) * (1 << 16))
+        return {"DISPLAYMATRIX": struct.pack("=9i", cosine, sine, 0, -sine, cosine, 0, 0, 0, 1 << 30)}
 
 
 def _mastering_display(data: bytes) -> tuple[float, ...] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from faceage.blend import blend_faces
 from faceage.errors import FaceAgeError
 from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.media.planes import writable
+from faceage.pipeline.label import describe_request, label_fields
+from faceage.pipeline.report import FaceReport, PhotoReport
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
 from faceage.pipeline.threads import WriteBehind, map_ahead, read_ahead
 from faceage.types import Change, Faces, FloatArray, Frame, IntArray
@@ -26,17 +30,6 @@ BATCH_MEGAPIXELS = 16
 """Photos are decoded, detected and aged in batches of at most this many of each: the bound on memory."""
 MAX_WORKERS = 8
 """Batches in work at a time at most; engines run on one thread each, so there is one a core up to here."""
-
-
-@dataclass(kw_only=True)
-class PhotoReport:
-    """What was done to one photo."""
-
-    source: str
-    target: str
-    faces: list[dict] = field(default_factory=list)
-    error: str | None = None
-    """Why nothing was written, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +53,22 @@ class AgedPhoto:
         """Whether any sample can have changed."""
         return bool((self.weights > 0).any())
 
-    def describe(self) -> list[dict]:
-        """Return what was done to each face, for the report."""
+    def describe(self) -> tuple[FaceReport, ...]:
+        """Return what was done to each face."""
         columns = (self.faces.boxes, self.source_ages, self.target_ages, self.identity, self.weights)
-        return [
-            {
-                "box": [round(float(v), 1) for v in box],
-                "source_age": round(float(source), 1),
-                "target_age": round(float(target), 1),
-                "identity": round(float(identity), 3),
-                "weight": round(float(weight), 2),
-            }
-            for box, source, target, identity, weight in zip(*columns, strict=True)
-        ]
+        reports = []
+        for box, source, target, identity, weight in zip(*columns, strict=True):
+            left, top, right, bottom = (round(float(edge), 1) for edge in box)
+            reports.append(
+                FaceReport(
+                    box=(left, top, right, bottom),
+                    source_age=round(float(source), 1),
+                    target_age=round(float(target), 1),
+                    identity=round(float(identity), 3),
+                    weight=round(float(weight), 2),
+                )
+            )
+        return tuple(reports)
 
 
 def age_frames(
@@ -176,72 +172,104 @@ def age_photos(
     request: AgeRequest,
     *,
     overwrite: bool = False,
-    label: dict[str, str] | None = None,
-    progress: Callable[[PhotoReport], None] | None = None,
+    label: bool = True,
     timer: StageTimer | None = None,
 ) -> list[PhotoReport]:
-    """Age the faces of many photos. A photo that cannot be read or written is reported; the others are done.
+    """Age the faces of photos. A photo that cannot be read or written is reported; the others are done.
 
     Args:
         networks: from `load_networks`.
         items: (source, target) of each photo; the target's folders are made.
         request: whom to age, and how.
         overwrite: replace targets that exist.
-        label: what is written into the target's XMP about its origin; None for nothing.
-        progress: called with each photo's report as soon as it is final, from a worker thread.
+        label: mark a photo that was changed as partly synthetic, in its XMP.
         timer: counts the stages.
 
     Returns:
         One report an item, in order.
     """
-    timer = timer or StageTimer()
-    reports = [PhotoReport(source=str(s), target=str(t)) for s, t in items]
-    finished = progress or (lambda _: None)
+    places = {str(target): place for place, (_, target) in enumerate(items)}
+    reports = photo_reports(networks, items, request, overwrite=overwrite, label=label, timer=timer)
+    return sorted(reports, key=lambda report: places[report.target])
 
-    def read() -> Iterator[tuple[int, Still]]:
-        for i, (source, _) in enumerate(items):
+
+def photo_reports(
+    networks: Networks,
+    items: Iterable[tuple[Path, Path]],
+    request: AgeRequest,
+    *,
+    overwrite: bool = False,
+    label: bool = True,
+    timer: StageTimer | None = None,
+) -> Iterator[PhotoReport]:
+    """Age the faces of any number of photos, and yield each one's report as soon as it is final, in any order.
+
+    Args:
+        networks: as `age_photos`, like all that follow.
+        items: taken when they are needed, from another thread.
+        request: see there.
+        overwrite: see there.
+        label: see there.
+        timer: see there.
+    """
+    timer = timer or StageTimer()
+    fields = label_fields(networks, describe_request(request)) if label else None
+    finished: SimpleQueue[PhotoReport] = SimpleQueue()
+
+    def read() -> Iterator[_Job]:
+        for source, target in items:
             try:
                 with timer("read"):
                     still = read_image(source)
             except FaceAgeError as error:
-                reports[i].error = str(error)
-                finished(reports[i])
+                finished.put(PhotoReport(source=str(source), target=str(target), error=str(error)))
                 continue
-            yield i, still
+            yield _Job(source, target, still)
 
-    def write(job: tuple[int, Still, Frame | None]) -> None:
-        i, still, frame = job
-        target = items[i][1]
+    def age(batch: list[_Job]) -> list[tuple[_Job, Frame, AgedPhoto]]:
+        frames = [writable(job.still.frame) for job in batch]
+        return list(zip(batch, frames, age_frames(networks, frames, request, timer), strict=True))
+
+    def write(done: tuple[_Job, Frame, AgedPhoto]) -> None:
+        job, frame, aged = done
+        error = None
         try:
             with timer("write"):
-                if frame is None:
-                    copy_image(items[i][0], target, overwrite=overwrite)
-                else:
-                    write_image(target, still, frame, overwrite=overwrite, label=label)
-        except FaceAgeError as error:
-            reports[i].error = str(error)
-        finished(reports[i])
-
-    def age(batch: list[tuple[int, Still]]) -> tuple[list[tuple[int, Still]], list[Frame], list[AgedPhoto]]:
-        frames = [writable(s.frame) for _, s in batch]
-        return batch, frames, age_frames(networks, frames, request, timer)
+                if aged.is_changed:
+                    write_image(job.target, job.still, frame, overwrite=overwrite, label=fields)
+                else:  # what nothing was done to is copied, byte for byte, and carries no label
+                    copy_image(job.source, job.target, overwrite=overwrite)
+        except FaceAgeError as failure:
+            error = str(failure)
+        finished.put(PhotoReport(source=str(job.source), target=str(job.target), faces=aged.describe(), error=error))
 
     with WriteBehind(write, BATCH_PHOTOS) as out:
         batches = _batches(read_ahead(read(), BATCH_PHOTOS))
-        workers = min(os.cpu_count() or 1, MAX_WORKERS)
-        for batch, frames, results in map_ahead(age, batches, workers):
-            for (i, still), frame, aged in zip(batch, frames, results, strict=True):
-                reports[i].faces = aged.describe()
-                # What nothing was done to is copied, byte for byte, and carries no label.
-                out.put((i, still, frame if aged.is_changed else None))
-    return reports
+        for batch in map_ahead(age, batches, min(os.cpu_count() or 1, MAX_WORKERS)):
+            for done in batch:
+                out.put(done)
+            yield from _drain(finished)
+    yield from _drain(finished)
 
 
-def _batches(photos: Iterable[tuple[int, Still]]) -> Iterator[list[tuple[int, Still]]]:
-    batch: list[tuple[int, Still]] = []
+class _Job(NamedTuple):
+    """A photo on its way."""
+
+    source: Path
+    target: Path
+    still: Still
+
+
+def _drain(queue: SimpleQueue[PhotoReport]) -> Iterator[PhotoReport]:
+    while not queue.empty():
+        yield queue.get()
+
+
+def _batches(photos: Iterable[_Job]) -> Iterator[list[_Job]]:
+    batch: list[_Job] = []
     pixels = 0
     for photo in photos:
-        size = photo[1].frame.width * photo[1].frame.height
+        size = photo.still.frame.width * photo.still.frame.height
         if batch and (len(batch) == BATCH_PHOTOS or pixels + size > BATCH_MEGAPIXELS * 1e6):
             yield batch
             batch, pixels = [], 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +15,10 @@ from faceage.checkpoint import sha256_of
 from faceage.errors import MediaError
 from faceage.media.segment import SegmentEncoder, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, check_output
+from faceage.pipeline.label import describe_people, label_comment, label_fields
 from faceage.pipeline.plan import Plan, fingerprint, person_age
 from faceage.pipeline.render import AgedTrack, People, Renderer, decide
+from faceage.pipeline.report import PersonReport, VideoReport
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer
 from faceage.pipeline.scan import Progress, scan
 from faceage.pipeline.threads import WriteBehind, read_ahead, timed
@@ -27,45 +30,10 @@ QUEUED_FRAMES = 4
 """Frames decoded ahead, and frames waiting for the encoder: enough to keep three threads busy."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PersonReport:
-    """What was done to one person of a video."""
-
-    person: int
-    """The number in the plan."""
-    first_frame: int
-    last_frame: int
-    """Where the person is seen first and last."""
-    shots: tuple[int, ...]
-    """The shots that the person is in."""
-    source_age: float
-    target_age: float | None
-    """None: the person stays as they are."""
-    identity: float | None
-    """Cosine of the embeddings before and after the change, the mean over the shots."""
-
-
-@dataclass(kw_only=True)
-class VideoReport:
-    """What was done to one video."""
-
-    source: str
-    target: str
-    frames: int = 0
-    """Frames of the output. Where no face is to be changed, it is a copy of the source, byte for byte."""
-    frames_with_faces: int = 0
-    people: list[PersonReport] = field(default_factory=list)
-    seconds: float = 0.0
-    stage_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds a frame; stages overlap, so they add up to more than the wall time."""
-    damage: str | None = None
-    """What is missing of a damaged source, in one line."""
-
-
 def age_video(
     networks: Networks,
-    source: Path,
-    target: Path,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     request: AgeRequest | None,
     *,
     people: People | None = None,
@@ -76,6 +44,7 @@ def age_video(
     end_s: float | None = None,
     resume: bool = True,
     work: Path | None = None,
+    label: bool = True,
     progress: Progress | None = None,
 ) -> VideoReport:
     """Age the faces of a video and write it like the source was.
@@ -95,6 +64,7 @@ def age_video(
         end_s: frames from this time on are left out.
         resume: keep what is finished in a work folder until the output is complete.
         work: the folder that the work folder lies in; None: the output's.
+        label: mark the output as partly synthetic, in its comment; a copy of the source is not marked.
         progress: called now and then, from this thread.
 
     Raises:
@@ -104,7 +74,11 @@ def age_video(
     """
     start = perf_counter()
     timer = StageTimer()
+    source, target = Path(source), Path(target)
     encode = encode or EncodeOptions()
+    if label:
+        fields = label_fields(networks, describe_people(request, people or {}))
+        encode = replace(encode, metadata={**encode.metadata, "comment": label_comment(source, fields)})
     wish = {"everybody": request, "people": people or {}, "track": track or TrackConfig()}
     with (
         VideoReader(source, start_s=start_s, end_s=end_s) as first_pass,
@@ -329,7 +303,7 @@ def _count_changed(plan: Plan, tracks: list[AgedTrack]) -> int:
     return int(changed.sum())
 
 
-def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float]) -> list[PersonReport]:
+def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float]) -> tuple[PersonReport, ...]:
     """Return what was done to each person, in order of their numbers."""
     aged = {track.person: track for track in tracks}
     reports = []
@@ -347,4 +321,4 @@ def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float])
                 identity=round(sum(measured) / len(measured), 3) if measured else None,
             )
         )
-    return reports
+    return tuple(reports)
