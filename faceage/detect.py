@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from faceage.engines.base import Engine, Precision, Program
-from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore
+from faceage.engines.base import Engine, Program, Runtime
+from faceage.engines.registry import DEFAULT_RUNTIME
+from faceage.engines.store import EngineStore
 from faceage.kernels import AreaMeans, gather_crops, select_candidates, to_host
 from faceage.networks.mtcnn import (
     ONET_SIZE_PX,
@@ -264,16 +265,10 @@ class Detector:
 
 
 def load_detector(
-    store: EngineStore,
-    config: DetectConfig | None = None,
-    *,
-    backend: Backend = DEFAULT_BACKEND,
-    device: str = "cpu",
-    threads: int = 1,
-    precision: Precision = "fp32",
+    store: EngineStore, config: DetectConfig | None = None, runtime: Runtime = DEFAULT_RUNTIME
 ) -> Detector:
-    """Return a detector whose engines come from `store`; arguments and errors as `EngineStore.load`."""
-    pnet, rnet, onet = (store.load(program, backend, device, threads, precision) for program in detector_programs())
+    """Return a detector whose engines come from `store`; `runtime` and errors as `EngineStore.load`."""
+    pnet, rnet, onet = (store.load(program, runtime) for program in detector_programs())
     return Detector(pnet, rnet, onet, config)
 
 

@@ -6,9 +6,9 @@ import math
 import pytest
 from click.testing import CliRunner
 
+from faceage.bench import engines as bench_engines
 from faceage.cli import main
-from faceage.engines.store import best_precision
-from faceage.pipeline import bench_engines
+from faceage.engines.registry import BACKENDS
 from faceage.pipeline.request import all_programs
 
 
@@ -30,7 +30,7 @@ def test_every_network_and_batch_is_measured_by_each_backend(networks, tiny_mode
     ]
     programs = {program.name: program for program in all_programs(tiny_model)}
     for row in rows:
-        best = best_precision(row["backend"], "cpu")
+        best = BACKENDS[row["backend"]].best_precision("cpu")
         assert row["precision"] == programs[row["network"]].spec("cpu", best).precision
         assert row["faces_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"], rel=0.05)
         assert (row["compile_s"] is None) == (row["backend"] == "torch")

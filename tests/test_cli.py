@@ -17,7 +17,7 @@ from PIL import Image
 
 from faceage.checkpoint import sha256_of
 from faceage.cli import main
-from faceage.engines.store import best_precision
+from faceage.engines.registry import choose_runtime
 from faceage.media.xmp import SOURCE_TYPE
 
 FAST = ["--preset", "ultrafast"]
@@ -154,7 +154,7 @@ class TestVideo:
         assert record["exit_code"] == 0
         assert record["options"]["age"] == 70
         assert record["versions"]["faceage"] == "0.1.0"
-        precision = best_precision("openvino", "cpu")
+        precision = choose_runtime(device="cpu").precision
         assert record["engines"] == {"model": "tiny", "backend": "openvino", "device": "cpu", "precision": precision}
 
     def test_quiet_says_nothing_and_verbose_more(self, video, face_clip, tmp_path):

@@ -12,10 +12,12 @@ from faceage.cli import main
 from faceage.engines import aotinductor, tensorrt
 from faceage.engines.base import TARGETS, Spec
 from faceage.engines.build import export
+from faceage.engines.registry import BACKENDS
 from faceage.engines.store import EngineStore
 from faceage.errors import EngineError
 from faceage.pipeline.request import all_programs
 
+TENSORRT = BACKENDS["tensorrt"]
 CONVERTERS = Path(__file__).parent / "golden" / "torch_tensorrt_converters.txt"
 """What Torch-TensorRT 2.14.0 converts or removes, by its source: it cannot be installed without NVIDIA's libraries."""
 
@@ -90,11 +92,11 @@ def test_engines_are_listed_verified_and_rebuilt(compiled, tiny_model):
 def test_prune_removes_what_no_model_needs(smallest, tmp_path, monkeypatch):
     monkeypatch.setenv("FACEAGE_CACHE", str(tmp_path))
     store = EngineStore()
-    store.build(smallest, "tensorrt", Spec("portable", "fp16"))
-    kept = store.path(smallest, "tensorrt", Spec("portable", "fp16"))
+    store.build(smallest, TENSORRT, Spec("portable", "fp16"))
+    kept = store.path(smallest, TENSORRT, Spec("portable", "fp16"))
     with monkeypatch.context() as patch:
         patch.setattr(tensorrt, "version", lambda name: "0.1")
-        store.build(smallest, "tensorrt", Spec("portable", "fp16"))
+        store.build(smallest, TENSORRT, Spec("portable", "fp16"))
     (store.root / "other-0123.engine").write_bytes(b"whose?")
     kept.with_suffix(".cache").touch()
     pruned = faceage("engines", "prune")
@@ -111,7 +113,7 @@ def test_prune_removes_what_no_model_needs(smallest, tmp_path, monkeypatch):
     [("portable", "fp32"), ("sm_75", "fp16"), ("sm_86", "fp32"), ("sm_89", "fp32"), ("sm_120", "fp16")],
 )
 def test_every_target(smallest, tmp_path, target, precision):
-    record, is_new = EngineStore(tmp_path).build(smallest, "tensorrt", Spec(target, precision))
+    record, is_new = EngineStore(tmp_path).build(smallest, TENSORRT, Spec(target, precision))
     assert is_new
     parity = record["parity"] or record["graph_parity"]
     assert parity["max_abs_error"] <= 1e-3 if precision == "fp32" else parity["psnr_db"] >= 45
@@ -134,7 +136,7 @@ def test_what_cannot_be_built_is_one_line_and_exit_code_4(tiny_model, monkeypatc
     assert error("--target", "sm_86", "--backend", "onnxruntime").startswith("backend onnxruntime builds for cpu in")
     monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     assert error("--target", "portable").endswith("run: pip install 'tensorrt-rtx>=1.7'")
-    monkeypatch.setattr(tensorrt.eager, "targets", lambda device: [device])
+    monkeypatch.setattr(tensorrt.eager, "kind_of", lambda device: device)
     assert error("--target", "cuda", "--backend", "tensorrt").endswith("run: pip install torch-tensorrt")
     monkeypatch.setattr(aotinductor.shutil, "which", lambda name: None)
     assert "needs a C++ compiler" in error("--target", "cpu", "--backend", "aotinductor")
@@ -154,7 +156,7 @@ def test_a_failed_engine_does_not_stop_the_others(tiny_model, monkeypatch):
     def refuse(self, program, backend, spec):
         if program.name != "mtcnn-onet":
             raise EngineError(f"{program.name}: no")
-        return {"program": "mtcnn-onet", "backend": backend, "target": "cpu", "precision": "fp32", "bytes": 1,
+        return {"program": "mtcnn-onet", "backend": backend.name, "target": "cpu", "precision": "fp32", "bytes": 1,
                 "build_seconds": 0.1}, True  # fmt: skip
 
     monkeypatch.setattr(EngineStore, "build", refuse)
@@ -217,9 +219,9 @@ def test_torch_tensorrt_is_called_as_its_documentation_says(smallest, tmp_path, 
 
     TorchTensorRT.Input = Input
     monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: TorchTensorRT)
-    path = tmp_path / f"rnet{tensorrt.suffix('cuda')}"
-    tensorrt.build(smallest, export(smallest, *smallest.build()), Spec("cuda", "fp16"), path)
+    path = tmp_path / f"rnet{TENSORRT.suffix('cuda')}"
+    TENSORRT.build(smallest, export(smallest, *smallest.build()), Spec("cuda", "fp16"), path)
     assert calls == {"shapes": [((1, 3, 24, 24), (8, 3, 24, 24), (1024, 3, 24, 24))],
                      "saved": ("module", "exported_program")}  # fmt: skip
     assert path.exists()
-    assert find_spec("torch_tensorrt") is None or tensorrt.missing("cuda") is None
+    assert find_spec("torch_tensorrt") is None or TENSORRT.missing("cuda") is None

@@ -15,13 +15,15 @@ import pytest
 
 from faceage.cache import cache_root
 from faceage.engines import build, openvino, tensorrt
-from faceage.engines.base import BATCH, Axis, Program, Spec, TensorSpec, fingerprint
+from faceage.engines.base import BATCH, Axis, Program, Runtime, Spec, TensorSpec, fingerprint
 from faceage.engines.examples import example_faces
-from faceage.engines.store import BACKENDS, EngineStore, best_backend, best_precision
+from faceage.engines.registry import BACKENDS, backend_named, choose_runtime
+from faceage.engines.store import EngineStore
 from faceage.errors import EngineError, ShapeError
 from faceage.pipeline.request import all_programs
 
-RTX_FP16 = ("tensorrt", Spec("portable", "fp16"))
+RTX_FP16 = (BACKENDS["tensorrt"], Spec("portable", "fp16"))
+OPENVINO, ORT = BACKENDS["openvino"], BACKENDS["onnxruntime"]
 
 WIDTH = Axis("width", min=4, typical=8, max=64, multiple=2)
 
@@ -89,6 +91,10 @@ def copied(stored, tmp_path):
     return EngineStore(tmp_path, built.append), built
 
 
+def run_by(backend, device="cpu", precision="fp32"):
+    return Runtime(backend=BACKENDS[backend], device=device, precision=precision)
+
+
 def files_of(store):
     """The files of a store, but the lock."""
     return sorted(file for file in store.root.iterdir() if not file.name.startswith("."))
@@ -101,7 +107,7 @@ def inputs(batch=3, width=14):
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_engine_runs_the_network(stored, backend):
-    engine = stored.load(blur_program(), backend)
+    engine = stored.load(blur_program(), run_by(backend))
     x, gain = inputs()
     y, mean = engine(x, gain)
     # OpenVINO leaves what takes pictures of any width to ONNX Runtime.
@@ -113,7 +119,7 @@ def test_engine_runs_the_network(stored, backend):
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_empty_batch_and_wrong_shapes(stored, backend):
-    engine = stored.load(blur_program(), backend)
+    engine = stored.load(blur_program(), run_by(backend))
     y, mean = engine(*inputs(batch=0))
     assert y.shape == (0, 3, 4, 0)
     assert mean.shape == (0, 3)
@@ -132,14 +138,14 @@ def test_empty_batch_and_wrong_shapes(stored, backend):
 @pytest.mark.parametrize("count", [1, 7, 8, 19])
 def test_batches_of_any_size(stored, backend, count):
     x, gain = np.random.default_rng(count).random((count, 8, 16, 16), np.float32), np.float32([0.5, 0])
-    want = stored.load(there_and_back_program(), "torch")(x, gain)
-    for got, wanted in zip(stored.load(there_and_back_program(), backend)(x, gain), want, strict=True):
+    want = stored.load(there_and_back_program(), run_by("torch"))(x, gain)
+    for got, wanted in zip(stored.load(there_and_back_program(), run_by(backend))(x, gain), want, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_engine_from_several_threads(stored, backend):
-    engine = stored.load(there_and_back_program(), backend)
+    engine = stored.load(there_and_back_program(), run_by(backend))
     x, gain = np.random.default_rng(0).random((19, 8, 16, 16), np.float32), np.float32([0.5, 0])
     want = engine(x, gain)
     with ThreadPoolExecutor(4) as pool:
@@ -152,7 +158,7 @@ def test_what_openvino_compiled_is_kept_and_used_while_it_is_whole(tmp_path, mon
     store = EngineStore(tmp_path)
     x, gain = np.random.default_rng(0).random((9, 8, 16, 16), np.float32), np.float32([0.5, 0])
     want = store.load(there_and_back_program())(x, gain)
-    kept = [store.path(there_and_back_program(), "openvino").with_suffix(f".{size}.cache") for size in (8, 1)]
+    kept = [store.path(there_and_back_program(), BACKENDS["openvino"]).with_suffix(f".{size}.cache") for size in (8, 1)]
     before = [file.read_bytes() for file in kept]
     for file, data in zip(kept, before, strict=True):
         if change == "truncated":
@@ -173,7 +179,7 @@ def test_what_openvino_compiled_is_kept_and_used_while_it_is_whole(tmp_path, mon
 
 def test_where_nothing_can_be_written_openvino_compiles_each_time(tmp_path, monkeypatch):
     store = EngineStore(tmp_path)
-    store.build(there_and_back_program(), "openvino", Spec())
+    store.build(there_and_back_program(), BACKENDS["openvino"], Spec())
 
     def refuse(source, target):
         raise PermissionError(13, "Permission denied", str(target))
@@ -199,12 +205,12 @@ def test_openvino_s_first_use_may_be_by_two_threads():
 
 def test_the_runtimes_tell_nobody_that_they_are_used(stored, tmp_path):
     """OpenVINO and ONNX Runtime send messages of their use, for which they write an identifier into the home folder."""
-    stored.load(there_and_back_program(), "openvino")
-    stored.load(there_and_back_program(), "onnxruntime")
+    stored.load(there_and_back_program(), run_by("openvino"))
+    stored.load(there_and_back_program(), run_by("onnxruntime"))
     code = (
         "import sys; from pathlib import Path; from faceage.engines import openvino, ort\n"
-        f"ort.ort.InferenceSession({str(stored.path(there_and_back_program(), 'onnxruntime'))!r})\n"
-        f"openvino._core().read_model({str(stored.path(there_and_back_program(), 'openvino'))!r})\n"
+        f"ort.ort.InferenceSession({str(stored.path(there_and_back_program(), ORT))!r})\n"
+        f"openvino._core().read_model({str(stored.path(there_and_back_program(), OPENVINO))!r})\n"
         "print(sys.modules['openvino_telemetry'])"
     )
     # They keep quiet in CI and in unit tests by themselves: here they must not know.
@@ -222,24 +228,24 @@ def test_an_openvino_that_cannot_be_imported_is_one_line(monkeypatch):
     openvino.has_bf16.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r"OpenVINO cannot be imported .*; run: pip install .* --backend onnxruntime"):
-        best_precision("openvino", "cpu")
-    assert best_precision("onnxruntime", "cpu") == "fp32"
+        BACKENDS["openvino"].best_precision("cpu")
+    assert BACKENDS["onnxruntime"].best_precision("cpu") == "fp32"
 
 
 def test_bf16_is_for_cpus_that_have_it_and_networks_that_do_not_measure(stored, programs, monkeypatch):
     monkeypatch.setattr(openvino, "has_bf16", lambda: False)
-    assert best_precision("openvino", "cpu") == "fp32"
+    assert BACKENDS["openvino"].best_precision("cpu") == "fp32"
     with pytest.raises(EngineError, match="this CPU does not compute in bf16; use --precision fp32"):
-        stored.load(there_and_back_program(), precision="bf16")
+        stored.load(there_and_back_program(), run_by("openvino", precision="bf16"))
     monkeypatch.setattr(openvino, "has_bf16", lambda: True)
-    assert best_precision("openvino", "cpu") == "bf16"
+    assert BACKENDS["openvino"].best_precision("cpu") == "bf16"
     in_bf16 = {name for name, program in programs.items() if program.spec("cpu", "bf16").precision == "bf16"}
     assert in_bf16 == {"age-cgan-generator", "age-cgan-latent"}
     assert programs["mtcnn-pnet"].spec("portable", "fp16").precision == "fp16"
 
 
 def test_sidecar_records_what_the_engine_is(stored):
-    path = stored.path(blur_program(), "openvino")
+    path = stored.path(blur_program(), BACKENDS["openvino"])
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["fingerprint"] == blur_program().fingerprint
     assert record["backend"] == "openvino"
@@ -270,7 +276,7 @@ def test_stored_engine_is_not_rebuilt_and_other_weights_are_another_file(copied)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no sidecar", "not json", "other fingerprint", "no engine"])
 def test_damaged_engine_is_rebuilt_with_a_warning(copied, caplog, damage):
     store, built = copied
-    path = store.path(blur_program(), "openvino")
+    path = store.path(blur_program(), BACKENDS["openvino"])
     sidecar = path.with_suffix(".json")
     data = path.read_bytes()
     if damage == "truncated":
@@ -301,7 +307,7 @@ def test_damaged_engine_is_rebuilt_with_a_warning(copied, caplog, damage):
 
 def test_file_that_the_runtime_refuses_is_rebuilt(copied, caplog):
     store, built = copied
-    path = store.path(blur_program(), "openvino")
+    path = store.path(blur_program(), BACKENDS["openvino"])
     path.write_bytes(b"not a model")
     sidecar = path.with_suffix(".json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"file_sha256": fingerprint(path)}))
@@ -325,7 +331,7 @@ def test_engine_too_far_from_torch_is_not_stored(tmp_path, monkeypatch, precisio
     monkeypatch.setattr(build, limit, -1 if precision == "fp32" else 1000)
     store = EngineStore(tmp_path)
     with pytest.raises(EngineError, match=r"differs from torch .* and is not stored; use --"):
-        store.build(blur_program(), *(("onnxruntime", Spec()) if precision == "fp32" else RTX_FP16))
+        store.build(blur_program(), *((ORT, Spec()) if precision == "fp32" else RTX_FP16))
     assert files_of(store) == []
 
 
@@ -366,35 +372,35 @@ def test_a_builder_that_was_killed_is_in_nobodys_way(tmp_path):
 
 def test_refusals_say_what_to_do(stored, tmp_path):
     with pytest.raises(EngineError, match=r"unknown backend .*openvino, onnxruntime, tensorrt, aotinductor, torch"):
-        stored.load(blur_program(), "tvm")
+        backend_named("tvm")
     with pytest.raises(EngineError, match="runs on the CPU"):
-        stored.load(blur_program(), "onnxruntime", "cuda")
+        stored.load(blur_program(), run_by("onnxruntime", "cuda"))
     with pytest.raises(EngineError, match='unknown device "meta"'):
-        stored.load(blur_program(), "torch", "meta")
+        stored.load(blur_program(), run_by("torch", "meta"))
     with pytest.raises(EngineError, match='unknown device "gpu"'):
-        stored.load(blur_program(), "torch", "gpu")
+        stored.load(blur_program(), run_by("torch", "gpu"))
     with pytest.raises(EngineError, match="cuda:99 is not there"):
-        stored.load(blur_program(), "torch", "cuda:99")
+        stored.load(blur_program(), run_by("torch", "cuda:99"))
     with pytest.raises(EngineError, match=r'unknown target "sm_99"; use one of: cpu, cuda, portable, sm_75'):
         Spec("sm_99")
     with pytest.raises(EngineError, match="unknown precision"):
         Spec("cpu", "int8")
     with pytest.raises(EngineError, match=r"torch is the reference, in fp32 only"):
-        stored.load(blur_program(), "torch", precision="fp16")
+        stored.load(blur_program(), run_by("torch", precision="fp16"))
     with pytest.raises(EngineError, match="builds for cpu in fp32, not for cpu in fp16"):
-        stored.load(blur_program(), "onnxruntime", precision="fp16")
+        stored.load(blur_program(), run_by("onnxruntime", precision="fp16"))
     with pytest.raises(EngineError, match="bf16 is for the CPU, not for sm_86; use --precision fp16"):
         Spec("sm_86", "bf16")
     with pytest.raises(EngineError, match="aotinductor builds nothing in bf16; use --backend openvino"):
-        stored.build(blur_program(), "aotinductor", Spec("cpu", "bf16"))
+        stored.build(blur_program(), BACKENDS["aotinductor"], Spec("cpu", "bf16"))
     with pytest.raises(EngineError, match="openvino builds for cpu in fp32 or bf16, not for cpu in fp16"):
-        stored.load(blur_program(), "openvino", precision="fp16")
+        stored.load(blur_program(), run_by("openvino", precision="fp16"))
     with pytest.raises(EngineError, match="aotinductor builds for cpu or cuda, not for sm_86"):
-        stored.build(blur_program(), "aotinductor", Spec("sm_86"))
+        stored.build(blur_program(), BACKENDS["aotinductor"], Spec("sm_86"))
     with pytest.raises(EngineError, match="tensorrt runs on NVIDIA GPUs, not on the CPU"):
-        stored.load(blur_program(), "tensorrt")
+        stored.load(blur_program(), run_by("tensorrt"))
     with pytest.raises(EngineError, match="no fp32 matrix products for sm_75; use --precision fp16"):
-        stored.build(blur_program(), "tensorrt", Spec("sm_75"))
+        stored.build(blur_program(), BACKENDS["tensorrt"], Spec("sm_75"))
     (tmp_path / "file").touch()
     with pytest.raises(EngineError, match="set FACEAGE_CACHE"):
         EngineStore(tmp_path / "file" / "engines").load(blur_program())
@@ -421,9 +427,9 @@ def test_cache_root(monkeypatch, tmp_path):
 
 
 def test_versions_are_in_the_key(stored, monkeypatch):
-    path = stored.path(blur_program(), "openvino")
+    path = stored.path(blur_program(), BACKENDS["openvino"])
     monkeypatch.setattr(openvino, "version", lambda name: "0.0")
-    assert stored.path(blur_program(), "openvino") != path
+    assert stored.path(blur_program(), BACKENDS["openvino"]) != path
     assert not stored.contains(blur_program())
 
 
@@ -470,7 +476,7 @@ def test_every_backend_agrees_with_torch(programs, network, backend, device, pre
     if precision == "bf16" and not openvino.has_bf16():
         pytest.skip("this CPU does not compute in bf16")
     program = programs[network]
-    engine = EngineStore().load(program, backend, device, precision=precision)
+    engine = EngineStore().load(program, run_by(backend, device, precision))
     network_, examples = program.build()
     precision = program.spec("cpu" if device == "cpu" else "cuda", precision).precision
     parity = build.check_parity(program, engine, network_, examples, precision)
@@ -488,7 +494,7 @@ def require_gpu(backend, device):
 
 
 def test_a_gpu_skip_can_be_made_a_failure(monkeypatch):
-    monkeypatch.setattr(tensorrt.eager, "targets", _no_device)
+    monkeypatch.setattr(tensorrt.eager, "kind_of", _no_device)
     with pytest.raises(pytest.skip.Exception, match="not there"):
         require_gpu("tensorrt", "cuda")
     monkeypatch.setenv("FACEAGE_REQUIRE_GPU", "1")
@@ -501,17 +507,17 @@ def _no_device(device):
 
 
 def test_the_best_of_what_is_here():
-    assert best_backend("cpu") == "openvino"
+    assert choose_runtime(device="cpu").backend is OPENVINO
     with pytest.raises(EngineError, match="cuda:99 is not there"):
-        best_backend("cuda:99")
-    assert best_precision("onnxruntime", "cpu") == best_precision("torch", "cuda") == "fp32"
-    assert best_precision("tensorrt", "cuda:1") == "fp16"
+        choose_runtime(device="cuda:99")
+    assert BACKENDS["onnxruntime"].best_precision("cpu") == BACKENDS["torch"].best_precision("cuda") == "fp32"
+    assert BACKENDS["tensorrt"].best_precision("cuda:1") == "fp16"
 
 
 def test_engines_on_tensors_give_tensors(stored):
     import torch
 
-    engine = stored.load(blur_program(), "torch")
+    engine = stored.load(blur_program(), run_by("torch"))
     arrays = inputs()
     for got, want in zip(engine(*map(torch.from_numpy, arrays)), engine(*arrays), strict=True):
         assert isinstance(got, torch.Tensor)

@@ -12,6 +12,8 @@ from faceage.agers.base import Ages, read_view
 from faceage.agers.facegan import BATCH_PIXELS, FaceGAN, unet_program
 from faceage.agers.registry import model_programs
 from faceage.checkpoint import load, save
+from faceage.engines.base import Runtime
+from faceage.engines.registry import BACKENDS
 from faceage.engines.store import EngineStore
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, face_mask, template_5
@@ -44,8 +46,10 @@ def test_both_backends_agree(tiny_facegan):
     assert list(programs) == ["unet-128", "unet-192", "identity", "age"]
     crops, looks = faces(3)
     pixels, ages = crops.pixels, Ages.columns(looks)
-    changes = [EngineStore().load(programs["unet-128"], backend)(pixels, *ages)[0] for backend in
-               ("openvino", "torch")]  # fmt: skip
+    changes = [
+        EngineStore().load(programs["unet-128"], Runtime(backend=BACKENDS[name]))(pixels, *ages)[0]
+        for name in ("openvino", "torch")
+    ]
     assert changes[0].shape == pixels.shape
     assert np.abs(changes[0]).max() > 0.05
     np.testing.assert_allclose(changes[0], changes[1], atol=1e-5)

@@ -6,6 +6,7 @@ import torch
 
 from faceage.agers.latent import LatentConfig
 from faceage.checkpoint import Header, save
+from faceage.engines.registry import choose_runtime
 from faceage.errors import CheckpointError
 from faceage.geometry import template_5
 from faceage.models import find_model, import_model
@@ -26,7 +27,7 @@ def cache(tmp_path, monkeypatch, tiny_model):
 
 def test_without_it_the_error_says_how_to_get_it(cache):
     with pytest.raises(CheckpointError, match="faceage models fetch facenet"):
-        load_networks(model="tiny", identity="facenet", backend="torch")
+        load_networks(model="tiny", identity="facenet", runtime=choose_runtime(backend="torch", device="cpu"))
 
 
 def test_latents_are_fitted_through_it(cache):
@@ -35,7 +36,10 @@ def test_latents_are_fitted_through_it(cache):
     dims = {"size_px": 160, "outputs": 512}
     save(facenet_file(), net.net.state_dict(), Header(arch="facenet", dims=dims, stage="random", images_seen=0))
     networks = load_networks(
-        model="tiny", identity="facenet", backend="torch", latent=LatentConfig(max_evaluations=3, pixel_weight=0)
+        model="tiny",
+        identity="facenet",
+        runtime=choose_runtime(backend="torch", device="cpu"),
+        latent=LatentConfig(max_evaluations=3, pixel_weight=0),
     )
     (size,) = networks.ager.views[0].sizes_px
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, size, size)).astype(np.float32)

@@ -41,6 +41,7 @@ TRAIN_MAY_USE = {name for name, layer in LAYERS.items() if layer <= 2} | {
     "agers.canonical",
     "detect",
     "engines.store",
+    "engines.registry",
 }
 HEAVY = ("torch", "cv2", "av", "onnxruntime", "openvino", "numpy", "rich")
 

@@ -9,8 +9,8 @@ from time import perf_counter
 
 import numpy as np
 
-from faceage.engines.base import Axis, Engine, Precision, Program
-from faceage.engines.store import Backend, EngineStore, backend_module
+from faceage.engines.base import Axis, Engine, Program, Runtime
+from faceage.engines.store import EngineStore
 from faceage.pipeline.request import all_programs
 from faceage.types import FloatArray
 
@@ -22,22 +22,14 @@ TYPICAL_PX = {"height": 180, "width": 320}
 """Size of the pictures that P-Net is measured on: a level of its pyramid."""
 
 
-def bench_engines(
-    model: str,
-    backends: list[tuple[Backend, Precision]],
-    device: str,
-    store: EngineStore,
-    *,
-    notify: Callable[[str], None],
-) -> dict:
+def bench_engines(model: str, runtimes: list[Runtime], store: EngineStore, *, notify: Callable[[str], None]) -> dict:
     """Measure each network of a model by each backend; the first is the baseline of the speedups.
 
     Calls of the backends alternate, so that a machine that gets slower or faster does so for all.
 
     Args:
         model: its name.
-        backends: each with the precision that it runs in.
-        device: where.
+        runtimes: one a backend, all on the same device.
         store: has the engines, or gets them.
         notify: told what runs.
 
@@ -47,40 +39,40 @@ def bench_engines(
         mean of the ratios.
     """
     rows: list[dict] = []
+    device = runtimes[0].device
     for program in all_programs(model):
         notify(program.name)
-        engines = {backend: store.load(program, backend, device, 1, precision) for backend, precision in backends}
-        seconds = {backend: _compile_seconds(store, program, backend, device, how) for backend, how in backends}
+        engines = {runtime.backend.name: store.load(program, runtime) for runtime in runtimes}
+        seconds = [_compile_seconds(store, program, runtime) for runtime in runtimes]
         for batch in _batches(program):
             times = _alternate(engines, _inputs(program, batch))
-            for backend, precision in backends:
-                milliseconds = 1e3 * median(times[backend])
+            for runtime, compile_s in zip(runtimes, seconds, strict=True):
+                milliseconds = 1e3 * median(times[runtime.backend.name])
                 rows.append({
-                    "network": program.name, "batch": batch, "backend": backend,
-                    "precision": program.spec("cpu" if device == "cpu" else "cuda", precision).precision,
+                    "network": program.name, "batch": batch, "backend": runtime.backend.name,
+                    "precision": program.spec("cpu" if device == "cpu" else "cuda", runtime.precision).precision,
                     "median_ms": round(milliseconds, 3), "faces_per_s": round(1e3 * batch / milliseconds, 1),
-                    "compile_s": seconds[backend],
+                    "compile_s": compile_s,
                 })  # fmt: skip
-    by_backend = {backend: [row["median_ms"] for row in rows if row["backend"] == backend] for backend, _ in backends}
-    base = by_backend[backends[0][0]]
+    names = [runtime.backend.name for runtime in runtimes]
+    by_backend = {name: [row["median_ms"] for row in rows if row["backend"] == name] for name in names}
+    base = by_backend[names[0]]
     speedups = {
-        backend: {
+        name: {
             "total": round(sum(base) / sum(times), 2),
             "mean": round(math.exp(np.mean([math.log(b / t) for b, t in zip(base, times, strict=True)])), 2),
         }
-        for backend, times in by_backend.items()
+        for name, times in by_backend.items()
     }
-    return {"device": device, "baseline": backends[0][0], "speedups": speedups, "rows": rows}
+    return {"device": device, "baseline": names[0], "speedups": speedups, "rows": rows}
 
 
-def _compile_seconds(
-    store: EngineStore, program: Program, backend: Backend, device: str, precision: Precision
-) -> float | None:
+def _compile_seconds(store: EngineStore, program: Program, runtime: Runtime) -> float | None:
     """Return how long the engine that was loaded took to build; None where nothing is built."""
-    module = backend_module(backend)
-    for target in module.targets(device):
-        spec = program.spec(target, precision)
-        if module.suffix(target) is not None and store.contains(program, backend, spec):
+    backend = runtime.backend
+    for target in backend.targets(runtime.device):
+        spec = program.spec(target, runtime.precision)
+        if backend.suffix(target) is not None and store.contains(program, backend, spec):
             return store.build(program, backend, spec)[0]["build_seconds"]
     return None
 
@@ -99,14 +91,14 @@ def _inputs(program: Program, batch: int) -> tuple[FloatArray, ...]:
     return tuple(random.uniform(-1, 1, shape).astype(np.float32) for shape in shapes)
 
 
-def _alternate(engines: dict[Backend, Engine], inputs: tuple[FloatArray, ...]) -> dict[Backend, list[float]]:
+def _alternate(engines: dict[str, Engine], inputs: tuple[FloatArray, ...]) -> dict[str, list[float]]:
     """Return the seconds of calls, the engines by turns; the first round is not counted."""
-    times: dict[Backend, list[float]] = {backend: [] for backend in engines}
+    times: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():
         engine(*inputs)
     while min(map(sum, times.values())) < MEASURED_S or len(next(iter(times.values()))) < MIN_CALLS:
-        for backend, engine in engines.items():
+        for name, engine in engines.items():
             start = perf_counter()
             engine(*inputs)
-            times[backend].append(perf_counter() - start)
+            times[name].append(perf_counter() - start)
     return times

@@ -17,7 +17,9 @@ from faceage.cli.encoding import encode_options
 from faceage.cli.environment import machine, versions
 from faceage.cli.options import AGE, NetworkOptions, check_model, model_option, network_options, output_options
 from faceage.cli.output import Output
-from faceage.engines.store import BACKENDS, Backend, EngineStore, backends_for, best_precision
+from faceage.engines.base import Runtime
+from faceage.engines.registry import BACKENDS, BackendName, backend_named, backends_for
+from faceage.engines.store import EngineStore
 from faceage.media.image import find_images
 from faceage.media.video import EncodeOptions, probe_video
 from faceage.pipeline.request import AgeRequest
@@ -172,16 +174,20 @@ def _loss_curve(out: Output, rows: list[dict]) -> None:
 )  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where they run.")
 @output_options
-def engines_command(*, model: str, backends: tuple[Backend, ...], device: str, out: Output) -> None:
+def engines_command(*, model: str, backends: tuple[BackendName, ...], device: str, out: Output) -> None:
     """Run each network by each backend in batches of 1, 8 and 32, against eager torch.
 
     Engines that are not built yet are built first; AOTInductor takes minutes.
     """
     check_model(model)
     with out:
-        chosen: list[Backend] = ["torch", *(b for b in backends or backends_for(device) if b != "torch")]
-        pairs = [(backend, best_precision(backend, device)) for backend in chosen]
-        result = bench_engines(model, pairs, device, EngineStore(on_build=out.building), notify=out.note)
+        chosen = [backend_named(name) for name in backends] if backends else backends_for(device)
+        torch = BACKENDS["torch"]
+        runtimes = [
+            Runtime(backend=backend, device=device, precision=backend.best_precision(device))
+            for backend in (torch, *(backend for backend in chosen if backend is not torch))
+        ]
+        result = bench_engines(model, runtimes, EngineStore(on_build=out.building), notify=out.note)
         _finish(out, result)
         out.line(f"{'network':20} batch  {'backend':12} {'':4}  median ms   faces/s  compile s")
         for row in result["rows"]:

@@ -9,9 +9,9 @@ import click
 
 from faceage.cli.options import backend_option, check_model, model_option, output_options
 from faceage.cli.output import Output
-from faceage.engines import tensorrt
-from faceage.engines.base import TARGETS, Precision, Spec
-from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, best_precision, check_buildable
+from faceage.engines.base import TARGETS, Backend, Precision, Spec
+from faceage.engines.registry import BACKENDS, BackendName, backend_named
+from faceage.engines.store import EngineStore, check_buildable
 from faceage.errors import EngineError
 from faceage.pipeline.request import all_programs
 
@@ -29,7 +29,7 @@ from faceage.pipeline.request import all_programs
 @backend_option
 @output_options
 def command(
-    *, target: str, precisions: tuple[Precision, ...], model: str, backend: Backend | Literal["auto"], out: Output
+    *, target: str, precisions: tuple[Precision, ...], model: str, backend: BackendName | Literal["auto"], out: Output
 ) -> None:
     """Build the engines of a model for a target, ahead of time.
 
@@ -37,22 +37,22 @@ def command(
     (FACEAGE_CACHE), which may be copied to where they run. An engine that differs from torch is not kept.
     """
     check_model(model)
-    backend = _backend_for(target) if backend == "auto" else backend
+    builder = _backend_for(target) if backend == "auto" else backend_named(backend)
     with out:
-        out.detail(f"model {model}, backend {backend} for {target}")
+        out.detail(f"model {model}, backend {builder.name} for {target}")
         store = EngineStore(on_build=out.building)
-        wanted = precisions or _precisions_for(backend, target)
+        wanted = precisions or _precisions_for(builder, target)
         for precision in wanted:
-            check_buildable(backend, Spec(target, precision))
+            check_buildable(builder, Spec(target, precision))
         programs = all_programs(model)
         for precision, program in itertools.product(wanted, programs):
             spec = program.spec(target, precision)
             try:
-                record, is_new = store.build(program, backend, spec)
+                record, is_new = store.build(program, builder, spec)
             except EngineError as error:
                 out.item({"engine": program.name, "target": target, "precision": spec.precision, "error": str(error)})
                 continue
-            out.item({"engine": store.path(program, backend, spec).name, "built": is_new, **record})
+            out.item({"engine": store.path(program, builder, spec).name, "built": is_new, **record})
             out.line(f"{describe(record)}{'' if is_new else '  in the store already'}")
 
 
@@ -68,12 +68,13 @@ def describe(record: dict) -> str:
 
 
 def _backend_for(target: str) -> Backend:
-    if target == "cpu":
-        return DEFAULT_BACKEND
-    return "aotinductor" if target == "cuda" and tensorrt.missing("cuda") else "tensorrt"
+    """Return the first backend that builds for a target here, or that would if what it misses were installed."""
+    kind = "cpu" if target == "cpu" else "cuda"
+    builders = [backend for backend in BACKENDS.values() if kind in backend.kinds]
+    return next((backend for backend in builders if target != "cuda" or not backend.missing(target)), builders[0])
 
 
 def _precisions_for(backend: Backend, target: str) -> tuple[Precision, ...]:
     if target == "cpu":
-        return (best_precision(backend, "cpu"),)
+        return (backend.best_precision("cpu"),)
     return ("fp16",) if target == "sm_75" else ("fp16", "fp32")

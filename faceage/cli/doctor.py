@@ -20,7 +20,8 @@ from rich.table import Table
 from faceage.cache import cache_root
 from faceage.cli.environment import machine, versions
 from faceage.cli.output import EXIT_ENVIRONMENT
-from faceage.engines.store import BACKENDS, DEFAULT_BACKEND, EngineStore, best_precision
+from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
+from faceage.engines.store import EngineStore
 from faceage.errors import EngineError, FaceAgeError
 from faceage.models import find_model, list_models
 from faceage.models.fetch import facenet_file
@@ -137,10 +138,10 @@ def _cache() -> Check:
 def _models() -> Iterator[Check]:
     store = EngineStore()
     try:
-        precision = best_precision(DEFAULT_BACKEND, "cpu")
+        precision = DEFAULT_RUNTIME.backend.best_precision("cpu")
     except EngineError as error:
         found, _, remedy = str(error).partition("; run: ")
-        yield Check(name=DEFAULT_BACKEND, state="fail", found=found, remedy=remedy)
+        yield Check(name=DEFAULT_RUNTIME.backend.name, state="fail", found=found, remedy=remedy)
         return
     for name in list_models():
         try:

@@ -13,9 +13,8 @@ import click
 
 from faceage.cli.output import Output
 from faceage.detect import DetectConfig
-from faceage.engines.base import Precision
-from faceage.engines.eager import has_gpu
-from faceage.engines.store import BACKENDS, Backend, best_backend, best_precision
+from faceage.engines.base import Precision, Runtime
+from faceage.engines.registry import BACKENDS, BackendName, choose_runtime
 from faceage.models import DEFAULT_MODEL, list_models
 from faceage.pipeline.request import AGE_LIMITS_YEARS, AgeRequest, Networks, load_networks
 
@@ -88,7 +87,7 @@ class NetworkOptions:
     """Which networks are used, and what runs them."""
 
     model: str
-    backend: Backend | Literal["auto"]
+    backend: BackendName | Literal["auto"]
     device: str
     precision: Precision | Literal["auto"]
     identity: Literal["compact", "facenet"]
@@ -100,25 +99,13 @@ class NetworkOptions:
         check_model(self.model)
         DetectConfig(min_face_px=self.min_face)
 
-    def resolved(self) -> tuple[Backend, str, Precision]:
-        """Return the backend, the device and the precision: what is given, and the fastest here of what is not."""
-        device = self.device
-        if device == "auto":
-            cpu_only, gpu_only = self.backend in ("openvino", "onnxruntime"), self.backend == "tensorrt"
-            device = "cuda" if gpu_only or (not cpu_only and has_gpu()) else "cpu"
-        backend = best_backend(device) if self.backend == "auto" else self.backend
-        return backend, device, best_precision(backend, device) if self.precision == "auto" else self.precision
-
-    def loader(self) -> Callable[..., Networks]:
+    def loader(self) -> functools.partial[Networks]:
         """Return what loads the networks; another process can be given it too."""
-        backend, device, precision = self.resolved()
         return functools.partial(
             load_networks,
             model=self.model,
             identity=self.identity,
-            backend=backend,
-            device=device,
-            precision=precision,
+            runtime=choose_runtime(backend=self.backend, device=self.device, precision=self.precision),
             detect=DetectConfig(min_face_px=self.min_face),
             composite=self.composite,
             hair=self.hair == "on",
@@ -126,11 +113,11 @@ class NetworkOptions:
 
     def load(self, out: Output) -> Networks:
         """Load the networks, saying what is built."""
-        backend, device, precision = self.resolved()
-        networks = self.loader()(on_build=out.building)
-        out.detail(f"model {self.model}, backend {backend} on {device} in {precision}")
-        engines = {"model": self.model, "backend": backend, "device": device, "precision": precision}
-        out.result("engines", engines)
+        loader = self.loader()
+        networks = loader(on_build=out.building)
+        runtime: Runtime = loader.keywords["runtime"]
+        out.detail(f"model {self.model}, backend {runtime.backend.name} on {runtime.device} in {runtime.precision}")
+        out.result("engines", {"model": self.model, **runtime.describe()})
         return networks
 
 

@@ -13,33 +13,76 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from faceage.engines import eager
-from faceage.engines.base import Precision, Program, Spec, fingerprint
+from faceage.engines.base import Backend, Precision, Program, Runtime, Spec, fingerprint
 from faceage.errors import EngineError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-NAME = "aotinductor"
-
 _CONFIG = {"aot_inductor.use_runtime_constant_folding": True}
 """Weights are turned and cast once, when an engine is opened."""
 
 
-def suffix(target: str) -> str:
-    """Return the end of its files' names."""
-    return ".pt2"
+class AOTInductor(Backend):
+    """AOTInductor, on CPUs and GPUs."""
 
+    name = "aotinductor"
+    kinds = ("cpu", "cuda")
 
-def missing(target: str) -> str | None:
-    """Return why it cannot build here, or None: it writes C++."""
-    if shutil.which("g++") or shutil.which("clang++"):
-        return None
-    return f"backend {NAME} needs a C++ compiler, found no g++; install one (Debian: apt install g++)"
+    def suffix(self, target: str) -> str:
+        """Return the end of its files' names."""
+        return ".pt2"
 
+    def missing(self, target: str) -> str | None:
+        """Return why it cannot build here, or None: it writes C++."""
+        if shutil.which("g++") or shutil.which("clang++"):
+            return None
+        return f"backend {self.name} needs a C++ compiler, found no g++; install one (Debian: apt install g++)"
 
-def versions(spec: Spec) -> dict[str, str]:
-    """Return the version of torch, and the processor that the code is for."""
-    return {"torch": version("torch"), "machine": cpu() if spec.target == "cpu" else gpu()}
+    def best_precision(self, device: str) -> Precision:
+        """Return fp16 on a GPU; on a CPU it is no faster than fp32."""
+        return "fp32" if device == "cpu" else "fp16"
+
+    def versions(self, spec: Spec) -> dict[str, str]:
+        """Return the version of torch, and the processor that the code is for."""
+        return {"torch": version("torch"), "machine": cpu() if spec.target == "cpu" else gpu()}
+
+    def check(self, spec: Spec) -> None:
+        """Raise EngineError unless `spec` is what it builds: for the processor or the GPU of this machine."""
+        if spec.target not in ("cpu", "cuda"):
+            raise EngineError(
+                f"backend {self.name} builds for cpu or cuda, not for {spec.target}; use --backend tensorrt"
+            )
+        if spec.precision == "bf16":
+            raise EngineError(
+                f"backend {self.name} builds nothing in bf16; use --backend openvino, or --precision fp32"
+            )
+        if spec.target == "cuda":
+            eager.kind_of("cuda")
+
+    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+        """Compile `exported` to a package at `path`."""
+        import torch
+
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_CONFIG)
+
+    def targets(self, device: str) -> list[str]:
+        """Return the kind of a device; see `Backend.targets`."""
+        return [eager.kind_of(device)]
+
+    def load(self, program: Program, path: Path | None, runtime: Runtime) -> eager.TorchEngine:
+        """Open the package at `path`; see `Backend.load`."""
+        import torch
+
+        target = eager.prepare(runtime)
+        index = -1 if target.type == "cpu" else target.index or 0
+        try:
+            run = torch._inductor.aoti_load_package(str(path), device_index=index)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            raise EngineError(f"torch cannot open {path}: {error}") from error
+        return eager.TorchEngine(program, run, target, self.name)
 
 
 def gpu(device: str = "cuda") -> str:
@@ -50,7 +93,7 @@ def gpu(device: str = "cuda") -> str:
     """
     import torch
 
-    eager.targets(device)
+    eager.kind_of(device)
     return f"{torch.cuda.get_device_name(device)} sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}"
 
 
@@ -59,44 +102,3 @@ def cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return fingerprint(next((line for line in lines if line.startswith("flags")), platform.processor()))[:16]
-
-
-def check(spec: Spec) -> None:
-    """Raise EngineError unless `spec` is what it builds: for the processor or the GPU of this machine."""
-    if spec.target not in ("cpu", "cuda"):
-        raise EngineError(f"backend {NAME} builds for cpu or cuda, not for {spec.target}; use --backend tensorrt")
-    if spec.precision == "bf16":
-        raise EngineError(f"backend {NAME} builds nothing in bf16; use --backend openvino, or --precision fp32")
-    if spec.target == "cuda":
-        eager.targets("cuda")
-
-
-def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-    """Compile `exported` to a package at `path`."""
-    import torch
-
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_CONFIG)
-
-
-def targets(device: str) -> list[str]:
-    """Return the targets whose engines run on a device: its own."""
-    return eager.targets(device)
-
-
-def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> eager.TorchEngine:
-    """Open the package at `path` on `device`.
-
-    Raises:
-        EngineError: if torch refuses the file.
-    """
-    import torch
-
-    target = eager.prepare(device, threads)
-    index = -1 if target.type == "cpu" else target.index or 0
-    try:
-        run = torch._inductor.aoti_load_package(str(path), device_index=index)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise EngineError(f"torch cannot open {path}: {error}") from error
-    return eager.TorchEngine(program, run, target, NAME)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -141,7 +142,7 @@ class Engine(Protocol):
     name: str
     """The program's name."""
     backend: str
-    """The backend's name, as in `store.BACKENDS`."""
+    """The backend's name, as in `registry.BACKENDS`."""
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network.
@@ -160,33 +161,53 @@ class Engine(Protocol):
         ...
 
 
-class BackendModule(Protocol):
-    """What each backend's module has: how to build an engine's file, and how to run it."""
+class Backend(ABC):
+    """What builds and runs engines: one class a backend, each in its own file, without state. See `registry`."""
 
-    NAME: str
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    """The kinds of device that it runs on: "cpu", "cuda"."""
 
-    def suffix(self, target: str) -> str | None:
-        """Return the end of its files' names; None: there is nothing to build, and `load` takes no file."""
-        ...
+    def check_device(self, device: str) -> None:
+        """Raise EngineError if it does not run on this kind of device."""
+        if device.partition(":")[0] not in self.kinds:
+            where = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
+            here = " and ".join(where[kind] for kind in self.kinds)
+            raise EngineError(
+                f"backend {self.name} runs on {here}, not on {where.get(device, device)}; "
+                f"use --device {self.kinds[0]} or --backend auto"
+            )
 
+    @abstractmethod
     def missing(self, target: str) -> str | None:
         """Return why it cannot build for a target here and the command that mends it, or None."""
-        ...
 
+    def unfit(self, device: str) -> str | None:
+        """Return why it is not for a device of one of its kinds, and what mends that if anything does, or None."""
+        return self.missing(device.partition(":")[0])
+
+    @abstractmethod
+    def best_precision(self, device: str) -> Precision:
+        """Return the fastest precision on a device that it runs on."""
+
+    @abstractmethod
+    def suffix(self, target: str) -> str | None:
+        """Return the end of its files' names; None: there is nothing to build, and `load` takes no file."""
+
+    @abstractmethod
     def versions(self, spec: Spec) -> dict[str, str]:
         """Return what the file depends on beside the program: versions, and the machine if it is for that one alone."""
-        ...
 
+    @abstractmethod
     def check(self, spec: Spec) -> None:
         """Raise EngineError if it builds nothing for `spec`."""
-        ...
 
+    @abstractmethod
     def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
         """Write the engine's file; `exported` lies on the GPU for the target "cuda", else on the CPU.
 
         An engine that this machine may be unable to run leaves the graph it was built from beside it, as `.onnx`.
         """
-        ...
 
     def targets(self, device: str) -> list[str]:
         """Return the targets whose engines run on a device, best first.
@@ -194,15 +215,37 @@ class BackendModule(Protocol):
         Raises:
             EngineError: if there are none, or the device is not there.
         """
-        ...
+        self.check_device(device)
+        return [device.partition(":")[0]]
 
-    def load(self, program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> Engine:
-        """Open an engine's file, built for `precision`, on a device; `threads` is for the CPU.
+    @abstractmethod
+    def load(self, program: Program, path: Path | None, runtime: Runtime) -> Engine:
+        """Open an engine's file.
+
+        Args:
+            program: what was built.
+            path: the file; None where there is nothing to build.
+            runtime: of this backend; its precision is the one that the file was built for.
 
         Raises:
             EngineError: if the file cannot be opened here.
         """
-        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What runs networks: where, by what, and how. `registry.choose_runtime` finds the best one of a machine."""
+
+    backend: Backend
+    device: str = "cpu"
+    """"cpu", "cuda" or "cuda:N"."""
+    threads: int = 1
+    """Threads of one call on the CPU."""
+    precision: Precision = "fp32"
+
+    def describe(self) -> dict[str, str]:
+        """Return its parts as text, for reports and keys; the threads are left out, for they change no result."""
+        return {"backend": self.backend.name, "device": self.device, "precision": self.precision}
 
 
 def fingerprint(*parts: str | bytes | Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from faceage.engines.base import Precision, Program, Spec
+from faceage.engines.base import Backend, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.export import ExportedProgram
-
-NAME = "torch"
 
 
 class TorchEngine:
@@ -30,7 +28,7 @@ class TorchEngine:
         program: Program,
         run: Callable[..., Tensor | tuple[Tensor, ...]],
         device: torch.device,
-        backend: str = NAME,
+        backend: str = "torch",
     ) -> None:
         """Wrap `run`, whose inputs and outputs lie on `device`."""
         self.name = program.name
@@ -69,34 +67,51 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def suffix(target: str) -> None:
-    """Return None: nothing is stored."""
-    return None
+class Torch(Backend):
+    """torch itself, on CPUs and GPUs."""
+
+    name = "torch"
+    kinds = ("cpu", "cuda")
+
+    def suffix(self, target: str) -> None:
+        """Return None: nothing is stored."""
+        return None
+
+    def missing(self, target: str) -> None:
+        """Return None: there is nothing to build."""
+
+    def best_precision(self, device: str) -> Precision:
+        """Return fp32: it is the reference."""
+        return "fp32"
+
+    def versions(self, spec: Spec) -> dict[str, str]:
+        """Return the versions that the result depends on."""
+        return {"torch": version("torch")}
+
+    def check(self, spec: Spec) -> None:
+        """Raise EngineError: it builds nothing in half precision."""
+        if spec.precision != "fp32":
+            raise EngineError(
+                f"backend {self.name} is the reference, in fp32 only; found {spec.precision}: use another backend"
+            )
+
+    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+        """Raise EngineError: there is nothing to build."""
+        raise EngineError(f"backend {self.name} has no engines to build; use --backend auto")
+
+    def targets(self, device: str) -> list[str]:
+        """Return the kind of a device, as a target; see `Backend.targets`."""
+        return [kind_of(device)]
+
+    def load(self, program: Program, path: Path | None, runtime: Runtime) -> TorchEngine:
+        """Build the network on `device`; `path` plays no part."""
+        target = prepare(runtime)
+        module, _ = program.build()
+        return TorchEngine(program, module.to(target), target)
 
 
-def missing(target: str) -> None:
-    """Return None: torch is always installed."""
-    return None
-
-
-def versions(spec: Spec) -> dict[str, str]:
-    """Return the versions that the result depends on."""
-    return {"torch": version("torch")}
-
-
-def check(spec: Spec) -> None:
-    """Raise EngineError: it builds nothing in half precision."""
-    if spec.precision != "fp32":
-        raise EngineError(f"backend {NAME} is the reference, in fp32 only; found {spec.precision}: use another backend")
-
-
-def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-    """Raise EngineError: there is nothing to build."""
-    raise EngineError(f"backend {NAME} has no engines to build; use --backend auto")
-
-
-def targets(device: str) -> list[str]:
-    """Return the kind of a device, as a target.
+def kind_of(device: str) -> str:
+    """Return the kind of a device: "cpu" or "cuda".
 
     Raises:
         EngineError: if `device` is not "cpu", "cuda" or "cuda:N", or is not in this machine.
@@ -114,24 +129,17 @@ def targets(device: str) -> list[str]:
             f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
             "use --device cpu, or check the driver with: faceage doctor"
         )
-    return [target.type]
+    return target.type
 
 
-def prepare(device: str, threads: int) -> torch.device:
-    """Set up torch for engines on a device, and return it; `threads` is set for torch as a whole."""
+def prepare(runtime: Runtime) -> torch.device:
+    """Set up torch for engines, and return their device; the threads are set for torch as a whole."""
     import torch
 
-    target = torch.device(device)
+    target = torch.device(runtime.device)
     if target.type == "cpu":
-        torch.set_num_threads(threads)
+        torch.set_num_threads(runtime.threads)
     else:
         # Convolutions in TF32, torch's own default, differ by 1e-3: fp32 is to mean fp32.
         torch.backends.cudnn.allow_tf32 = False
     return target
-
-
-def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> TorchEngine:
-    """Build the network on `device`; `path` plays no part."""
-    target = prepare(device, threads)
-    module, _ = program.build()
-    return TorchEngine(program, module.to(target), target)

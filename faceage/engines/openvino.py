@@ -18,15 +18,13 @@ import numpy as np
 
 from faceage.engines import ort
 from faceage.engines.aotinductor import cpu
-from faceage.engines.base import BATCH, Axis, Engine, Precision, Program, Spec, fingerprint
+from faceage.engines.base import BATCH, Axis, Backend, Engine, Precision, Program, Runtime, Spec, fingerprint
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
 if TYPE_CHECKING:
     import openvino
     from torch.export import ExportedProgram
-
-NAME = "openvino"
 
 BATCH_SIZES = (8, 1)
 """Batches are cut into these, and the network is compiled for each: compiled for any size it would be up to a quarter
@@ -35,12 +33,13 @@ LARGE_FACE = 3 * 100 * 100
 """Values of a face from which on it keeps a core as busy as eight do: these run one by one."""
 
 _FIRST = threading.Lock()
+_ORT = ort.OnnxRuntime()
 
 
 class OpenVINOEngine:
     """A network that OpenVINO compiled, behind the engine protocol."""
 
-    backend = NAME
+    backend = "openvino"
 
     def __init__(self, program: Program, path: Path, config: dict[str, Any]) -> None:
         """Compile the ONNX file at `path` for single faces; what else is needed is compiled when it is."""
@@ -111,41 +110,66 @@ def _digest(compiled: bytes) -> bytes:
     return fingerprint(cpu(), compiled).encode()
 
 
-def suffix(target: str) -> str:
-    """Return the end of its files' names: it reads ONNX."""
-    return ort.suffix(target)
+class OpenVINO(Backend):
+    """OpenVINO, on CPUs."""
 
+    name = "openvino"
+    kinds = ("cpu",)
 
-def missing(target: str) -> None:
-    """Return None: it is always installed."""
-    return None
+    def suffix(self, target: str) -> str:
+        """Return the end of its files' names: it reads ONNX."""
+        return _ORT.suffix(target)
 
+    def missing(self, target: str) -> None:
+        """Return None: it is always installed."""
+        return None
 
-def versions(spec: Spec) -> dict[str, str]:
-    """Return the versions that the result depends on; torch is the exporter."""
-    return {
-        "openvino": version("openvino"),
-        "onnxruntime": version("onnxruntime"),
-        "torch": version("torch"),
-        "opset": str(ort.OPSET),
-    }
+    def best_precision(self, device: str) -> Precision:
+        """Return bf16 where the CPU computes in it."""
+        return "bf16" if has_bf16() else "fp32"
 
+    def versions(self, spec: Spec) -> dict[str, str]:
+        """Return the versions that the result depends on; torch is the exporter."""
+        return {
+            "openvino": version("openvino"),
+            "onnxruntime": version("onnxruntime"),
+            "torch": version("torch"),
+            "opset": str(ort.OPSET),
+        }
 
-def check(spec: Spec) -> None:
-    """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, or in bf16 where the CPU has it."""
-    if spec.target != "cpu" or spec.precision == "fp16":
-        raise EngineError(
-            f"backend {NAME} builds for cpu in fp32 or bf16, not for {spec.target} in {spec.precision}; "
-            "use --backend auto"
-        )
-    if spec.precision == "bf16" and not has_bf16():
-        raise EngineError("this CPU does not compute in bf16; use --precision fp32")
+    def check(self, spec: Spec) -> None:
+        """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, or in bf16 where the CPU has it."""
+        if spec.target != "cpu" or spec.precision == "fp16":
+            raise EngineError(
+                f"backend {self.name} builds for cpu in fp32 or bf16, not for {spec.target} in {spec.precision}; "
+                "use --backend auto"
+            )
+        if spec.precision == "bf16" and not has_bf16():
+            raise EngineError("this CPU does not compute in bf16; use --precision fp32")
 
+    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+        """Write `exported` to `path` as one ONNX file, weights inside: it is compiled when it is loaded."""
+        _ORT.build(program, exported, spec, path)
+        _separate_weights(path)
 
-def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-    """Write `exported` to `path` as one ONNX file, weights inside: it is compiled in milliseconds when it is loaded."""
-    ort.build(program, exported, spec, path)
-    _separate_weights(path)
+    def load(self, program: Program, path: Path | None, runtime: Runtime) -> Engine:
+        """Compile the ONNX file at `path` for this CPU.
+
+        What takes pictures of any size is opened by ONNX Runtime, which has nothing to compile for each of them.
+        """
+        if any(isinstance(axis, Axis) and not _is_batch(axis) for spec in program.inputs for axis in spec.shape):
+            return _ORT.load(program, path, runtime)
+        config = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[runtime.precision],
+            "INFERENCE_NUM_THREADS": runtime.threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # it would pin all of them to the first core
+        }
+        assert path is not None
+        try:
+            return OpenVINOEngine(program, path, config)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot open {path}: {error}") from error
 
 
 def _separate_weights(path: Path) -> None:
@@ -171,36 +195,6 @@ def _separate_weights(path: Path) -> None:
     del model.graph.initializer[:]
     model.graph.initializer.extend(left)
     onnx.save(model, path)
-
-
-def targets(device: str) -> list[str]:
-    """Return the targets whose engines run on a device: the CPU's."""
-    if device != "cpu":
-        raise EngineError(f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend auto")
-    return ["cpu"]
-
-
-def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> Engine:
-    """Compile the ONNX file at `path` for this CPU.
-
-    What takes pictures of any size is opened by ONNX Runtime, which has nothing to compile for each of them.
-
-    Raises:
-        EngineError: if OpenVINO refuses the file.
-    """
-    if any(isinstance(axis, Axis) and not _is_batch(axis) for spec in program.inputs for axis in spec.shape):
-        return ort.load(program, path, device, threads, precision)
-    config = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,  # it would pin all of them to the first core
-    }
-    assert path is not None
-    try:
-        return OpenVINOEngine(program, path, config)
-    except RuntimeError as error:
-        raise EngineError(f"OpenVINO cannot open {path}: {error}") from error
 
 
 def _is_batch(axis: int | Axis) -> bool:

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: the default on a CPU."""
+"""The ONNX Runtime backend, for CPUs: it compiles nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faceage.engines.base import Precision, Program, Spec
+from faceage.engines.base import Backend, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
@@ -19,8 +19,6 @@ import onnxruntime as ort
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-NAME = "onnxruntime"
 
 OPSET = 20
 """The ONNX operator set of the files."""
@@ -35,7 +33,7 @@ ERRORS_ONLY = 3
 class OrtEngine:
     """An ONNX Runtime session behind the engine protocol."""
 
-    backend = NAME
+    backend = "onnxruntime"
 
     def __init__(self, program: Program, session: ort.InferenceSession) -> None:
         self.name = program.name
@@ -51,77 +49,72 @@ class OrtEngine:
         return tuple(self._session.run(None, dict(zip(self._input_names, arrays, strict=True))))
 
 
-def suffix(target: str) -> str:
-    """Return the end of its files' names."""
-    return ".onnx"
+class OnnxRuntime(Backend):
+    """ONNX Runtime, on CPUs."""
 
+    name = "onnxruntime"
+    kinds = ("cpu",)
 
-def missing(target: str) -> None:
-    """Return None: it is always installed."""
-    return None
+    def suffix(self, target: str) -> str:
+        """Return the end of its files' names."""
+        return ".onnx"
 
+    def missing(self, target: str) -> None:
+        """Return None: it is always installed."""
+        return None
 
-def versions(spec: Spec) -> dict[str, str]:
-    """Return the versions that the result depends on; torch is the exporter."""
-    return {"onnxruntime": version("onnxruntime"), "torch": version("torch"), "opset": str(OPSET)}
+    def best_precision(self, device: str) -> Precision:
+        """Return fp32: CPUs compute fp16 in it."""
+        return "fp32"
 
+    def versions(self, spec: Spec) -> dict[str, str]:
+        """Return the versions that the result depends on; torch is the exporter."""
+        return {"onnxruntime": version("onnxruntime"), "torch": version("torch"), "opset": str(OPSET)}
 
-def check(spec: Spec) -> None:
-    """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, for CPUs compute fp16 in fp32."""
-    if spec != Spec("cpu", "fp32"):
-        raise EngineError(
-            f"backend {NAME} builds for cpu in fp32, not for {spec.target} in {spec.precision}; use --backend auto"
-        )
-
-
-def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-    """Write `exported` to `path` as one ONNX file, weights inside."""
-    import torch
-
-    log = logging.getLogger("onnxscript")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it reports each rewrite it tries
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            onnx_program = torch.onnx.export(
-                exported,
-                # With prefixes, because the exporter names values inside the graph after their operators, and
-                # an output called "mean" would meet one of those.
-                input_names=[INPUT_PREFIX + spec.name for spec in program.inputs],
-                output_names=[OUTPUT_PREFIX + spec.name for spec in program.outputs],
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
+    def check(self, spec: Spec) -> None:
+        """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, for CPUs compute fp16 in fp32."""
+        if spec != Spec("cpu", "fp32"):
+            raise EngineError(
+                f"backend {self.name} builds for cpu in fp32, not for {spec.target} in {spec.precision}; "
+                "use --backend auto"
             )
-    finally:
-        log.setLevel(level)
-    assert onnx_program is not None  # it is None only for the exporter that `dynamo` turns off
-    onnx_program.save(str(path), external_data=False)
 
+    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+        """Write `exported` to `path` as one ONNX file, weights inside."""
+        import torch
 
-def targets(device: str) -> list[str]:
-    """Return the targets whose engines run on a device: the CPU's."""
-    if device != "cpu":
-        raise EngineError(f"backend {NAME} runs on the CPU, not on {device}; use --device cpu or --backend auto")
-    return ["cpu"]
+        log = logging.getLogger("onnxscript")
+        level = log.level
+        log.setLevel(logging.ERROR)  # it reports each rewrite it tries
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                onnx_program = torch.onnx.export(
+                    exported,
+                    # With prefixes, because the exporter names values inside the graph after their operators, and
+                    # an output called "mean" would meet one of those.
+                    input_names=[INPUT_PREFIX + spec.name for spec in program.inputs],
+                    output_names=[OUTPUT_PREFIX + spec.name for spec in program.outputs],
+                    opset_version=OPSET,
+                    dynamo=True,
+                    verbose=False,
+                )
+        finally:
+            log.setLevel(level)
+        assert onnx_program is not None  # it is None only for the exporter that `dynamo` turns off
+        onnx_program.save(str(path), external_data=False)
 
-
-def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> OrtEngine:
-    """Open the ONNX file at `path` on the CPU.
-
-    Raises:
-        EngineError: if ONNX Runtime refuses the file.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Spinning threads take the cores that decode and encode.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = ERRORS_ONLY
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no other base
-        raise EngineError(f"ONNX Runtime cannot open {path}: {error}") from error
-    return OrtEngine(program, session)
+    def load(self, program: Program, path: Path | None, runtime: Runtime) -> OrtEngine:
+        """Open the ONNX file at `path`; see `Backend.load`."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = runtime.threads
+        options.inter_op_num_threads = 1
+        # Spinning threads take the cores that decode and encode.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = ERRORS_ONLY
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's errors share no other base
+            raise EngineError(f"ONNX Runtime cannot open {path}: {error}") from error
+        return OrtEngine(program, session)

@@ -15,33 +15,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, cast, get_args
 
 from faceage.cache import cache_root
-from faceage.engines import aotinductor, eager, openvino, ort, tensorrt
-from faceage.engines.base import BackendModule, Engine, Precision, Program, Spec, fingerprint
+from faceage.engines import eager
+from faceage.engines.base import Backend, Engine, Precision, Program, Runtime, Spec, fingerprint
 from faceage.engines.build import check_parity, export
 from faceage.engines.eager import TorchEngine
+from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME, backend_named
 from faceage.errors import EngineError
 
 logger = logging.getLogger(__name__)
-
-Backend = Literal["openvino", "onnxruntime", "tensorrt", "aotinductor", "torch"]
-BACKENDS = {
-    "openvino": cast(BackendModule, openvino),
-    "onnxruntime": cast(BackendModule, ort),
-    "tensorrt": cast(BackendModule, tensorrt),
-    "aotinductor": cast(BackendModule, aotinductor),
-    "torch": cast(BackendModule, eager),
-}
-
-DEFAULT_BACKEND: Backend = "openvino"
-"""The fastest on a CPU."""
 
 OnBuild = Callable[[str], AbstractContextManager | None]
 """Called with an engine's name before it is built; what it returns, if anything, is entered for the time of it."""
@@ -79,47 +67,37 @@ class EngineStore:
         self.root = cache_root() / "engines" if root is None else root
         self._on_build = on_build or (lambda name: None)
 
-    def load(
-        self,
-        program: Program,
-        backend: Backend = DEFAULT_BACKEND,
-        device: str = "cpu",
-        threads: int = 1,
-        precision: Precision = "fp32",
-    ) -> Engine:
+    def load(self, program: Program, runtime: Runtime = DEFAULT_RUNTIME) -> Engine:
         """Return the engine of `program`, building it first if the store has none that fits.
 
         Args:
             program: the network.
-            backend: one of `BACKENDS`.
-            device: "cpu", "cuda" or "cuda:N".
-            threads: threads of one call on the CPU.
-            precision: see `Precision`.
+            runtime: what runs it. A network that measures is computed in fp32 where bf16 is asked for.
 
         Raises:
-            EngineError: for a backend that is unknown or not installed, a device that is not there, an engine that
-                differs from torch, or a folder that cannot be written.
+            EngineError: for a backend that is not installed, a device that is not there, an engine that differs from
+                torch, or a folder that cannot be written.
         """
-        module = backend_module(backend)
-        specs = [program.spec(target, precision) for target in module.targets(device)]
-        precision = specs[0].precision
-        if module.suffix(specs[0].target) is None:
-            module.check(specs[0])
-            return module.load(program, None, device, threads, precision)
+        backend = runtime.backend
+        specs = [program.spec(target, runtime.precision) for target in backend.targets(runtime.device)]
+        runtime = replace(runtime, precision=specs[0].precision)
+        if backend.suffix(specs[0].target) is None:
+            backend.check(specs[0])
+            return backend.load(program, None, runtime)
         spec = next((spec for spec in specs if self.contains(program, backend, spec)), None)
         if spec is None:
             spec = specs[0]
             self.build(program, backend, spec)
         path = self.path(program, backend, spec)
         try:
-            engine = module.load(program, path, device, threads, precision)
+            engine = backend.load(program, path, runtime)
         except EngineError as error:
             logger.warning("rebuilding an engine that does not load: %s", error)
             path.unlink()
             path.with_suffix(".json").unlink()
             self.build(program, backend, spec)
-            engine = module.load(program, path, device, threads, precision)
-        self._check_first_run(program, engine, path, precision)
+            engine = backend.load(program, path, runtime)
+        self._check_first_run(program, engine, path, spec.precision)
         return engine
 
     def build(self, program: Program, backend: Backend, spec: Spec) -> tuple[dict, bool]:
@@ -131,7 +109,6 @@ class EngineStore:
         Raises:
             EngineError: if it cannot be built here, differs from torch, or cannot be stored.
         """
-        module = backend_module(backend)
         path = self.path(program, backend, spec)
         identity = _identity(program, backend, spec)
         record, fault = _look(path, identity)
@@ -150,21 +127,24 @@ class EngineStore:
                 if spec.target == "cuda":
                     network, examples = network.to("cuda"), tuple(example.to("cuda") for example in examples)
                 exported = export(program, network, examples, spec.precision)
-                module.build(program, exported, spec, draft)
+                backend.build(program, exported, spec, draft)
                 seconds = round(perf_counter() - start, 2)
                 network = network.to("cpu")
-                device = _device_for(module, spec)
+                device = _device_for(backend, spec)
                 record = identity | {"file_sha256": fingerprint(draft), "bytes": draft.stat().st_size}
                 record |= {"build_seconds": seconds, "created": datetime.now(UTC).isoformat(timespec="seconds")}
                 if device is not None:
-                    engine = module.load(program, draft, device, 1, spec.precision)
+                    engine = backend.load(
+                        program, draft, Runtime(backend=backend, device=device, precision=spec.precision)
+                    )
                     record["parity"] = check_parity(program, engine, network, examples, spec.precision)
                 else:
                     # What went into the builder can be run here: by torch, which rounds to half precision as the graph
                     # says, and as the ONNX file, whose casts ONNX Runtime may leave out.
+                    on_cpu = Runtime(backend=BACKENDS["onnxruntime"])
                     graphs = (
-                        TorchEngine(program, exported.module(), eager.prepare("cpu", 1)),
-                        ort.load(program, draft.with_suffix(".onnx"), "cpu", 1, "fp32"),
+                        TorchEngine(program, exported.module(), eager.prepare(on_cpu)),
+                        on_cpu.backend.load(program, draft.with_suffix(".onnx"), on_cpu),
                     )
                     found = [check_parity(program, graph, network, examples, spec.precision) for graph in graphs]
                     record |= {"parity": None, "parity_missing_because": NOT_RUN}
@@ -177,10 +157,10 @@ class EngineStore:
                 os.replace(draft.with_suffix(".json"), path.with_suffix(".json"))
         return record, True
 
-    def contains(self, program: Program, backend: Backend = DEFAULT_BACKEND, spec: Spec | None = None) -> bool:
+    def contains(self, program: Program, backend: Backend = DEFAULT_RUNTIME.backend, spec: Spec | None = None) -> bool:
         """Return whether the store has an engine that fits; `spec` is for the CPU, in fp32, if there is none."""
         spec = spec or Spec()
-        if backend_module(backend).suffix(spec.target) is None:
+        if backend.suffix(spec.target) is None:
             return True
         record, _ = _look(self.path(program, backend, spec), _identity(program, backend, spec))
         return record is not None
@@ -189,12 +169,12 @@ class EngineStore:
         """Return where the engine of `program` is, or would be; `spec` as in `contains`."""
         spec = spec or Spec()
         key = fingerprint(json.dumps(_identity(program, backend, spec), sort_keys=True))[:KEY_DIGITS]
-        return self.root / f"{program.name}-{key}{backend_module(backend).suffix(spec.target)}"
+        return self.root / f"{program.name}-{key}{backend.suffix(spec.target)}"
 
     def stored(self) -> list[Stored]:
         """Return what the store holds, by name, each compared with its sidecar."""
         found = []
-        suffixes = {module.suffix(target) for module in BACKENDS.values() for target in ("cpu", "cuda", "portable")}
+        suffixes = {backend.suffix(target) for backend in BACKENDS.values() for target in ("cpu", "cuda", "portable")}
         files = list(self.root.iterdir()) if self.root.is_dir() else []
         stems = {file.stem for file in files if file.suffix in {".json", *suffixes} and not file.name.startswith(".")}
         for stem in sorted(stems):
@@ -296,61 +276,18 @@ class EngineStore:
         os.replace(draft, sidecar)
 
 
-def backend_module(backend: str) -> BackendModule:
-    """Return a backend's module.
-
-    Raises:
-        EngineError: if there is no such backend.
-    """
-    if backend not in BACKENDS:
-        raise EngineError(f'unknown backend "{backend}"; use one of: {", ".join(get_args(Backend))}')
-    return BACKENDS[backend]
-
-
-def check_buildable(backend: str, spec: Spec) -> None:
+def check_buildable(backend: Backend, spec: Spec) -> None:
     """Raise EngineError if a backend builds nothing for `spec`, or lacks a package or a device for it here."""
-    module = backend_module(backend)
-    module.check(spec)
-    if reason := module.missing(spec.target):
+    backend.check(spec)
+    if reason := backend.missing(spec.target):
         raise EngineError(reason)
 
 
-def best_backend(device: str) -> Backend:
-    """Return the fastest backend that runs on a device here.
-
-    Raises:
-        EngineError: if the device is not there.
-    """
-    if device == "cpu":
-        return DEFAULT_BACKEND
-    eager.targets(device)
-    return "tensorrt" if tensorrt.is_for(device) else "aotinductor"
-
-
-def backends_for(device: str) -> list[Backend]:
-    """Return the backends that are installed and run on a device."""
-    found = []
-    for name, module in BACKENDS.items():
-        try:
-            if any(module.missing(target) is None for target in module.targets(device)):
-                found.append(cast(Backend, name))
-        except EngineError:
-            continue  # not on this device
-    return found
-
-
-def best_precision(backend: Backend, device: str) -> Precision:
-    """Return half precision where it is faster: in engines on a GPU, and by OpenVINO on a CPU that has it."""
-    if device != "cpu":
-        return "fp32" if backend == "torch" else "fp16"
-    return "bf16" if backend == "openvino" and openvino.has_bf16() else "fp32"
-
-
-def _device_for(module: BackendModule, spec: Spec) -> str | None:
+def _device_for(backend: Backend, spec: Spec) -> str | None:
     """Return where an engine for `spec` can be run on this machine, or None."""
     device = "cpu" if spec.target == "cpu" else "cuda"
     try:
-        return device if spec.target in module.targets(device) else None
+        return device if spec.target in backend.targets(device) else None
     except EngineError:
         return None
 
@@ -366,8 +303,8 @@ def _identity(program: Program, backend: Backend, spec: Spec) -> dict:
         "format_version": FORMAT_VERSION,
         "program": program.name,
         "fingerprint": program.fingerprint,
-        "backend": backend,
-        "versions": backend_module(backend).versions(spec),
+        "backend": backend.name,
+        "versions": backend.versions(spec),
         "target": spec.target,
         "precision": spec.precision,
         "shapes": {tensor.name: [list(tensor.sizes(which)) for which in ("min", "typical", "max")]
@@ -396,7 +333,7 @@ def _is_old(record: dict) -> bool:
     """Return whether an engine was built with other versions than those that are installed now."""
     try:
         spec = Spec(record["target"], record["precision"])
-        return bool(record["versions"] != backend_module(record["backend"]).versions(spec))
+        return bool(record["versions"] != backend_named(record["backend"]).versions(spec))
     except KeyError:
         return True
     except (EngineError, PackageNotFoundError):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from faceage.engines import eager, ort
 from faceage.engines.aotinductor import gpu
-from faceage.engines.base import Axis, Precision, Program, Spec
+from faceage.engines.base import Axis, Backend, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 logger = logging.getLogger(__name__)
-
-NAME = "tensorrt"
 
 RTX_CAPABILITIES = {(7, 5): "sm_75", (8, 6): "sm_86", (8, 9): "sm_89", (12, 0): "sm_120"}
 """Compute capability of a GPU -> the target of its own engines."""
@@ -40,85 +38,90 @@ MAX_SIZE = 2048
 """Largest size of an axis in a profile: TensorRT's tensors have less than 2^31 elements, at all sizes at once."""
 
 
-def suffix(target: str) -> str:
-    """Return the end of its files' names."""
-    return ".pt2" if target == "cuda" else ".engine"
+class TensorRT(Backend):
+    """TensorRT for RTX and Torch-TensorRT, on NVIDIA GPUs."""
 
+    name = "tensorrt"
+    kinds = ("cuda",)
 
-def missing(target: str) -> str | None:
-    """Return what is not installed for a target, and the command that installs it, or None."""
-    package, pip = ("torch_tensorrt", "torch-tensorrt") if target == "cuda" else ("tensorrt_rtx", "'tensorrt-rtx>=1.7'")
-    if find_spec(package) is not None:
-        return None
-    return f"backend {NAME} needs {package} for target {target}, which is not installed; run: pip install {pip}"
+    def suffix(self, target: str) -> str:
+        """Return the end of its files' names."""
+        return ".pt2" if target == "cuda" else ".engine"
 
+    def missing(self, target: str) -> str | None:
+        """Return what is not installed for a target, and the command that installs it, or None."""
+        on_gpu = target == "cuda"
+        package, name = ("torch_tensorrt", "torch-tensorrt") if on_gpu else ("tensorrt_rtx", "'tensorrt-rtx>=1.7'")
+        if find_spec(package) is not None:
+            return None
+        reason = f"backend {self.name} needs {package} for target {target}, which is not installed"
+        return f"{reason}; run: pip install {name}"
 
-def versions(spec: Spec) -> dict[str, str]:
-    """Return the versions that the file depends on, and the GPU if it is for that one alone; torch is the exporter."""
-    if spec.target == "cuda":
-        return {"torch-tensorrt": version("torch-tensorrt"), "torch": version("torch"), "machine": gpu()}
-    return {"tensorrt-rtx": version("tensorrt-rtx"), "torch": version("torch"), "opset": str(ort.OPSET)}
+    def best_precision(self, device: str) -> Precision:
+        """Return fp16."""
+        return "fp16"
 
+    def versions(self, spec: Spec) -> dict[str, str]:
+        """Return the versions that the file depends on, torch's as the exporter; see `Backend.versions`."""
+        if spec.target == "cuda":
+            return {"torch-tensorrt": version("torch-tensorrt"), "torch": version("torch"), "machine": gpu()}
+        return {"tensorrt-rtx": version("tensorrt-rtx"), "torch": version("torch"), "opset": str(ort.OPSET)}
 
-def check(spec: Spec) -> None:
-    """Raise EngineError if it builds nothing for `spec`."""
-    if spec.target == "cpu":
-        raise EngineError(f"backend {NAME} builds for NVIDIA GPUs, not for cpu; use --backend onnxruntime")
-    if spec == Spec("sm_75", "fp32"):
-        raise EngineError("TensorRT for RTX has no fp32 matrix products for sm_75; use --precision fp16")
-    if spec.target == "cuda":
-        eager.targets("cuda")
+    def check(self, spec: Spec) -> None:
+        """Raise EngineError if it builds nothing for `spec`."""
+        if spec.target == "cpu":
+            raise EngineError(f"backend {self.name} builds for NVIDIA GPUs, not for cpu; use --backend onnxruntime")
+        if spec == Spec("sm_75", "fp32"):
+            raise EngineError("TensorRT for RTX has no fp32 matrix products for sm_75; use --precision fp16")
+        if spec.target == "cuda":
+            eager.kind_of("cuda")
 
+    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+        """Write the engine of `exported` to `path`."""
+        if spec.target == "cuda":
+            _build_on_gpu(program, exported, path)
+        else:
+            _build_rtx(program, exported, spec, path)
 
-def build(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-    """Write the engine of `exported` to `path`."""
-    if spec.target == "cuda":
-        _build_on_gpu(program, exported, path)
-    else:
-        _build_rtx(program, exported, spec, path)
+    def targets(self, device: str) -> list[str]:
+        """Return the targets whose engines run on a GPU: made for it, then portable, then Torch-TensorRT's."""
+        self.check_device(device)
+        eager.kind_of(device)
+        import torch
 
+        capability = torch.cuda.get_device_capability(device)
+        found = []
+        if self.missing("portable") is None:
+            found += [RTX_CAPABILITIES[capability]] if capability in RTX_CAPABILITIES else []
+            found += ["portable"] if capability >= (8, 0) else []
+        if self.missing("cuda") is None:
+            found.append("cuda")
+        if not found:
+            raise EngineError(f"{self.missing('portable')}, or for this GPU alone: pip install torch-tensorrt")
+        return found
 
-def targets(device: str) -> list[str]:
-    """Return the targets whose engines run on a GPU: made for it, then portable, then Torch-TensorRT's."""
-    if device == "cpu":
-        raise EngineError(f"backend {NAME} runs on NVIDIA GPUs, not on the CPU; use --device cuda or --backend auto")
-    eager.targets(device)
-    import torch
+    def unfit(self, device: str) -> str | None:
+        """Return why it is not for a GPU: it is not installed, or not documented to run on one of its kind."""
+        import torch
 
-    capability = torch.cuda.get_device_capability(device)
-    found = []
-    if missing("portable") is None:
-        found += [RTX_CAPABILITIES[capability]] if capability in RTX_CAPABILITIES else []
-        found += ["portable"] if capability >= (8, 0) else []
-    if missing("cuda") is None:
-        found.append("cuda")
-    if not found:
-        raise EngineError(f"{missing('portable')}, or for this GPU alone: pip install torch-tensorrt")
-    return found
+        if self.missing("cuda") is None:
+            return None
+        if reason := self.missing("portable"):
+            return reason
+        if torch.cuda.get_device_capability(device) in PORTABLE_CAPABILITIES:
+            return None
+        return f"backend {self.name} needs torch-tensorrt on {gpu(device)}: TensorRT for RTX is not for it"
 
-
-def is_for(device: str) -> bool:
-    """Return whether it is installed and documented to run on a GPU."""
-    import torch
-
-    on_rtx = missing("portable") is None and torch.cuda.get_device_capability(device) in PORTABLE_CAPABILITIES
-    return on_rtx or missing("cuda") is None
-
-
-def load(program: Program, path: Path | None, device: str, threads: int, precision: Precision) -> eager.TorchEngine:
-    """Open the engine at `path` on a GPU.
-
-    Raises:
-        EngineError: if the file cannot be opened on this GPU.
-    """
-    assert path is not None
-    target = eager.prepare(device, threads)
-    if path.suffix == suffix("cuda"):
-        torch_tensorrt = importlib.import_module("torch_tensorrt")
-        run = torch_tensorrt.load(str(path)).module()
-    else:
-        run = _RtxEngine(program, path, target)
-    return eager.TorchEngine(program, run, target, NAME)
+    def load(self, program: Program, path: Path | None, runtime: Runtime) -> eager.TorchEngine:
+        """Open the engine at `path` on a GPU; see `Backend.load`."""
+        assert path is not None
+        target = eager.prepare(runtime)
+        if path.suffix == self.suffix("cuda"):
+            torch_tensorrt = importlib.import_module("torch_tensorrt")
+            run = torch_tensorrt.load(str(path)).module()
+        else:
+            run = _RtxEngine(program, path, target)
+        return eager.TorchEngine(program, run, target, self.name)
 
 
 def _build_on_gpu(program: Program, exported: ExportedProgram, path: Path) -> None:
@@ -167,7 +170,7 @@ def _build_rtx(program: Program, exported: ExportedProgram, spec: Spec, path: Pa
     """Build by TensorRT for RTX; needs no GPU."""
     trt, log = _rtx()
     onnx = path.with_suffix(".onnx")
-    ort.build(program, exported, spec, onnx)
+    ort.OnnxRuntime().build(program, exported, spec, onnx)
     builder = trt.Builder(log)
     # Types are those of the graph, whose casts say which products are in half precision.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -22,8 +22,9 @@ from faceage.ages import OLDEST_YEARS
 from faceage.align import align_faces
 from faceage.checkpoint import read_header, sha256_of
 from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
-from faceage.engines.base import Engine, Precision, Program
-from faceage.engines.store import DEFAULT_BACKEND, Backend, EngineStore, OnBuild
+from faceage.engines.base import Engine, Program, Runtime
+from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
+from faceage.engines.store import EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
 from faceage.kernels import change_crop, gather_crops, to_host
@@ -214,10 +215,7 @@ def load_networks(
     *,
     model: str = DEFAULT_MODEL,
     identity: Literal["compact", "facenet"] = "compact",
-    backend: Backend = DEFAULT_BACKEND,
-    device: str = "cpu",
-    threads: int = 1,
-    precision: Precision = "fp32",
+    runtime: Runtime = DEFAULT_RUNTIME,
     detect: DetectConfig | None = None,
     latent: LatentConfig | None = None,
     composite: Composite = "delta",
@@ -231,10 +229,7 @@ def load_networks(
     Args:
         model: a name that `faceage models list` shows.
         identity: the network that keeps people recognisable; FaceNet is slower and must have been fetched.
-        backend: what runs the engines.
-        device: "cpu", "cuda" or "cuda:N".
-        threads: threads of one engine call.
-        precision: "fp32"; "bf16" on a CPU that has it, "fp16" on a GPU.
+        runtime: what runs the networks; `engines.registry.choose_runtime` finds the fastest one.
         detect: what to look for.
         latent: how latents are optimized, for an architecture that has them.
         composite: how the change is made, for an architecture that has a choice; see `agers.age_cgan.AgeCGAN`.
@@ -257,8 +252,8 @@ def load_networks(
     def engine(role: str) -> Engine:
         # The latent's program may be one that only torch can differentiate.
         if role == "latent" and is_facenet:
-            return store.load(programs[role], "torch", device, threads)
-        return store.load(programs[role], backend, device, threads, precision)
+            return store.load(programs[role], replace(runtime, backend=BACKENDS["torch"], precision="fp32"))
+        return store.load(programs[role], runtime)
 
     architecture = architecture_of(files.architecture)
     given: dict[str, object] = {} if latent is None else {"latent": latent}
@@ -272,14 +267,14 @@ def load_networks(
             raise UnsupportedError(f"model {model} has no option {name}; leave it out, or use {able}")
     return Networks(
         model=model,
-        detector=load_detector(store, detect, backend=backend, device=device, threads=threads, precision=precision),
+        detector=load_detector(store, detect, runtime),
         age_reader=engine("age"),
         age_reader_px=read_header(files.age).dims["size_px"],
         identity=engine("identity"),
         identity_px=read_header(files.identity).dims["size_px"],
         ager=architecture.make(files, engine, **given),
         fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
-        | {"model": model, "backend": backend, "device": device, "precision": precision}
+        | {"model": model, **runtime.describe()}
         | {name: str(value) for name, value in [("detect", detect), *given.items()]},
     )
 

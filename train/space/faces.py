@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -147,10 +147,11 @@ def _read_utkface(archive: Path) -> tuple[list[tuple], list[np.ndarray], np.ndar
 
 def _read_aaf(archive: Path) -> tuple[list[tuple], list[np.ndarray], np.ndarray]:
     from faceage.detect import DetectConfig, load_detector
+    from faceage.engines.registry import DEFAULT_RUNTIME
     from faceage.engines.store import EngineStore
     from faceage.types import RGB, Frame
 
-    detector = load_detector(EngineStore(), DetectConfig(min_face_px=60), threads=2)
+    detector = load_detector(EngineStore(), DetectConfig(min_face_px=60), replace(DEFAULT_RUNTIME, threads=2))
     rows, pictures, landmarks = [], [], []
     for name, data in read_archive(archive):
         match = AAF_NAME.fullmatch(name)
