@@ -13,7 +13,7 @@ import pytest
 from clips import frame_times, index_of, irregular_pts, make_clip, make_frame, packets_of, regular_pts
 
 from faceage.errors import MediaError
-from faceage.media.segment import SegmentWriter, open_segment
+from faceage.media.segment import SegmentEncoder, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, transcode
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import choose_boundaries, fingerprint, load_plan, save_plan
@@ -88,7 +88,7 @@ def test_segments_on_disk_give_what_segments_in_one_go_give(tmp_path):
         frames = list(reader)
         writer.begin(frames[0].pts)
         for name, first, last in (("2", 20, 40), ("0", 0, 13), ("1", 13, 20)):  # in any order
-            encoder, out = writer.new_segment(), SegmentWriter(tmp_path / name)
+            encoder, out = SegmentEncoder(writer.segment_format()), SegmentWriter(tmp_path / name)
             for frame in frames[first:last]:
                 out.write(encoder.encode(frame))
             assert open_segment(tmp_path / name) is None

@@ -12,6 +12,7 @@ import av
 from av.codec.codec import Codec, PixFmtLoss, UnknownCodecError, find_best_pix_fmt_of_list
 from av.codec.context import CodecContext
 from av.codec.context import Flags as CodecFlags
+from av.container import OutputContainer
 from av.video.format import VideoFormat
 from av.video.stream import VideoStream
 
@@ -23,18 +24,22 @@ log = logging.getLogger(__name__)
 _QSCALE_2 = {"flags": "+qscale", "global_quality": "236"}
 """A fixed quantiser of 2 (in FFmpeg's lambda units of 118), the finest that these codecs are used with."""
 
+_THREADS = {"threads": "6"}
+"""What x264 takes on four cores. What these encoders write depends on it, so it is the same on every machine, and
+however many segments are encoded at a time."""
+
 ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
-    "h264": ("libx264", {"crf": "18", "preset": "medium"}),
-    "hevc": ("libx265", {"crf": "20", "preset": "medium"}),
+    "h264": ("libx264", {"crf": "18", "preset": "medium", **_THREADS}),
+    "hevc": ("libx265", {"crf": "20", "preset": "medium", **_THREADS}),
     "av1": ("libsvtav1", {"crf": "22", "preset": "6"}),
     "vp9": ("libvpx-vp9", {"crf": "22", "b": "0", "deadline": "good", "cpu-used": "3", "row-mt": "1"}),
     "vp8": ("libvpx", {"crf": "8", "b": "50M", "deadline": "good", "cpu-used": "2"}),
     "prores": ("prores_ks", {}),
     "dnxhd": ("dnxhd", {}),
     "mjpeg": ("mjpeg", _QSCALE_2),
-    "mpeg4": ("mpeg4", _QSCALE_2),
-    "mpeg2video": ("mpeg2video", _QSCALE_2),
-    "mpeg1video": ("mpeg1video", _QSCALE_2),
+    "mpeg4": ("mpeg4", _QSCALE_2 | _THREADS),
+    "mpeg2video": ("mpeg2video", _QSCALE_2 | _THREADS),
+    "mpeg1video": ("mpeg1video", _QSCALE_2 | _THREADS),
     "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
     **{name: (name, {}) for name in ("ffvhuff", "huffyuv", "magicyuv", "png", "qtrle", "rawvideo", "utvideo", "v210")},
 }
@@ -45,7 +50,7 @@ FALLBACKS = ("h264", "hevc")
 
 DEFAULTS = dict(ENCODERS.values()) | {
     "wmv2": _QSCALE_2,
-    "libx264rgb": {"crf": "18", "preset": "medium"},
+    "libx264rgb": {"crf": "18", "preset": "medium", **_THREADS},
     "h264_nvenc": {"cq": "19", "preset": "p5", "b": "0"},
     "hevc_nvenc": {"cq": "21", "preset": "p5", "b": "0"},
     "av1_nvenc": {"cq": "24", "preset": "p5", "b": "0"},
@@ -240,12 +245,21 @@ def frame_rate(info: VideoInfo) -> Fraction:
     return (info.average_rate or Fraction(25)).limit_denominator(1 << 20)
 
 
-def open_encoder(stream: VideoStream, encoder: Encoder, info: VideoInfo) -> None:
-    """Set up the output stream as the source is and open its encoder.
+def add_encoder(output: OutputContainer, encoder: Encoder, info: VideoInfo) -> VideoStream:
+    """Add a stream to an output, set it up as the source is and open its encoder.
 
     Raises:
+        ValueError: if the container cannot hold the codec.
         MediaError: if the encoder refuses the picture or an option.
     """
+    ticks = encoder_time_base(encoder.name, info)
+    stream = output.add_stream(encoder.name, rate=frame_rate(info), time_base=ticks)
+    assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
+    _open_encoder(stream, encoder, info)
+    return stream
+
+
+def _open_encoder(stream: VideoStream, encoder: Encoder, info: VideoInfo) -> None:
     context = stream.codec_context
     context.width, context.height = info.width, info.height
     context.pix_fmt = encoder.pixel_format

@@ -7,7 +7,9 @@ where it is, the segment is complete.
 
 from __future__ import annotations
 
+import io
 import os
+import platform
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,32 +25,50 @@ from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
-from faceage.media.codecs import Encoder, loses_rgb
+from faceage.media.codecs import Encoder, add_encoder, loses_rgb
 from faceage.media.files import write_atomically
 from faceage.media.planes import to_native
 from faceage.media.probe import VideoInfo
 from faceage.types import Frame, IntArray
 
 
+@dataclass(frozen=True, kw_only=True)
+class SegmentFormat:
+    """What the segments of one output have in common: with it they can be encoded anywhere."""
+
+    encoder: Encoder
+    info: VideoInfo
+    """The source."""
+    container: str
+    """FFmpeg's name of the output's: encoders are set up for it."""
+    extradata: bytes | None
+    """The encoder's global header in the output."""
+    shift: int
+    """What is subtracted from the frames' time stamps, in units of their time base."""
+
+
 class SegmentEncoder:
     """Encodes consecutive frames into closed groups of pictures.
 
     Args:
-        stream: an output's, whose encoder is open and was given no frame.
-        encoder: what it is.
-        info: the source.
-        shift: what is subtracted from the frames' time stamps, in units of their time base.
+        form: of the segment.
+        stream: an output's, whose encoder is open and was given no frame; None: one of its own.
+
+    Raises:
+        MediaError: if the encoder would need another header than the output has.
     """
 
-    def __init__(self, stream: VideoStream, encoder: Encoder, info: VideoInfo, shift: int) -> None:
-        self._stream, self._encoder, self._info, self._shift = stream, encoder, info, shift
+    def __init__(self, form: SegmentFormat, stream: VideoStream | None = None) -> None:
+        # An output that is never written: there is no encoder without one.
+        stream = stream or add_encoder(av.open(io.BytesIO(), "w", format=form.container), form.encoder, form.info)
+        if stream.codec_context.extradata != form.extradata:
+            raise MediaError(
+                f"{form.encoder.name} writes another header for each segment, so they cannot be put together; "
+                "choose another codec, e.g. --codec libx264"
+            )
+        self._stream, self._encoder, self._info, self._shift = stream, form.encoder, form.info, form.shift
         self.ticks: list[int] = []
         """Of every frame that came, its time in units of the encoder's time base."""
-
-    @property
-    def extradata(self) -> bytes | None:
-        """The encoder's global header."""
-        return self._stream.codec_context.extradata
 
     def encode(self, frame: Frame) -> list[Packet]:
         """Encode one frame. The frame is used up: its time stamp may be moved.
@@ -93,11 +113,14 @@ class SegmentWriter:
         self._path = path
         self._rows: list[tuple[int, int, int, int, int]] = []
         self._time_base = Fraction(1)
-        self._file = open(_packets_of(path), "wb")  # noqa: SIM115  closed by close and finish
+        # Of this process: where one was taken for dead, two may be writing the same segment.
+        self._partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+        self._file = open(self._partial, "wb")  # noqa: SIM115  closed by close and finish
 
     def close(self) -> None:
-        """Give up a segment that is not complete."""
+        """Give up a segment, if it is not complete."""
         self._file.close()
+        self._partial.unlink(missing_ok=True)
 
     def write(self, packets: list[Packet]) -> None:
         """Add packets, in the encoder's order."""
@@ -124,6 +147,7 @@ class SegmentWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._partial.replace(_packets_of(self._path))
         with write_atomically(self._path.with_suffix(".npz")) as file:
             np.savez(
                 file,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -13,22 +12,16 @@ from typing import TYPE_CHECKING, Self, cast
 
 import av
 from av.codec import Codec
-from av.container import InputContainer, OutputContainer
+from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
-from faceage.media.codecs import (
-    EncodeOptions,
-    choose_encoder,
-    encoder_time_base,
-    frame_rate,
-    open_encoder,
-)
+from faceage.media.codecs import EncodeOptions, add_encoder, choose_encoder
 from faceage.media.probe import VideoInfo, open_input
 from faceage.media.reader import VideoReader
 from faceage.media.remux import StreamCopier, can_label, copied_tags, muxer_options, stream_tags
-from faceage.media.segment import Segment, SegmentEncoder
+from faceage.media.segment import Segment, SegmentEncoder, SegmentFormat
 from faceage.types import Frame
 
 if TYPE_CHECKING:
@@ -146,14 +139,13 @@ class VideoWriter:
                 ) from error
             raise MediaError(f"{self.path} cannot be written as {output.format.name}: {error}; use .mkv") from error
 
-    def _open_stream(self, output: OutputContainer) -> VideoStream:
-        """Add a stream to an output and open its encoder."""
-        ticks = encoder_time_base(self.encoder.name, self.info)
+    def _open_stream(self) -> VideoStream:
+        """Add the video stream to the output and open its encoder."""
         try:
-            codec, is_asf = Codec(self.encoder.name, "w").canonical_name, output.format.name == "asf"
-            if not can_label(output, codec) or (is_asf and codec not in _ASF_CODECS):
+            codec, is_asf = Codec(self.encoder.name, "w").canonical_name, self._output.format.name == "asf"
+            if not can_label(self._output, codec) or (is_asf and codec not in _ASF_CODECS):
                 raise ValueError("a transport stream has no type for it, ASF no times")
-            stream = output.add_stream(self.encoder.name, rate=frame_rate(self.info), time_base=ticks)
+            return add_encoder(self._output, self.encoder, self.info)
         except ValueError as error:
             suffix = self.info.path.suffix
             like = "" if suffix.lower() == self.path.suffix.lower() else f"{suffix} like the input, or "
@@ -161,12 +153,9 @@ class VideoWriter:
                 f"{self.path.suffix} cannot hold {self.encoder.name} video; name the output "
                 f"{like}.mkv, or choose a codec, e.g. --codec {'wmv2' if is_asf else 'libx264'}"
             ) from error
-        assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
-        open_encoder(stream, self.encoder, self.info)
-        return stream
 
     def _add_video(self, source: VideoStream) -> None:
-        stream = self._open_stream(self._output)
+        stream = self._open_stream()
         stream.time_base = self.info.time_base
         stale = ["encoder", "BPS", "DURATION", "NUMBER_OF", "_STATISTICS"]
         if source.metadata.get("alpha_mode") == "1":
@@ -223,20 +212,15 @@ class VideoWriter:
         self._copier.start(self._origin_pts * self.info.time_base, begin, end)
         self._is_begun = True
 
-    def new_segment(self) -> SegmentEncoder:
-        """Return an encoder for the frames of one segment, which none was given to. Call `begin` before."""
-        stream = self._stream if self._has_fresh_encoder else None
-        self._has_fresh_encoder = False
-        if stream is None:
-            # An output that is never written: encoders are set up for their container.
-            stream = self._open_stream(av.open(io.BytesIO(), "w", format=self._output.format.name))
-        segment = SegmentEncoder(stream, self.encoder, self.info, self._origin_pts + self._first_tick)
-        if segment.extradata != self._stream.codec_context.extradata:
-            raise MediaError(
-                f"{self.encoder.name} writes another header for each segment, so they cannot be put together; "
-                "choose another codec, e.g. --codec libx264"
-            )
-        return segment
+    def segment_format(self) -> SegmentFormat:
+        """Return what segments must be like to be added. Call `begin` before."""
+        return SegmentFormat(
+            encoder=self.encoder,
+            info=self.info,
+            container=self._output.format.name,
+            extradata=self._stream.codec_context.extradata,
+            shift=self._origin_pts + self._first_tick,
+        )
 
     def write(self, frame: Frame) -> None:
         """Encode one frame. The frame is used up: its time stamp may be moved.
@@ -246,7 +230,9 @@ class VideoWriter:
         """
         if not self._is_begun:
             self.begin(frame.pts)
-        self._segment = self._segment or self.new_segment()
+        if self._segment is None:
+            self._segment = SegmentEncoder(self.segment_format(), self._stream if self._has_fresh_encoder else None)
+            self._has_fresh_encoder = False
         number = self.frames_written
         try:
             self._mux(self._segment.encode(frame), self._segment.ticks)
@@ -265,7 +251,7 @@ class VideoWriter:
         self._segment = None
 
     def add(self, segment: Segment) -> None:
-        """Add a segment that an encoder from `new_segment` made, of this run or of another one alike."""
+        """Add a segment of the right format, of this run or of another one alike."""
         ticks = segment.ticks.tolist()
         try:
             for packet in segment.packets():
