@@ -154,3 +154,30 @@ def face_clip(tmp_path_factory):
         options={"preset": "veryfast", "crf": "20"},
         container_options={"movflags": "faststart"},
     )
+
+
+@pytest.fixture(scope="session")
+def long_clip(tmp_path_factory, face_picture):
+    """A face that wanders, for two segments of about 96 frames, with sound."""
+    import av
+    import numpy as np
+    from clips import make_clip, regular_pts
+
+    def draw(index):
+        picture = np.roll(face_picture, ((index + 2) // 4) % 24, axis=1)
+        return av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(format="yuv420p")
+
+    return make_clip(
+        tmp_path_factory.mktemp("long") / "long.mp4", pts=regular_pts(228), size=(FACE_PX, FACE_PX), draw=draw,
+        audio="aac", options={"preset": "ultrafast", "bf": "2", "g": "50"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def long_plan(networks, long_clip):
+    """The plan of `long_clip`, in two segments."""
+    from faceage.media.video import VideoReader
+    from faceage.pipeline.scan import scan
+
+    with VideoReader(long_clip) as reader:
+        return scan(networks, reader, segment_frames=96)

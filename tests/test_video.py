@@ -789,7 +789,7 @@ def test_options_reach_the_encoder(tmp_path):
     encoder = choose_encoder(info, EncodeOptions(crf=30, preset="fast", encoder_options={"tune": "grain"}))
     assert (encoder.name, encoder.pixel_format) == ("libx264", "yuv420p")
     assert encoder.options == {
-        "crf": "30", "preset": "fast", "tune": "grain", "chroma_sample_location": "left"
+        "crf": "30", "preset": "fast", "threads": "6", "tune": "grain", "chroma_sample_location": "left"
     }  # fmt: skip
 
 

@@ -12,11 +12,13 @@ import click
 
 from faceage.cli.options import (
     NetworkOptions,
+    WorkerOptions,
     network_options,
     no_label_option,
     output_options,
     overwrite_option,
     request_options,
+    worker_options,
 )
 from faceage.cli.output import Output
 from faceage.errors import MediaError
@@ -40,6 +42,7 @@ SKIPPED_SHOWN = 5
 )  # fmt: skip
 @request_options
 @network_options
+@worker_options
 @overwrite_option
 @no_label_option
 @output_options
@@ -49,6 +52,7 @@ def command(
     output: Path,
     request: AgeRequest,
     network: NetworkOptions,
+    work_on: WorkerOptions,
     overwrite: bool,
     no_label: bool,
     out: Output,
@@ -64,10 +68,11 @@ def command(
             return
         networks = network.load(out)
         timer, summary = StageTimer(), _Summary()
-        for report in photo_reports(networks, jobs, request, overwrite=overwrite, label=not no_label, timer=timer):
-            summary.add(report)
-            out.progress("photos", "aged", summary.photos, len(jobs))
-            _report(report, out)
+        with work_on.start(network, networks) as workers:
+            for report in photo_reports(workers, jobs, request, overwrite=overwrite, label=not no_label, timer=timer):
+                summary.add(report)
+                out.progress("photos", "aged", summary.photos, len(jobs))
+                _report(report, out)
         out.end_progress()
         summary.show(output, timer, out)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -17,6 +18,7 @@ from faceage.engines.base import Precision, Runtime
 from faceage.engines.registry import BACKENDS, BackendName, choose_runtime
 from faceage.models import DEFAULT_MODEL, list_models
 from faceage.pipeline.request import AGE_LIMITS_YEARS, AgeRequest, Networks, load_networks
+from faceage.pipeline.workers import Cluster, Here, Processes, Workers
 
 if TYPE_CHECKING:
     from faceage.agers.base import Composite
@@ -174,3 +176,47 @@ output_options = group(
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 no_label_option = click.option("--no-label", is_flag=True, help="Do not mark outputs as partly synthetic.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How many do the work, and where."""
+
+    jobs: int
+    ray: str | None
+
+    def __post_init__(self) -> None:
+        if self.jobs > 1 and self.ray is not None:
+            raise click.UsageError("give either --jobs or --ray: a Ray cluster says itself how many work at a time")
+
+    @contextmanager
+    def start(self, network: NetworkOptions, networks: Networks) -> Iterator[Workers]:
+        """Give the workers; they end with the block.
+
+        Args:
+            network: what they load.
+            networks: the ones that are loaded here.
+        """
+        loader = network.loader()
+        if self.ray is not None:
+            on_gpu = loader.keywords["runtime"].device.startswith("cuda")
+            with Cluster(loader, self.ray, gpus=int(on_gpu)) as cluster:
+                yield cluster
+        elif self.jobs > 1:
+            with Processes(loader, self.jobs) as processes:
+                yield processes
+        else:
+            yield Here(networks)
+
+
+worker_options = group(
+    "work_on",
+    WorkerOptions,
+    click.option(
+        "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+        help="Render in N processes of this machine.",
+    ),
+    click.option(
+        "--ray", metavar="ADDRESS|local", help="Render on a Ray cluster whose machines all see the same files.",
+    ),
+)  # fmt: skip

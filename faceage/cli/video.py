@@ -11,7 +11,15 @@ from pathlib import Path
 import click
 
 from faceage.cli.encoding import Time, detect_every_option, encode_options
-from faceage.cli.options import NetworkOptions, network_options, no_label_option, output_options, overwrite_option
+from faceage.cli.options import (
+    NetworkOptions,
+    WorkerOptions,
+    network_options,
+    no_label_option,
+    output_options,
+    overwrite_option,
+    worker_options,
+)
 from faceage.cli.output import Output
 from faceage.cli.person import Wish, wish_options
 from faceage.errors import CheckpointError, EngineError, FaceAgeError, MediaError
@@ -41,6 +49,7 @@ PEOPLE_SHOWN = 6
     help="What `faceage scan` wrote of the video: it is not scanned again.",
 )
 @network_options
+@worker_options
 @detect_every_option
 @click.option("--start", type=Time(), metavar="TIME", help="Leave out what is before: seconds or [HH:]MM:SS.")
 @click.option("--end", type=Time(), metavar="TIME", help="Leave out what comes from this time on.")
@@ -64,6 +73,7 @@ def command(
     wish: Wish,
     plan_folder: Path | None,
     network: NetworkOptions,
+    work_on: WorkerOptions,
     detect_every: int,
     start: float | None,
     end: float | None,
@@ -91,35 +101,37 @@ def command(
         if not pairs:
             return
         networks = network.load(out)
-        for source, target in pairs:
-            try:
-                report = age_video(
-                    networks,
-                    source,
-                    target,
-                    wish.everybody,
-                    people=wish.people,
-                    plan=plan,
-                    encode=encode,
-                    track=TrackConfig(detect_every=detect_every),
-                    start_s=start,
-                    end_s=end,
-                    resume=resume,
-                    work=work,
-                    label=not no_label,
-                    progress=functools.partial(out.progress, str(source)),
-                )
-            except KeyboardInterrupt:
-                if resume:
-                    out.note("the same command goes on where this one ended")
-                raise
-            except (EngineError, CheckpointError):
-                raise  # the next file would fail too
-            except FaceAgeError as error:
-                out.item({"source": str(source), "target": str(target), "error": str(error)})
-                continue
-            out.end_progress()
-            _report(report, out)
+        with work_on.start(network, networks) as workers:
+            for source, target in pairs:
+                try:
+                    report = age_video(
+                        networks,
+                        source,
+                        target,
+                        wish.everybody,
+                        people=wish.people,
+                        plan=plan,
+                        encode=encode,
+                        track=TrackConfig(detect_every=detect_every),
+                        start_s=start,
+                        end_s=end,
+                        resume=resume,
+                        work=work,
+                        workers=workers,
+                        label=not no_label,
+                        progress=functools.partial(out.progress, str(source)),
+                    )
+                except KeyboardInterrupt:
+                    if resume:
+                        out.note("the same command goes on where this one ended")
+                    raise
+                except (EngineError, CheckpointError):
+                    raise  # the next file would fail too
+                except FaceAgeError as error:
+                    out.item({"source": str(source), "target": str(target), "error": str(error)})
+                    continue
+                out.end_progress()
+                _report(report, out)
 
 
 def _pair(inputs: tuple[Path, ...], output: str) -> list[tuple[Path, Path]]:

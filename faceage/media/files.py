@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def partial_of(path: Path) -> Path:
+    """Return the name that a file has while this process writes it."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+
+
 @contextmanager
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name, and on the disk, when the block ends without an error."""
-    partial = path.with_name(f"{path.name}.part")
+    partial = partial_of(path)
     try:
         with open(partial, "wb") as file:
             yield file

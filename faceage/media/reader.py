@@ -44,6 +44,7 @@ class VideoReader:
         path: a video file.
         start_s: frames before this time are dropped, in seconds from the first frame.
         end_s: frames from this time on are dropped.
+        threads: of the decoder; None: one a core.
 
     Raises:
         MediaError: if the file is not a video.
@@ -51,7 +52,12 @@ class VideoReader:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, start_s: float | None = None, end_s: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        threads: int | None = None,
     ) -> None:
         if end_s is not None and end_s <= (start_s or 0):
             raise UnsupportedError(f"the range ends at {end_s} s, before it starts at {start_s or 0} s; swap them")
@@ -66,6 +72,7 @@ class VideoReader:
             log.info("%s: %s frames are repacked to %s without loss", path, self.info.pixel_format, name)
         self.pixel_format = name
         self.start_s, self.end_s = start_s, end_s
+        self._threads = threads or 0
         self.frames_read = 0
         self.damage: str | None = None
         self._container: InputContainer | None = None
@@ -76,6 +83,7 @@ class VideoReader:
         self._container = open_input(self.info.path)
         stream = cast(VideoStream, self._container.streams[self.info.stream_index])
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = self._threads
         for other in self._container.streams:
             if other.index != stream.index:
                 other.discard = av.stream.Discard.all

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import platform
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import Encoder, add_encoder, loses_rgb
-from faceage.media.files import write_atomically
+from faceage.media.files import partial_of, write_atomically
 from faceage.media.planes import to_native
 from faceage.media.probe import VideoInfo
 from faceage.types import Frame, IntArray
@@ -114,7 +113,7 @@ class SegmentWriter:
         self._rows: list[tuple[int, int, int, int, int]] = []
         self._time_base = Fraction(1)
         # Of this process: where one was taken for dead, two may be writing the same segment.
-        self._partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+        self._partial = partial_of(_packets_of(path))
         self._file = open(self._partial, "wb")  # noqa: SIM115  closed by close and finish
 
     def close(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from faceage.pipeline.label import describe_request, label_fields
 from faceage.pipeline.report import FaceReport, PhotoReport
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
 from faceage.pipeline.threads import WriteBehind, map_ahead, read_ahead
+from faceage.pipeline.workers import Here, Worker, Workers
 from faceage.types import Change, Faces, FloatArray, Frame, IntArray
 
 MIN_PHOTO_SCORE = 0.85
@@ -28,6 +31,8 @@ MIN_PHOTO_SCORE = 0.85
 BATCH_PHOTOS = 4
 BATCH_MEGAPIXELS = 16
 """Photos are decoded, detected and aged in batches of at most this many of each: the bound on memory."""
+BLOCK_PHOTOS = 32
+"""Photos that one of several workers is given at a time."""
 MAX_WORKERS = 8
 """Batches in work at a time at most; engines run on one thread each, so there is one a core up to here."""
 
@@ -189,12 +194,12 @@ def age_photos(
         One report an item, in order.
     """
     places = {str(target): place for place, (_, target) in enumerate(items)}
-    reports = photo_reports(networks, items, request, overwrite=overwrite, label=label, timer=timer)
+    reports = photo_reports(Here(networks), items, request, overwrite=overwrite, label=label, timer=timer)
     return sorted(reports, key=lambda report: places[report.target])
 
 
 def photo_reports(
-    networks: Networks,
+    workers: Workers,
     items: Iterable[tuple[Path, Path]],
     request: AgeRequest,
     *,
@@ -205,14 +210,35 @@ def photo_reports(
     """Age the faces of any number of photos, and yield each one's report as soon as it is final, in any order.
 
     Args:
-        networks: as `age_photos`, like all that follow.
-        items: taken when they are needed, from another thread.
+        workers: age blocks of photos.
+        items: as `age_photos`, like all that follow; taken when they are needed.
         request: see there.
         overwrite: see there.
         label: see there.
         timer: see there.
     """
-    timer = timer or StageTimer()
+    # One worker has more of one block: it reads on from photo to photo.
+    blocks: Iterable[Iterable[tuple[Path, Path]]] = [items] if workers.count == 1 else _blocks(items)
+    with closing(workers.map(partial(_age_block, request, overwrite, label), blocks)) as results:
+        for result in results:
+            if isinstance(result, PhotoReport):
+                yield result
+            elif timer:
+                timer.add(result)
+
+
+def _blocks(items: Iterable[tuple[Path, Path]]) -> Iterator[list[tuple[Path, Path]]]:
+    source = iter(items)
+    while block := list(islice(source, BLOCK_PHOTOS)):
+        yield block
+
+
+def _age_block(
+    request: AgeRequest, overwrite: bool, label: bool, worker: Worker, items: Iterable[tuple[Path, Path]]
+) -> Iterator[PhotoReport | Mapping[str, float]]:
+    """Yield the reports of photos, and the seconds of each stage at the end."""
+    timer = StageTimer()
+    networks = worker.networks
     fields = label_fields(networks, describe_request(request)) if label else None
     finished: SimpleQueue[PhotoReport] = SimpleQueue()
 
@@ -245,11 +271,12 @@ def photo_reports(
 
     with WriteBehind(write, BATCH_PHOTOS) as out:
         batches = _batches(read_ahead(read(), BATCH_PHOTOS))
-        for batch in map_ahead(age, batches, min(os.cpu_count() or 1, MAX_WORKERS)):
+        for batch in map_ahead(age, batches, min(worker.threads, MAX_WORKERS)):
             for done in batch:
                 out.put(done)
             yield from _drain(finished)
     yield from _drain(finished)
+    yield timer.seconds
 
 
 class _Job(NamedTuple):

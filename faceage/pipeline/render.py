@@ -22,7 +22,7 @@ from faceage.media.video import writable
 from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, person_age
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
 from faceage.track import Track
-from faceage.types import FloatArray, Frame
+from faceage.types import Appearance, FloatArray, Frame
 
 People = Mapping[int, AgeRequest | None]
 """Number of a person -> how this one is aged; None: not at all."""
@@ -34,10 +34,9 @@ class AgedTrack:
 
     track: Track
     person: int
+    appearance: Appearance
     source_age: float
     target_age: float
-    look: Look
-    """What the ager decided about the person in this shot."""
     sizes_px: tuple[int, ...]
     """Sides of the crops that the face is aged in, one a view."""
     frame_to_crop: tuple[FloatArray, ...]
@@ -61,20 +60,31 @@ class AgedTrack:
         return [frame for frame in sorted({first, last, *grid}) if matters(frame)]
 
 
-def decide(networks: Networks, plan: Plan, request: AgeRequest | None, people: People | None = None) -> list[AgedTrack]:
+def decide(
+    networks: Networks,
+    plan: Plan,
+    request: AgeRequest | None,
+    people: People | None = None,
+    *,
+    first: int = 0,
+    last: int | None = None,
+) -> list[AgedTrack]:
     """Decide how each track of a plan is changed; tracks that are to stay as they are are left out.
 
     Args:
-        networks: the ager looks at the people.
+        networks: the ager's views say how faces are aligned.
         plan: of the video.
         request: for everybody whom `people` does not name; None: they stay as they are.
         people: for people by their numbers in the plan.
+        first: tracks that end before this frame are left out too.
+        last: and those that begin at this frame or later; None: at the video's end.
 
     Raises:
         MediaError: if `people` names somebody who is not there.
     """
     everybody = plan.people()
     named = people or {}
+    last = plan.frame_count if last is None else last
     if unknown := sorted(named.keys() - everybody.keys()):
         raise MediaError(
             f"there is no person {unknown[0]} in the video, which has {len(everybody)}; "
@@ -93,17 +103,15 @@ def decide(networks: Networks, plan: Plan, request: AgeRequest | None, people: P
     read = np.array([person_age(everybody[planned.person]) for planned, _ in chosen], np.float32)
     ages = [resolve_ages(age[None], mine) for age, (_, mine) in zip(read, chosen, strict=True)]
     source, target = (np.concatenate(column) for column in zip(*ages, strict=True))
-    ager = networks.ager
-    appearances = [planned.appearance for planned, _ in chosen] if ager.needs_appearance else []
-    looks = ager.look(appearances, source, target)
     return [
-        _aged(networks, plan, planned, mine.strength, look, float(now), float(wanted))
-        for (planned, mine), look, now, wanted in zip(chosen, looks, source, target, strict=True)
+        _aged(networks, plan, planned, mine.strength, float(now), float(wanted))
+        for (planned, mine), now, wanted in zip(chosen, source, target, strict=True)
+        if planned.track.first_frame < last and planned.track.last_frame >= first
     ]
 
 
 def _aged(
-    networks: Networks, plan: Plan, planned: PlannedTrack, strength: float, look: Look, source: float, target: float
+    networks: Networks, plan: Plan, planned: PlannedTrack, strength: float, source: float, target: float
 ) -> AgedTrack:
     track, views = planned.track, networks.ager.views
     sizes = tuple(choose_size(track.landmarks, view) for view in views)
@@ -114,9 +122,9 @@ def _aged(
     return AgedTrack(
         track=track,
         person=planned.person,
+        appearance=planned.appearance,
         source_age=source,
         target_age=target,
-        look=look,
         sizes_px=sizes,
         frame_to_crop=tuple(
             align_faces(track.landmarks, size, view.template) for size, view in zip(sizes, views, strict=True)
@@ -162,10 +170,11 @@ class Renderer:
     """Changes the frames of any stretch of a video between two boundaries of its plan."""
 
     def __init__(self, networks: Networks, plan: Plan, tracks: list[AgedTrack], timer: StageTimer) -> None:
-        self._networks, self._plan, self._timer = networks, plan, timer
+        self._networks, self._plan, self.timer = networks, plan, timer
         self._tracks = sorted(tracks, key=lambda aged: (aged.track.first_frame, aged.track.track_id))
         self._key_frames = {aged.track.track_id: aged.key_frames() for aged in tracks}
         self._boundaries = {int(edge) for edge in plan.boundaries[:-1]}
+        self._looks: dict[int, Look] = {}  # track id -> what the ager decided, while the track is in view
         self.identities: dict[int, float] = {}
         """Track id -> cosine of the embeddings before and after at its first key frame, if that was rendered."""
 
@@ -196,6 +205,7 @@ class Renderer:
             while waiting and waiting[0].track.first_frame < high:
                 in_view.append(waiting.popleft())
             in_view = [aged for aged in in_view if aged.track.last_frame >= low]
+            self._look(in_view)
             if low in self._boundaries and low >= first:
                 chain, upcoming = upcoming, {}
             if low >= first:
@@ -208,6 +218,17 @@ class Renderer:
                 if index >= first:
                     yield self._blend(chain, in_view, frame, index)
                 del frame
+
+    def _look(self, in_view: list[AgedTrack]) -> None:
+        """Let the ager decide about those who have come into view."""
+        ager = self._networks.ager
+        self._looks = {aged.track.track_id: self._looks.get(aged.track.track_id) for aged in in_view}
+        new = [aged for aged in in_view if self._looks[aged.track.track_id] is None]
+        source, target = (
+            np.array([getattr(aged, name) for aged in new], np.float32) for name in ("source_age", "target_age")
+        )
+        looks = ager.look([aged.appearance for aged in new] if ager.needs_appearance else [], source, target)
+        self._looks |= {aged.track.track_id: look for aged, look in zip(new, looks, strict=True)}
 
     def _boundary_after(self, frame: int) -> int:
         edges = self._plan.boundaries
@@ -250,7 +271,7 @@ class Renderer:
     ) -> None:
         """Compute the change of tracks at a key frame each; all have the same sizes."""
         ager = self._networks.ager
-        with self._timer("gather"):
+        with self.timer("gather"):
             landmarks = np.stack([aged.track.landmarks[frame - aged.track.first_frame] for aged, frame in batch])
             indices = np.array([frame - first for _, frame in batch])
             crops = [
@@ -258,8 +279,8 @@ class Renderer:
                 for view, size in zip(ager.views, batch[0][0].sizes_px, strict=True)
             ]
         known = [chain[aged.track.track_id] for aged, _ in batch]
-        with self._timer("age"):
-            looks = [aged.look for aged, _ in batch]
+        with self.timer("age"):
+            looks = [self._looks[aged.track.track_id] for aged, _ in batch]
             keys = ager.observe(looks, crops, [mine.keys[-1] if mine.keys else None for mine in known])
             is_first = [frame == self._key_frames[aged.track.track_id][0] for aged, frame in batch]
             if is_shown and any(is_first):
@@ -281,11 +302,11 @@ class Renderer:
         ]
         if not present:
             return frame
-        with self._timer("blend"):
+        with self.timer("blend"):
             frame = writable(frame)
             for aged, at in present:
                 before, after, share = chain[aged.track.track_id].around(index)
-                changes = self._networks.ager.draw(aged.look, before, after, share)
+                changes = self._networks.ager.draw(self._looks[aged.track.track_id], before, after, share)
                 matrices = [matrix[at] for matrix in aged.frame_to_crop]
                 blend_faces(frame, changes, [float(aged.weights[at])] * len(changes), matrices)
         return frame

@@ -101,8 +101,13 @@ class StageTimer:
         try:
             yield
         finally:
-            with self._lock:
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+            self.add({stage: perf_counter() - start})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what another timer measured."""
+        with self._lock:
+            for stage, value in seconds.items():
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
     def ms_per(self, count: int) -> dict[str, float]:
         """Return milliseconds per frame (or photo) of each stage."""

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
 from faceage.checkpoint import sha256_of
 from faceage.errors import MediaError
-from faceage.media.segment import SegmentEncoder, SegmentWriter, open_segment
+from faceage.media.segment import SegmentEncoder, SegmentFormat, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, check_output
 from faceage.pipeline.label import describe_people, label_comment, label_fields
-from faceage.pipeline.plan import Plan, fingerprint, person_age
+from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, fingerprint, load_plan, person_age
 from faceage.pipeline.render import AgedTrack, People, Renderer, decide
 from faceage.pipeline.report import PersonReport, VideoReport
 from faceage.pipeline.request import AgeRequest, Networks, StageTimer
 from faceage.pipeline.scan import Progress, scan
 from faceage.pipeline.threads import WriteBehind, read_ahead, timed
-from faceage.pipeline.work import WorkFolder, full, locked, versions, work_folder
+from faceage.pipeline.work import WorkFolder, full, locked, segment_path, versions, work_folder
+from faceage.pipeline.workers import Here, Worker, Workers
 from faceage.track import TrackConfig
 from faceage.types import Frame
 
@@ -44,6 +49,7 @@ def age_video(
     end_s: float | None = None,
     resume: bool = True,
     work: Path | None = None,
+    workers: Workers | None = None,
     label: bool = True,
     progress: Progress | None = None,
 ) -> VideoReport:
@@ -64,6 +70,7 @@ def age_video(
         end_s: frames from this time on are left out.
         resume: keep what is finished in a work folder until the output is complete.
         work: the folder that the work folder lies in; None: the output's.
+        workers: what renders the segments; None: this process.
         label: mark the output as partly synthetic, in its comment; a copy of the source is not marked.
         progress: called now and then, from this thread.
 
@@ -76,6 +83,7 @@ def age_video(
     timer = StageTimer()
     source, target = Path(source), Path(target)
     encode = encode or EncodeOptions()
+    workers = workers or Here(networks)
     if label:
         fields = label_fields(networks, describe_people(request, people or {}))
         encode = replace(encode, metadata={**encode.metadata, "comment": label_comment(source, fields)})
@@ -91,22 +99,28 @@ def age_video(
             if plan is not None:
                 _check_plan(plan, networks, first_pass, sha256)
             folder: WorkFolder | None = None
-            if resume:
+            if resume or workers.count > 1:
                 manifest = _manifest(networks, first_pass, sha256, plan, wish, writer)
-                folder = WorkFolder(work_folder(target, work), manifest)
+                folder = WorkFolder(work_folder(target, work), manifest, fresh=not resume)
                 plan = plan or folder.plan()
-            if plan is None:
-                try:
+            try:
+                if plan is None:
                     plan = scan(networks, first_pass, track, sha256=sha256, timer=timer, progress=progress)
-                except BaseException:
-                    if folder:
-                        folder.remove()  # there is nothing to go on with
-                    raise
-            if folder:
-                folder.save(plan)
-            tracks = decide(networks, plan, request, people)
-            job = _Job(networks, plan, tracks, second_pass, writer, timer, progress or (lambda *_: None))
-            identities = job.run(folder)
+                if folder:
+                    folder.save(plan)
+                tracks = decide(networks, plan, request, people)
+                job = _Job(networks, plan, tracks, second_pass, writer, timer, progress or (lambda *_: None))
+                if not any(aged.weights.any() for aged in tracks) and writer.can_copy_source:
+                    writer.copy_source()
+                    identities = {}
+                elif folder and plan.segment_count > 1:
+                    identities = job.render_segments(folder.path, workers, request, people or {})
+                else:
+                    identities = job.render_whole()
+            except BaseException:
+                if folder and (plan is None or not resume):
+                    folder.remove()  # there is nothing to go on with
+                raise
         if folder:
             folder.remove()
     return VideoReport(
@@ -161,9 +175,117 @@ def _check_plan(plan: Plan, networks: Networks, reader: VideoReader, sha256: str
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stretches:
+    """What the stretches of one video have in common: all that a worker must know to render any of them."""
+
+    source: Path
+    start_s: float | None
+    end_s: float | None
+    folder: Path
+    """The work folder: it holds the plan and gets the segments."""
+    request: AgeRequest | None
+    people: People
+    form: SegmentFormat
+
+
+class _Rendered(NamedTuple):
+    """What came of a stretch since the last one of these."""
+
+    frames: int
+    seconds: Mapping[str, float]
+    """By stage."""
+
+
+def _render_stretch(job: _Stretches, worker: Worker, stretch: tuple[int, int]) -> Iterator[_Rendered]:
+    """Render the segments from the first to before the last number of a stretch into the work folder."""
+    if not job.folder.exists():
+        raise MediaError(
+            f"{platform.node()} does not see {job.folder}; every machine must see the input and the work folder under "
+            "the same names: name a shared folder with --work"
+        )
+    plan = load_plan(job.folder)
+    low, high = (int(plan.boundaries[number]) for number in stretch)
+    timer = StageTimer()
+    tracks = decide(worker.networks, plan, job.request, job.people, first=low, last=high)
+    renderer = Renderer(worker.networks, plan, tracks, timer)
+    out = _SegmentSink(job, plan, renderer, stretch[0])
+    try:
+        with VideoReader(job.source, start_s=job.start_s, end_s=job.end_s, threads=worker.threads) as reader:
+            for done in _render(plan, reader, renderer, low, high, out.write):
+                if done % KEY_EVERY_FRAMES == 0:
+                    yield _Rendered(KEY_EVERY_FRAMES, {})
+            yield _Rendered((high - low) % KEY_EVERY_FRAMES, timer.seconds)
+    except OSError as error:
+        raise full(job.folder, error) from error
+    finally:
+        out.close()
+
+
+class _SegmentSink:
+    """Takes the frames of consecutive segments in order, and leaves each segment in the work folder."""
+
+    def __init__(self, job: _Stretches, plan: Plan, renderer: Renderer, first: int) -> None:
+        self._job, self._plan, self._renderer, self._index = job, plan, renderer, first
+        self._encoder: SegmentEncoder | None = None
+        self._out: SegmentWriter | None = None
+
+    def write(self, frame: Frame) -> None:
+        """Encode one frame."""
+        low, high = (int(edge) for edge in self._plan.boundaries[self._index : self._index + 2])
+        if self._encoder is None or self._out is None:
+            self._encoder = SegmentEncoder(self._job.form)
+            self._out = SegmentWriter(segment_path(self._job.folder, self._index))
+        self._out.write(self._encoder.encode(frame))
+        if len(self._encoder.ticks) < high - low:
+            return
+        self._out.write(self._encoder.finish())
+        identities = self._renderer.identities
+        mine = {track: value for track, value in identities.items() if low <= self._renderer.first_key(track) < high}
+        notes = {"tracks": np.array([*mine], np.int64), "identities": np.array([*mine.values()], np.float64)}
+        self._out.finish(self._encoder.ticks, notes)
+        self._index, self._encoder, self._out = self._index + 1, None, None
+
+    def close(self) -> None:
+        """Give up the segment that is not complete."""
+        if self._out is not None:
+            self._out.close()
+
+
+def _render(
+    plan: Plan, reader: VideoReader, renderer: Renderer, low: int, high: int, write: Callable[[Frame], None]
+) -> Iterator[int]:
+    """Render the frames from boundary `low` to before `high` in three threads, with bounded queues between them.
+
+    Args:
+        plan: of the video.
+        reader: of the same range.
+        renderer: changes the frames, and times itself.
+        low: frame.
+        high: frame.
+        write: takes each frame, in a thread.
+
+    Yields:
+        How many frames were handed over so far.
+    """
+    timer = renderer.timer
+    needed = read_planned(plan, reader, renderer.begin(low), min(high + 1, plan.frame_count))
+    frames = read_ahead(timed(needed, "decode", timer), QUEUED_FRAMES)
+
+    def encode(frame: Frame) -> None:
+        with timer("encode"):
+            write(frame)
+
+    with WriteBehind(encode, QUEUED_FRAMES) as out:
+        for done, frame in enumerate(renderer.render(frames, low, high), 1):
+            out.put(frame)
+            del frame
+            yield done
+
+
 @dataclass
 class _Job:
-    """The second pass over one video: decode, change and encode in three threads, bounded queues between them."""
+    """The second pass over one video."""
 
     networks: Networks
     plan: Plan
@@ -173,17 +295,8 @@ class _Job:
     timer: StageTimer
     progress: Progress
 
-    def run(self, folder: WorkFolder | None) -> dict[int, float]:
-        """Make the output; return the identity of each track that is changed, by its id."""
-        if not any(aged.weights.any() for aged in self.tracks) and self.writer.can_copy_source:
-            self.writer.copy_source()
-            return {}
-        if folder and self.plan.segment_count > 1:
-            return self.render_segments(folder)
-        return self.render_whole()
-
     def render_whole(self) -> dict[int, float]:
-        """Render all segments straight into the output; return as `run`."""
+        """Render all segments here, straight into the output; return the identity of each changed track, by its id."""
         cuts = {int(edge) for edge in self.plan.boundaries[1:-1]}
 
         def write(frame: Frame) -> None:
@@ -191,73 +304,43 @@ class _Job:
                 self.writer.cut()
             self.writer.write(frame)
 
-        return self._render(0, self.plan.segment_count, write)
+        renderer = Renderer(self.networks, self.plan, self.tracks, self.timer)
+        for done in _render(self.plan, self.reader, renderer, 0, self.plan.frame_count, write):
+            self.progress("render", done, self.plan.frame_count)
+        return renderer.identities
 
-    def render_segments(self, folder: WorkFolder) -> dict[int, float]:
-        """Render the segments that are not there yet, and put all together; return as `run`."""
-        count = self.plan.segment_count
+    def render_segments(
+        self, folder: Path, workers: Workers, request: AgeRequest | None, people: People
+    ) -> dict[int, float]:
+        """Let workers render the segments that are not there yet, and put all together; return as `render_whole`."""
+        count, boundaries = self.plan.segment_count, self.plan.boundaries
         self.writer.begin(int(self.plan.pts[0]))
-        missing = [index for index in range(count) if open_segment(folder.segment(index)) is None]
-        for first, last in _runs(missing):
-            self._render_run(folder, first, last)
+        missing = [number for number in range(count) if open_segment(segment_path(folder, number)) is None]
+        # One worker has more of long stretches: it decodes on from segment to segment.
+        stretches = _runs(missing) if workers.count == 1 else [(number, number + 1) for number in missing]
+        done = self.plan.frame_count - sum(int(boundaries[number + 1] - boundaries[number]) for number in missing)
+        job = _Stretches(
+            source=self.reader.info.path.absolute(),
+            start_s=self.reader.start_s,
+            end_s=self.reader.end_s,
+            folder=folder.absolute(),
+            request=request,
+            people=people,
+            form=self.writer.segment_format(),
+        )
+        with closing(workers.map(partial(_render_stretch, job), stretches)) as rendered:
+            for part in rendered:
+                done += part.frames
+                self.timer.add(part.seconds)
+                self.progress("render", done, self.plan.frame_count)
         identities: dict[int, float] = {}
-        for index in range(count):
-            segment = open_segment(folder.segment(index))
+        for number in range(count):
+            segment = open_segment(segment_path(folder, number))
             if segment is None:
-                raise MediaError(f"{folder.segment(index)} has vanished; run the same command again")
+                raise MediaError(f"{segment_path(folder, number)} has vanished; run the same command again")
             identities |= zip(segment.notes["tracks"].tolist(), segment.notes["identities"].tolist(), strict=True)
             self.writer.add(segment)
         return identities
-
-    def _render_run(self, folder: WorkFolder, first: int, last: int) -> None:
-        """Render the segments from `first` to before `last` into the work folder."""
-        index, left = first, 0
-        encoder: SegmentEncoder | None = None
-        out: SegmentWriter | None = None
-        renderer = Renderer(self.networks, self.plan, self.tracks, self.timer)
-
-        def write(frame: Frame) -> None:
-            nonlocal index, left, encoder, out
-            if encoder is None or out is None:
-                encoder, out = self.writer.new_segment(), SegmentWriter(folder.segment(index))
-                left = int(self.plan.boundaries[index + 1] - self.plan.boundaries[index])
-            out.write(encoder.encode(frame))
-            left -= 1
-            if not left:
-                out.write(encoder.finish())
-                low, high = (int(edge) for edge in self.plan.boundaries[index : index + 2])
-                mine = {t: v for t, v in renderer.identities.items() if low <= renderer.first_key(t) < high}
-                notes = {"tracks": np.array([*mine], np.int64), "identities": np.array([*mine.values()], np.float64)}
-                out.finish(encoder.ticks, notes)
-                index, encoder, out = index + 1, None, None
-
-        try:
-            self._render(first, last, write, renderer)
-        except OSError as error:
-            raise full(folder.path, error) from error
-        finally:
-            if out is not None:
-                out.close()
-
-    def _render(
-        self, first: int, last: int, write: Callable[[Frame], None], renderer: Renderer | None = None
-    ) -> dict[int, float]:
-        """Render the frames of the segments from `first` to before `last`, and hand them to `write` in a thread."""
-        low, high = int(self.plan.boundaries[first]), int(self.plan.boundaries[last])
-        renderer = renderer or Renderer(self.networks, self.plan, self.tracks, self.timer)
-        needed = read_planned(self.plan, self.reader, renderer.begin(low), min(high + 1, self.plan.frame_count))
-        frames = read_ahead(timed(needed, "decode", self.timer), QUEUED_FRAMES)
-
-        def encode(frame: Frame) -> None:
-            with self.timer("encode"):
-                write(frame)
-
-        with WriteBehind(encode, QUEUED_FRAMES) as out:
-            for done, frame in enumerate(renderer.render(frames, low, high), low + 1):
-                out.put(frame)
-                del frame
-                self.progress("render", done, self.plan.frame_count)
-        return renderer.identities
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

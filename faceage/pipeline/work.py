@@ -115,25 +115,31 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def segment_path(folder: Path, number: int) -> Path:
+    """Return the name of a segment's files in a work folder, for `media.segment`."""
+    return folder / f"{number:06d}"
+
+
 class WorkFolder:
     """What is kept of one output while it is made.
 
     Args:
         path: the folder; it is made.
         manifest: all that the result depends on, of JSON types. What another manifest's run left is deleted.
+        fresh: delete what any run left.
 
     Raises:
         MediaError: if it cannot be written.
     """
 
-    def __init__(self, path: Path, manifest: dict) -> None:
+    def __init__(self, path: Path, manifest: dict, *, fresh: bool = False) -> None:
         self.path = path
         wanted = json.loads(json.dumps({"format_version": FORMAT_VERSION, **manifest}))
         try:
             path.mkdir(parents=True, exist_ok=True)
             found = self._manifest()
-            if found != wanted:
-                if found is not None:
+            if found != wanted or fresh:
+                if found is not None and not fresh:
                     others = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
                     log.warning("%s is of a run with another %s; starting over", path, ", ".join(others))
                 self._clear()
@@ -152,7 +158,7 @@ class WorkFolder:
     def _clear(self) -> None:
         """Delete what a run wrote, and nothing else."""
         for path in self.path.iterdir():
-            if re.fullmatch(r"(manifest|plan)\.(json|npz)(\.part)?|\d{6}\.(packets|npz|npz\.part)", path.name):
+            if re.fullmatch(r"((manifest|plan)\.(json|npz)|\d{6}\.(packets|npz))(\..*-\d+\.part)?", path.name):
                 path.unlink()
 
     def plan(self) -> Plan | None:
@@ -165,10 +171,6 @@ class WorkFolder:
             save_plan(plan, self.path)
         except OSError as error:
             raise full(self.path, error) from error
-
-    def segment(self, index: int) -> Path:
-        """Return the name of a segment's files, for `media.segment`."""
-        return self.path / f"{index:06d}"
 
     def remove(self) -> None:
         """Delete the folder: the output is complete."""
