@@ -1,7 +1,8 @@
 """Pixel operations: all that reads or writes the samples of a frame, where the frame lives.
 
-Each file has its formula, a PyTorch reference for any device and a fast implementation for arrays. Nothing here imports
-torch before a frame of tensors or a reference is at hand.
+Each file has its formula, a PyTorch reference for any device and a fast implementation for arrays; the Triton kernel of
+an operation, where it has one, is in the file of the same name with `_triton`. Nothing here imports torch before a
+frame of tensors or a reference is at hand, or Triton before a frame on a GPU is.
 """
 
 from faceage.kernels.apply_change import BLACK_OFFSET, RGB_LUMA, Rect, apply_change, change_crop

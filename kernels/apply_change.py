@@ -28,7 +28,7 @@ on a flat, grainless picture its contours are steps of one code, as in any gradi
 Convention: as in `gather`; D's sample i lies at crop pixel (i + 0.5) / k - 0.5. The luma is that of the frame's own
 matrix; packed RGB has none and takes Rec. 601's, as JPEG files do.
 Bytes moved: the crop's rectangle of each plane, read and written once.
-Tolerance: the two implementations round differently only at ties, so they differ by at most 1 code.
+Tolerance: the implementations round differently only at ties, so they differ by at most 1 code.
 Reference: Keys, "Cubic convolution interpolation", IEEE TASSP 1981, eq. 15 (a = -1/2).
 """
 
@@ -46,6 +46,7 @@ import numpy.typing as npt
 from faceage.errors import ShapeError
 from faceage.kernels.color import LUMA_WEIGHTS, color_of, luma_codes, rgb_to_yuv_delta
 from faceage.kernels.gather import warp_samples
+from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane
 from faceage.kernels.transfer import as_tensor, to_device
 from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout
@@ -74,7 +75,7 @@ STRIP_SAMPLES = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PlaneChange:
+class PlaneChange:
     """The change of one plane, in codes."""
 
     plane: Plane
@@ -104,7 +105,7 @@ def _cubic(x: npt.NDArray[np.float64]) -> FloatArray:
     return np.where(x < 1, near, np.where(x < 2, far, 0)).astype(np.float32)
 
 
-def _plane_steps(crop_to_samples: Matrix23) -> tuple[float, float]:
+def plane_steps(crop_to_samples: Matrix23) -> tuple[float, float]:
     """Return how far one plane sample reaches along the crop's x and y, in crop pixels."""
     step_x, step_y = (math.hypot(*row) for row in np.linalg.inv(crop_to_samples[:, :2]))
     return step_x, step_y
@@ -124,7 +125,7 @@ def _changing_part(change: Change) -> Rect:
 
 def _grown(part: Rect, crop_to_samples: Matrix23, size_px: int) -> Rect:
     """Return a part of the crop with what the filters of a plane reach beyond it."""
-    margins = [2 + math.ceil(step) for step in _plane_steps(crop_to_samples)] * 2
+    margins = [2 + math.ceil(step) for step in plane_steps(crop_to_samples)] * 2
     x0, y0, x1, y1 = (edge + sign * by for edge, sign, by in zip(part, (-1, -1, 1, 1), margins, strict=True))
     return max(x0, 0), max(y0, 0), min(x1, size_px), min(y1, size_px)
 
@@ -138,7 +139,7 @@ def _covered_rect(crop_to_samples: Matrix23, shape: tuple[int, int], width: int,
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
-def _samples_to_filtered(crop_to_samples: Matrix23, rect: Rect, kx: int, ky: int) -> Matrix23:
+def samples_to_filtered(crop_to_samples: Matrix23, rect: Rect, kx: int, ky: int) -> Matrix23:
     """Return the map from samples of `rect` (its own corner the origin) to samples of D."""
     to_crop = np.linalg.inv(np.vstack([crop_to_samples, [0, 0, 1]]))[:2]
     from_rect = np.array([[1.0, 0, rect[0]], [0, 1, rect[1]]])
@@ -146,7 +147,7 @@ def _samples_to_filtered(crop_to_samples: Matrix23, rect: Rect, kx: int, ky: int
     return compose_affine(to_filtered, compose_affine(to_crop, from_rect))
 
 
-def _code_max(layout: PixelLayout) -> int:
+def code_max(layout: PixelLayout) -> int:
     """Return the largest code, as it is stored."""
     return (2**layout.bit_depth - 1) << layout.shift
 
@@ -169,11 +170,11 @@ def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect, device: torch.de
     import torch
 
     height, width = maps.shape[:2]
-    step_x, step_y = _plane_steps(matrix)
+    step_x, step_y = plane_steps(matrix)
     (filter_x, kx), (filter_y, ky) = _filter_matrix_ref(width, step_x), _filter_matrix_ref(height, step_y)
     along_y, along_x, values = (to_device(a, device).double() for a in (filter_y, filter_x, maps))
     filtered = along_y @ values.permute(2, 0, 1) @ along_x.T  # one einsum would take the outer product of the filters
-    m = _samples_to_filtered(matrix, rect, kx, ky).tolist()
+    m = samples_to_filtered(matrix, rect, kx, ky).tolist()
     x0, y0, x1, y1 = rect
     rows, columns = (torch.arange(n, device=device).double() for n in (y1 - y0, x1 - x0))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
@@ -184,7 +185,7 @@ def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect, device: torch.de
     return sampled[0].permute(1, 2, 0)
 
 
-def _change_ref(part: _PlaneChange, rect: Rect) -> None:
+def _change_ref(part: PlaneChange, rect: Rect) -> None:
     """Change `rect` of a plane with PyTorch, term by term as in the formula."""
     import torch
 
@@ -198,7 +199,7 @@ def _change_ref(part: _PlaneChange, rect: Rect) -> None:
         gain = _sample_ref(part.gain[..., None], part.matrix, rect, samples.device)
         change = change + gain * (luma - part.black + BLACK_OFFSET * part.span)[..., None]
     rounded = change.round().long()
-    after = (before + rounded * 2**layout.shift).clamp(0, _code_max(layout))
+    after = (before + rounded * 2**layout.shift).clamp(0, code_max(layout))
     samples.copy_(torch.where(rounded == 0, before, after).reshape(samples.shape))
 
 
@@ -236,11 +237,11 @@ def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> tuple[FloatA
     return filtered, kx, ky
 
 
-def _change_cpu(part: _PlaneChange, rect: Rect) -> None:
+def _change_cpu(part: PlaneChange, rect: Rect) -> None:
     """Change `rect` of a plane with OpenCV, a strip at a time."""
     layout, matrix = part.layout, part.matrix
     plane = cast(HostPlane, part.plane)
-    steps = _plane_steps(matrix)
+    steps = plane_steps(matrix)
     offsets, gains = part.delta, None
     if part.gain is not None:
         # gain (Y - black + b span) + delta = gain Y + (delta + gain (b span - black)): sampling is linear.
@@ -251,7 +252,7 @@ def _change_cpu(part: _PlaneChange, rect: Rect) -> None:
     rows = max(1, STRIP_SAMPLES // ((x1 - x0) * offsets.shape[2]))
     for top in range(y0, y1, rows):
         bottom = min(top + rows, y1)
-        to_filtered = _samples_to_filtered(matrix, (x0, top, x1, bottom), kx, ky)
+        to_filtered = samples_to_filtered(matrix, (x0, top, x1, bottom), kx, ky)
         size = (x1 - x0, bottom - top)
         samples = plane[top:bottom, x0:x1]
         change = warp_samples(filtered, to_filtered, size, cv2.BORDER_CONSTANT).reshape(samples.shape)
@@ -272,7 +273,7 @@ def _add_rounded(part: HostPlane, change: FloatArray, layout: PixelLayout) -> No
         part[...] = cv2.add(part, rounded, dtype=cv2.CV_8U).reshape(part.shape)
         return
     codes = np.rint(change, out=change).astype(np.int32)
-    after = np.clip(part + (codes << layout.shift), 0, _code_max(layout))
+    after = np.clip(part + (codes << layout.shift), 0, code_max(layout))
     # Where nothing changes, a sample with stray low bits or above the code range is kept too.
     np.copyto(part, after, where=codes != 0, casting="unsafe")
 
@@ -288,7 +289,7 @@ def apply_change(
     change: Change,
     frame_to_crop: FloatArray,
     *,
-    impl: Literal["auto", "ref", "cpu"] = "auto",
+    impl: Literal["auto"] | Implementation = "auto",
 ) -> Rect | None:
     """Apply a face's change to the frame's planes, in place.
 
@@ -297,8 +298,8 @@ def apply_change(
         change: in the pixels of the crop, already times mask and strength, exactly 0 on the outer two pixels.
             A gain of None costs nothing.
         frame_to_crop: float32 [2, 3], frame (luma) pixels to crop pixels; invertible and finite.
-        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "auto" is "cpu" for arrays, "ref" for
-            tensors.
+        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a
+            GPU; "auto" what fits the frames.
 
     Returns:
         The touched rectangle in luma pixels as they are stored (x0, y0, x1, y1; x1 and y1 outside), or None if nothing
@@ -316,8 +317,8 @@ def apply_change(
     # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
     codes = cv2.transform(change.delta.transpose(1, 2, 0), rgb_to_yuv_delta(color, layout.bit_depth))
     black, span = luma_codes(color, layout.bit_depth)
-    run = _change_ref if impl == "ref" or not frame.is_array else _change_cpu
     changing = _changing_part(change)
+    parts: list[tuple[PlaneChange, Rect]] = []
     touched: list[Rect] = []
     for plane, spec in zip(frame.planes, layout.planes, strict=True):
         matrix = crop_to_plane(frame, spec, frame_to_crop)
@@ -327,7 +328,7 @@ def apply_change(
         rect = _covered_rect(matrix, (bottom - top, right - left), plane.shape[1], plane.shape[0])
         if rect is None:
             continue
-        part = _PlaneChange(
+        part = PlaneChange(
             plane=plane[..., :3] if plane.ndim == 3 else plane,
             layout=layout,
             matrix=matrix,
@@ -336,11 +337,19 @@ def apply_change(
             black=black,
             span=span,
         )
-        run(part, rect)
+        parts.append((part, rect))
         x0, y0, x1, y1 = rect
         touched.append((x0 * spec.sub_x, y0 * spec.sub_y, x1 * spec.sub_x, y1 * spec.sub_y))
-    if not touched:
+    if not parts:
         return None
+    chosen = choose_implementation(frame, impl)
+    if chosen == "triton":
+        from faceage.kernels.apply_change_triton import apply_change_triton
+
+        apply_change_triton(frame, parts)
+    else:
+        for part, rect in parts:
+            (_change_ref if chosen == "ref" else _change_cpu)(part, rect)
     x0s, y0s, x1s, y1s = zip(*touched, strict=True)
     height, width = frame.planes[0].shape[:2]
     return min(x0s), min(y0s), min(max(x1s), width), min(max(y1s), height)

@@ -24,12 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from faceage.kernels.color import color_of, yuv_to_rgb
+from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import upright
 from faceage.kernels.transfer import to_device
 from faceage.types import FloatArray, Frame, IntArray, Plane, Samples
 
 if TYPE_CHECKING:
     import torch
+
+    from faceage.kernels.area_means_triton import BinSums
 
 
 class AreaMeans:
@@ -39,8 +42,8 @@ class AreaMeans:
         frames: of one size, all arrays or all on one device; one at least.
         scale: what RGB in [-1, 1] is multiplied by.
         shrink: arrays are reduced by this integer first, for their sums take four times their memory.
-        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "auto" is "cpu" for arrays, "ref" for
-            tensors.
+        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a
+            GPU; "auto" what fits the frames.
     """
 
     def __init__(
@@ -49,13 +52,16 @@ class AreaMeans:
         *,
         scale: float = 1.0,
         shrink: int = 1,
-        impl: Literal["auto", "ref", "cpu"] = "auto",
+        impl: Literal["auto"] | Implementation = "auto",
     ) -> None:
         self.width, self.height = frames[0].width, frames[0].height
-        if impl == "auto":
-            impl = "cpu" if frames[0].is_array else "ref"
-        self._frames: list[_TensorSums] | list[_ArraySums]
-        if impl == "ref":
+        chosen = choose_implementation(frames[0], impl)
+        self._frames: Sequence[_TensorSums | _ArraySums | BinSums]
+        if chosen == "triton":
+            from faceage.kernels.area_means_triton import BinSums
+
+            self._frames = [BinSums(frame, scale) for frame in frames]
+        elif chosen == "ref":
             self._frames = [_TensorSums(frame, scale) for frame in frames]
         else:
             self._frames = [_ArraySums(frame, scale, shrink) for frame in frames]

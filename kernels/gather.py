@@ -12,7 +12,7 @@ the frame's border, so a face may lie partly or wholly outside. Nothing beyond t
 and only the small crop is converted to RGB.
 
 Convention: sample centres at integers in every plane, placed as in `placement`. Bytes moved: the face's rectangle once.
-Tolerance: in float32 the two implementations differ by less than 1e-5; OpenCV before 5.0 rounds
+Tolerance: in float32 the implementations differ by less than 1e-5; OpenCV before 5.0 rounds
 sampling positions to 1/32 of a cell, which adds up to 1/64 of the difference of neighbouring cells.
 """
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from faceage.errors import ShapeError
 from faceage.kernels.color import color_of, yuv_to_rgb
+from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane
 from faceage.kernels.transfer import as_tensor, to_device
 from faceage.types import FloatArray, Frame, HostPlane, IntArray, Samples
@@ -172,7 +173,7 @@ def gather_crops(
     frame_to_crop: FloatArray,
     size_px: int,
     *,
-    impl: Literal["auto", "ref", "cpu"] = "auto",
+    impl: Literal["auto"] | Implementation = "auto",
 ) -> Samples:
     """Return the aligned crops of faces, read from the frames' native planes.
 
@@ -182,8 +183,8 @@ def gather_crops(
         frame_index: int64 [F], the position of each face's frame in `frames`. F may be 0.
         frame_to_crop: float32 [F, 2, 3], frame (luma) pixels to crop pixels; invertible and finite.
         size_px: S, the crop's side.
-        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "auto" is "cpu" for arrays, "ref" for
-            tensors.
+        impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a
+            GPU; "auto" what fits the frames.
 
     Returns:
         float32 [F, 3, S, S], RGB in [-1, 1], in the frame's own (non-linear) colour space; where the frames live.
@@ -193,10 +194,16 @@ def gather_crops(
     """
     if frame_to_crop.shape != (len(frame_index), 2, 3):
         raise ShapeError(f"expected frame_to_crop [{len(frame_index)}, 2, 3], got {frame_to_crop.shape}")
-    are_arrays = all(frame.is_array for frame in frames)
-    if impl == "ref" or not are_arrays:
+    if not frames:
+        return np.empty((0, 3, size_px, size_px), np.float32)
+    chosen = choose_implementation(frames[0], impl)
+    if chosen == "triton":
+        from faceage.kernels.gather_triton import gather_crops_triton
+
+        return gather_crops_triton(frames, frame_index, frame_to_crop, size_px)
+    if chosen == "ref":
         crops = gather_crops_ref(frames, frame_index, frame_to_crop, size_px)
-        return crops.numpy() if are_arrays else crops
+        return crops.numpy() if frames[0].is_array else crops
     pixels = np.empty((len(frame_index), 3, size_px, size_px), np.float32)
     for row, index in enumerate(frame_index):
         pixels[row] = _gather_cpu(frames[index], frame_to_crop[row], size_px)

@@ -48,6 +48,11 @@ def shown_to_stored(frame: Frame) -> Matrix23:
     )
 
 
+def shown_to_plane(frame: Frame, layout: PlaneLayout) -> Matrix23:
+    """Return the map from pixels of the picture as it is shown to samples of a plane."""
+    return compose_affine(luma_to_plane(layout, frame.color.chroma_siting), shown_to_stored(frame))
+
+
 def crop_to_plane(frame: Frame, layout: PlaneLayout, frame_to_crop: FloatArray) -> Matrix23:
     """Return the map from pixels of a crop to samples of a plane.
 

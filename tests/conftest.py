@@ -4,12 +4,17 @@ Also makes the modules beside the tests (`clips`) importable: importlib mode lea
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+if not os.path.exists("/dev/nvidiactl"):
+    # Triton asks for it when it is imported, and other libraries import it too. Only kernels of ours are run here.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FACE_PX = 256
 """Side of the photo and the clip."""

@@ -12,3 +12,9 @@ ADD_MAX_TIES = {8: 3e-4, 10: 6e-4, 12: 2e-3, 16: 0.03}
 ROUND_TRIP_ATOL = {8: 0.012, 10: 0.006, 16: 0.005}
 """Crop after adding a smooth delta of up to 0.28 minus crop before, by bit depth: rounding to codes,
 and 0.0033 of resampling there and back."""
+
+KERNEL_ATOL = 1e-5
+"""Crops and means, RGB in [-1, 1], of Triton kernels: float32 rounding of sums over some hundred samples."""
+
+KERNEL_ADD_MAX_TIES = {8: 1e-3, 10: 2e-3, 12: 3e-3, 16: 0.05}
+"""As `ADD_MAX_TIES`, for frames so small that one sample is 6e-4 of them."""

@@ -1,0 +1,33 @@
+"""Which implementation of an operation runs: chosen by where the frame lives, unless one is named."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Literal
+
+from faceage.types import Frame
+
+log = logging.getLogger(__name__)
+
+Implementation = Literal["cpu", "ref", "triton"]
+"""NumPy and OpenCV, for arrays; PyTorch, for anything; a Triton kernel, for tensors on a GPU."""
+
+
+def choose_implementation(frame: Frame, impl: Literal["auto"] | Implementation) -> Implementation:
+    """Return what runs for frames like this one: "auto" is the fastest that there is."""
+    if impl != "auto":
+        return impl
+    if frame.is_array:
+        return "cpu"
+    return "triton" if frame.device.startswith("cuda") and has_triton() else "ref"
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Return whether Triton is installed; the first call says what its absence means."""
+    if find_spec("triton") is not None:
+        return True
+    log.info("Triton is not installed, so frames on the GPU are read and changed by PyTorch; pip install triton")
+    return False
