@@ -33,18 +33,20 @@ COVARIATE_LIMIT = 2.5
 """Covariates are cut here, in standard deviations: beyond it there are hardly any faces to learn from."""
 OLDER_REACH_YEARS, YOUNGER_REACH_YEARS, REACH_OVER_YEARS = 14.0, 6.0, 25.0
 """A mean is milder than most of its faces: prototypes are read this far beyond the target, less for small steps."""
-OLDER_GAIN, YOUNGER_GAIN = 1.8, 2.4
+OLDER_GAIN, YOUNGER_GAIN = 1.35, 3.2
 """For the same reason, what the change of the prototypes is multiplied by."""
-LUMA_LIMITS, CHROMA_LIMIT = (0.24, 0.06), 0.06
-"""Largest darkening and brightening, and largest change of chroma, as log ratios; approached softly."""
-CREASE_GAIN, CREASE_LIMITS = 2.2, (0.36, 0.10)
+OLDER_LIMITS, YOUNGER_LIMITS = (0.24, 0.06), (0.24, 0.18)
+"""Largest darkening and brightening, as log ratios; approached softly. Ageing is mostly shade, rejuvenation light."""
+OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
+"""Largest change of chroma, as a log ratio."""
+CREASE_GAIN, CREASE_LIMITS = 1.8, (0.26, 0.12)
 """What creases are multiplied by, and their limits: in 200-pixel pictures they are milder than on faces."""
-CREASE_SHARES = (0.9, 0.6)
+CREASE_SHARES = (0.8, 0.5, 0.3)
 """Of the creases of the most similar old face, and of the next: one face alone often has bare places; more clutter."""
 DETAIL_REDNESS, DETAIL_BLUENESS = -0.30, 0.22
 """Slopes of log R/G and log B/G on log luma in the detail of old skin: dark detail is redder. Measured: -0.40, 0.30."""
-SKIN_CHROMA, FEATURE_CHROMA = 0.25, 0.9
-"""Share of the prototypes' change of chroma that is kept on skin, and on brows and lips."""
+OLDER_SKIN_CHROMA, YOUNGER_SKIN_CHROMA, FEATURE_CHROMA = 0.25, 0.4, 0.9
+"""Share of the prototypes' change of chroma that is kept on skin, older and younger, and on brows and lips."""
 WRINKLED_BY_YEARS, FIRST_WRINKLES_YEARS, ALL_WRINKLES_YEARS = 40.0, 30.0, 65.0
 OVEREXPOSED, OVEREXPOSED_SHARE, OVEREXPOSED_CREASES = 0.85, 0.4, 0.4
 """Creases are weaker on overexposed faces: where this share of the thumbnail is brighter than the first figure (of 1),
@@ -157,9 +159,14 @@ class CanonicalModel:
         luma, chroma = self._prototypes(covariates, source, target)
         areas = self.areas
         feature = np.clip(areas.brows + areas.lips, 0, 1)
-        luma = limit(luma, *LUMA_LIMITS) * (1 - 0.6 * areas.brows - 0.4 * areas.eyes) * (1 - areas.mouth)
-        chroma = limit(chroma, CHROMA_LIMIT, CHROMA_LIMIT)
-        chroma *= (feature * FEATURE_CHROMA + (1 - feature) * SKIN_CHROMA)[..., None]
+        limits, chroma_limit, skin_chroma = (
+            (OLDER_LIMITS, OLDER_CHROMA_LIMIT, OLDER_SKIN_CHROMA)
+            if years > 0
+            else (YOUNGER_LIMITS, YOUNGER_CHROMA_LIMIT, YOUNGER_SKIN_CHROMA)
+        )
+        luma = limit(luma, *limits) * (1 - 0.6 * areas.brows - 0.4 * areas.eyes) * (1 - areas.mouth)
+        chroma = limit(chroma, chroma_limit, chroma_limit)
+        chroma *= (feature * FEATURE_CHROMA + (1 - feature) * skin_chroma)[..., None]
         chroma *= ((1 - areas.mouth) * (1 - 0.7 * areas.eyes))[..., None]
         if years > 0:
             luma = luma + self._creases(covariates, source, target) * _contrast_left(appearance.thumbnail)
@@ -181,7 +188,7 @@ class CanonicalModel:
         return luma, chroma
 
     def _creases(self, covariates: FloatArray, source: float, target: float) -> FloatArray:
-        """Return the creases of the two old faces that are most like the person, [256, 256]."""
+        """Return the creases of the old faces that are most like the person, [256, 256]."""
         off = np.square(covariates - self.wrinkle_covariates)
         distance = off[:, :LIGHT_COVARIATES].sum(1) + 0.7 * off[:, LIGHT_COVARIATES:].sum(1)
         nearest = np.argsort(distance, kind="stable")[: len(CREASE_SHARES)]

@@ -24,10 +24,20 @@ from faceage.types import Change, FloatArray
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
-LIFT, DETAIL, FADE = 0.72, 1.6, 0.85
-GREY_SHARE = 0.78
+LIFT, DETAIL, FADE = 0.85, 1.8, 0.85
+GREY_SHARE = 0.9
 """Luma of grey hair, as a share of that of the face's skin."""
-GREY_RANGE = (0.36, 0.75)
+GREY_RANGE = (0.4, 0.75)
+BROW_GREY, BROW_SIGMA, SKIN_SIGMA = 0.9, 0.008, 0.05
+"""How grey brows get while hair turns grey; the widths of the blurs of their luma and of the skin around them, in sides
+of the face's crop."""
+BROW_DARKER = (0.1, 0.3)
+"""By what share brows are darker than the skin."""
+BROW_CHROMA = 0.4
+"""How much of the chroma around them brows have."""
+STRANDS, STRANDS_SEEN = 0.16, 0.045
+"""Deviation of the strands that are drawn on black hair without any, beside `LIFT`; and the deviation of luma among the
+picture's own from which on none are drawn."""
 BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
 """Widths of the base's blur, in sides of the crop, and of the filter that takes out noise before it."""
 GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
@@ -35,11 +45,13 @@ UNSURE, SURE = 0.4, 0.8
 """Probability of hair up to which nothing turns grey, and from which it does in full."""
 BRIGHTER = (0.12, 0.3)
 """How much brighter than the strands around it a pixel may be, and from where on it is no hair."""
-MARGIN = 0.006
+MARGIN = 0.003
 """Width of the margin to a bright background, in sides of the crop."""
-FACE_CENTRE, REACH = 0.45, (0.29, 0.37)
-"""Height of the face's middle in the crop, and how far from it hair may be; in sides of the crop, of which a face takes
-0.29."""
+FACE_CENTRE, REACH, OWN_REACH = 0.45, (0.36, 0.43), 0.2
+"""Height of the face's middle in the crop, how far from it hair may be, and how near some of it must come; in sides of
+the crop, of which a face takes 0.29."""
+UPWARDS = 0.8
+"""Distances above the face count less: heads are longer than wide."""
 ONE_KEY_FADE = 4.0
 """Hair that is in one key frame only turns grey within 1 / this of the way to the other one, less and less."""
 RIM = 0.06
@@ -48,16 +60,19 @@ RIM = 0.06
 
 @dataclass(frozen=True, kw_only=True)
 class HairKey:
-    """What was seen of one head at a key frame; float32 [S, S] each but the last."""
+    """What was seen of one head, or of its brows, at a key frame; float32 [S, S] each but the last.
+
+    What turning all grey would do to a pixel of hair; it is linear in the share of hair, and in how grey it gets.
+    """
 
     mask: FloatArray
     """Share of hair in a pixel."""
-    base: FloatArray
-    """Luma in [0, 1], without strands."""
+    gain: FloatArray
+    """Of luma, as `types.Change.gain`."""
+    lift: FloatArray
+    """Added to luma in [0, 1]."""
     chroma: FloatArray
-    """[S/2, S/2, 3], RGB less luma."""
-    skin_luma: float
-    """Of the face's skin."""
+    """[S/2, S/2, 3], added to RGB in [0, 1]; without luma."""
 
 
 def grey_amount(source: float, target: float) -> float:
@@ -78,7 +93,7 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     luma = rgb @ RGB_LUMA
     probability = cv2.resize(1 / (1 + np.exp(-logit)), (size, size), interpolation=cv2.INTER_LINEAR)
     mask = np.clip((_guided(probability, luma) - UNSURE) / (SURE - UNSURE), 0, 1)
-    mask = mask * mask * (3 - 2 * mask) * _own_head(size)
+    mask = mask * mask * (3 - 2 * mask) * _own_head(mask)
     calm = cv2.bilateralFilter(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
     weight = cv2.GaussianBlur(mask, (0, 0), BASE_SIGMA * size)
     base = cv2.GaussianBlur(calm * mask, (0, 0), BASE_SIGMA * size) / np.maximum(weight, 1e-3)
@@ -88,36 +103,64 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     dark = _ramp((BRIGHTER[1] - (luma - base)) / (BRIGHTER[1] - BRIGHTER[0]))
     margin = 2 * round(MARGIN * size) + 1
     mask = mask * cv2.blur(cv2.erode(dark, np.ones((margin, margin), np.uint8)), (margin, margin))
-    half = (size // 2, size // 2)
+    seen = np.sqrt(cv2.GaussianBlur(np.square(luma - base), (0, 0), BASE_SIGMA * size))
     skin = slice(int(0.42 * size), int(0.52 * size))
+    skin_luma = float(np.median(luma[skin, int(0.42 * size) : int(0.58 * size)]))
+    strands = STRANDS * _strands(size) * _ramp(1 - seen / STRANDS_SEEN)
+    return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands)
+
+
+def _key(mask: FloatArray, base: FloatArray, chroma: FloatArray, skin_luma: float, lift: FloatArray | float) -> HairKey:
+    """Put the module's formula together; chroma [S, S, 3] is RGB less luma, lift the formula's LIFT."""
+    size = mask.shape[0]
+    # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
+    target = np.float32(np.clip(GREY_SHARE * skin_luma, min(GREY_RANGE[0], skin_luma), GREY_RANGE[1]))
+    darker = np.maximum(target - base, 0)
+    gain = darker * (DETAIL / max(target, np.float32(1e-3)))
     return HairKey(
         mask=mask,
-        base=base,
-        chroma=cv2.resize(rgb - luma[..., None], half, interpolation=cv2.INTER_AREA),
-        skin_luma=float(np.median(luma[skin, int(0.42 * size) : int(0.58 * size)])),
+        gain=gain,
+        lift=lift * darker - gain * (base + np.float32(BLACK_OFFSET)),
+        chroma=np.float32(-FADE) * cv2.resize(chroma, (size // 2, size // 2), interpolation=cv2.INTER_AREA),
     )
+
+
+def find_brows(rgb: FloatArray, area: FloatArray) -> HairKey:
+    """Return what greying needs of the brows.
+
+    Args:
+        rgb: float32 [S, S, 3] in [0, 1], a face.
+        area: float32 [S, S], 1 where brows can be. Of it, what is darker than the skin around it is hair.
+    """
+    size = rgb.shape[0]
+    luma = rgb @ RGB_LUMA
+    bare = 1 - area
+    sigma = SKIN_SIGMA * size
+    skin = cv2.GaussianBlur(luma * bare, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(bare, (0, 0), sigma), 1e-3)
+    low, high = BROW_DARKER
+    mask = _ramp(((skin - luma) / np.maximum(skin, 0.05) - low) / (high - low)) * area
+    mask = clear_rim(cv2.GaussianBlur(mask, (0, 0), BROW_SIGMA * size)[None])[0]
+    # Of skin its chroma is, mostly: brows are thin, and what is left of them without it would be blue.
+    chroma = BROW_CHROMA * (rgb - luma[..., None])
+    skin_luma = float(np.median(skin[area > 0.5])) if (area > 0.5).any() else 0.0
+    return _key(mask, cv2.GaussianBlur(luma, (0, 0), BROW_SIGMA * size), chroma, skin_luma, LIFT)
 
 
 def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Change:
     """Return the change of a head's hair; `grey` in [0, 1], the rest as `agers.base.Ager.draw`."""
-    t = np.float32(share)
 
     def mix(a: FloatArray, b: FloatArray) -> FloatArray:
-        return a if before is after else (1 - t) * a + t * b
+        return a if before is after else cv2.addWeighted(a, 1 - share, b, share, 0)
 
     mask = before.mask if before is after else _moving_mask(before.mask, after.mask, share)
-    base, chroma = mix(before.base, after.base), mix(before.chroma, after.chroma)
-    size = mask.shape[0]
-    skin = (1 - share) * before.skin_luma + share * after.skin_luma
-    # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
-    target = np.float32(np.clip(GREY_SHARE * skin, min(GREY_RANGE[0], skin), GREY_RANGE[1]))
     amount = np.float32(grey) * mask
-    darker = np.maximum(target - base, 0)
-    gain = amount * darker * (DETAIL / target)
-    lift = LIFT * amount * darker - gain * (base + np.float32(BLACK_OFFSET))
-    faded = cv2.resize(amount, chroma.shape[:2])[..., None] * chroma * np.float32(-2 * FADE)
-    delta = cv2.resize(faded, (size, size)).transpose(2, 0, 1) + 2 * lift
-    return Change(delta=clear_rim(np.ascontiguousarray(delta)), gain=gain)
+    chroma = mix(before.chroma, after.chroma)
+    faded = cv2.resize(amount, chroma.shape[:2])[..., None] * chroma
+    delta = cv2.resize(faded, mask.shape[::-1]) + (amount * mix(before.lift, after.lift))[..., None]
+    return Change(
+        delta=clear_rim(np.multiply(delta.transpose(2, 0, 1), np.float32(2), order="C")),
+        gain=amount * mix(before.gain, after.gain),
+    )
 
 
 def _moving_mask(before: FloatArray, after: FloatArray, share: float) -> FloatArray:
@@ -150,23 +193,58 @@ def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:
     return mean(slope) * guide + mean(mean_p - slope * mean_i)
 
 
-@cache
-def _own_head(size_px: int) -> FloatArray:
-    """Return where a crop's own head can have hair, float32 [S, S]: its neighbours' hair is theirs to change.
+def _own_head(mask: FloatArray) -> FloatArray:
+    """Return which hair of a mask [S, S] is the crop's own head's: its neighbours' hair is theirs to change.
 
-    1 within `REACH` of a vertical line through the face, from its middle downwards; it falls smoothly to 0 at the
-    second figure, and to exactly 0 on the outer two pixels.
+    Hair hangs together: what does not come near the face is somebody else's.
+    """
+    near, within = _reaches(mask.shape[0])
+    hair = cv2.morphologyEx((mask > 0.5).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    count, labels = cv2.connectedComponents(hair)
+    own = np.zeros(count, np.float32)
+    own[np.unique(labels[near])] = 1
+    own[0] = 0
+    rim = 2 * round(RIM * mask.shape[0] / 4) + 1
+    return cv2.blur(cv2.dilate(own[labels], np.ones((rim, rim), np.uint8)), (rim, rim)) * within
+
+
+@cache
+def _reaches(size_px: int) -> tuple[np.ndarray, FloatArray]:
+    """Return where some hair of a crop's own head is, bool [S, S], and where all of it can be, float32 [S, S].
+
+    Distances are from a vertical line through the face, from its middle downwards. The second map falls smoothly to 0,
+    and to exactly 0 on the outer two pixels.
     """
     pixels = ((np.arange(size_px) + 0.5) / size_px).astype(np.float32)
     beside = pixels[None, :] - 0.5
-    above = np.minimum(pixels[:, None] - FACE_CENTRE, 0)
+    above = UPWARDS * np.minimum(pixels[:, None] - FACE_CENTRE, 0)
+    away = np.hypot(beside, above)
     near, far = REACH
-    own = _ramp((far - np.hypot(beside, above)) / (far - near))
     distance = np.minimum(np.arange(size_px), np.arange(size_px)[::-1]) - 1.5
     rim = _ramp(distance / (RIM * size_px))
-    own = own * rim[:, None] * rim[None, :]
-    own.flags.writeable = False
-    return own
+    within = _ramp((far - away) / (far - near)) * rim[:, None] * rim[None, :]
+    within.flags.writeable = False
+    return away < OWN_REACH, within
+
+
+@cache
+def _strands(size_px: int) -> FloatArray:
+    """Return strands as hair falls: over the top of the head and down beside the face; float32 [S, S], deviation 1."""
+    pixels = ((np.arange(size_px) + 0.5) / size_px).astype(np.float32)
+    beside = np.broadcast_to(pixels[None, :] - 0.5, (size_px, size_px))
+    y = np.broadcast_to(pixels[:, None] - FACE_CENTRE, (size_px, size_px))
+    across = np.hypot(beside, np.minimum(y, 0))
+    along = 0.25 * np.arctan2(beside, -np.minimum(y, 0) + 1e-6) + np.sign(beside) * np.maximum(y, 0)
+    random = np.random.default_rng(7)
+    noise = random.standard_normal((2 * size_px, size_px)).astype(np.float32)
+    fine, wide = (cv2.GaussianBlur(noise, (0, 0), sigma, sigmaY=0.07 * size_px) for sigma in (0.9, 2.5))
+    noise = fine / fine.std() + wide / wide.std()
+    wave = cv2.GaussianBlur(random.standard_normal((size_px, size_px)).astype(np.float32), (0, 0), 0.06 * size_px)
+    across = across + 0.012 * wave / wave.std()
+    strands = cv2.remap(noise, across * size_px, (along + 1) * size_px, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    strands = np.clip(strands / strands.std(), -2, 2)
+    strands.flags.writeable = False
+    return strands
 
 
 def _ramp(x: np.ndarray) -> FloatArray:

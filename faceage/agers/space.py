@@ -23,7 +23,7 @@ import numpy as np
 
 from faceage.agers.base import Architecture, EngineOf, ModelFiles, read_view
 from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
-from faceage.agers.hair import HairKey, clear_rim, draw_hair, find_hair, grey_amount
+from faceage.agers.hair import BROW_GREY, HairKey, clear_rim, draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, load_network
 from faceage.checkpoint import read_header, sha256_of
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec, fingerprint, module_file
@@ -37,6 +37,8 @@ HEAD_SIZES_PX = (160, 320)
 SHARP, BLURRED, BLUR_SIGMA = 0.22, 0.17, 0.0125
 """Fineness (see `_fineness`) of a face from which on creases are drawn as they are, that at which they are blurred in
 full, and the blur's width in sides of the crop: sharp creases on a blurred face would be seen at once."""
+BRIGHT = (0.75, 0.95)
+"""Luma from which on a face gets less bright, and from which on not at all: it would be white, and its creases bars."""
 MIN_BLUR_PX = 0.3
 COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
@@ -73,6 +75,7 @@ class FaceKey:
     uncovered: FloatArray | None
     """float32 [64, 64], 1 where no hair covers the face; None: not looked for."""
     hair: HairKey | None
+    brows: HairKey | None
 
 
 class SpaceAger:
@@ -130,9 +133,15 @@ class SpaceAger:
                     smooth=_smooth(rgb @ RGB_LUMA) if look.tone[..., 3].any() else None,
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
+                    brows=find_brows(rgb, self._brows(coordinates, faces.size_px)) if found and look.grey else None,
                 )
             )
         return keys
+
+    def _brows(self, coordinates: FloatArray, size_px: int) -> FloatArray:
+        """Return where brows can be in a face's crop: float32 [S, S]."""
+        where = cv2.resize(coordinates, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+        return cv2.remap(self._canonical.areas.brows, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
 
     def _uncovered(self, hair: HairKey) -> FloatArray:
         """Return where a face's crop shows no hair: float32 [64, 64]."""
@@ -160,6 +169,9 @@ class SpaceAger:
         if blur * size > MIN_BLUR_PX:
             tone = cv2.GaussianBlur(tone, (0, 0), blur * size)
         clear_rim(tone.transpose(2, 0, 1))
+        bright = _mix(before.colours, after.colours, share) @ RGB_LUMA
+        headroom = cv2.resize(np.clip((BRIGHT[1] - bright) / (BRIGHT[1] - BRIGHT[0]), 0, 1), (size, size))
+        tone[..., 0] = np.minimum(tone[..., 0], 0) + headroom * np.maximum(tone[..., 0], 0)
         ratio = np.exp(tone[..., 0])
         delta = self._chroma(tone, _mix(before.colours, after.colours, share), size)
         gain = ratio - 1
@@ -167,6 +179,10 @@ class SpaceAger:
             taken = ratio * tone[..., 3]
             gain -= taken
             delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + np.float32(BLACK_OFFSET))
+        if look.grey and before.brows is not None and after.brows is not None:
+            brows = draw_hair(BROW_GREY * look.grey, before.brows, after.brows, share)
+            gain += brows.gain
+            delta += brows.delta
         return Change(delta=clear_rim(delta), gain=gain)
 
     @staticmethod

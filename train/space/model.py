@@ -33,13 +33,18 @@ log = logging.getLogger(__name__)
 EXEMPLARS_FILE = Path(__file__).parent / "exemplars.txt"
 MAPS, LUMA_PX, CHROMA_PX = 18, 128, 64
 """How many maps changes are mixed from, and their sides: finer ones add nothing that can be seen."""
-EXPOSURE_PX, EXPOSURE_TAKEN = 13.0, 0.95
+EXPOSURE_PX, EXPOSURE_TAKEN = 28.0, 0.95
 """Width of the blur, and share of the blurred change, that is taken out: old and young were not lit alike."""
 CREASE_BAND_PX = (0.8, 7.0)
 COHERENCE = (0.25, 0.7)
 """Coherence of the structure tensor from which and to which a detail is taken for a crease: blotches have less."""
-CREASE_SPREAD, EVENNESS = 0.06, 0.9
+CREASE_SPREAD, EVENNESS = 0.042, 0.9
 """Deviation of log luma that the creases of all exemplars are brought toward, and how much of the way, in powers."""
+NOSE = (197, 174, 217, 126, 129, 64, 98, 97, 2, 326, 327, 294, 358, 355, 437, 399)
+"""Mesh points around the tip and the wings of the nose."""
+KEPT_FROM_PX = {"eyes": 7, "brows": 2, "lips": 7, "nose": 1, "outline": 14}
+"""How far creases stay from what is not skin, or is not where another face has it: there a difference of two faces is
+one of their features, which would change the person and not the age."""
 WRINKLE_RANGE = 0.5
 """Log ratio that int8 -127 and 127 stand for."""
 RIM_PX = 26
@@ -76,6 +81,22 @@ def areas(canonical: Canonical) -> dict[str, np.ndarray]:
         )
         for name, part in parts.items()
     }
+
+
+def creased_skin(canonical: Canonical) -> np.ndarray:
+    """Return where creases are taken from old faces: float32 [S, S], 1 on skin away from the features."""
+    features = {
+        "eyes": np.maximum(*(canonical.area(rim) for rim in EYES)),
+        "brows": np.maximum(*(canonical.area(rim) for rim in BROWS)),
+        "lips": canonical.area(LIPS),
+        "nose": canonical.area(NOSE),
+        "outline": 1 - canonical.area(OVAL),
+    }
+    skin = np.ones_like(features["nose"])
+    for name, feature in features.items():
+        away = cv2.distanceTransform((feature < 0.5).astype(np.uint8), cv2.DIST_L2, 5)
+        skin = np.minimum(skin, np.clip((away - KEPT_FROM_PX[name]) / 6, 0, 1))
+    return cv2.GaussianBlur(skin, (0, 0), 1.5)
 
 
 def change_maps(coefficients: np.ndarray, features: np.ndarray, inside: np.ndarray) -> dict[str, np.ndarray]:
@@ -158,7 +179,9 @@ def main(folder: Path, prototypes: Path, out: Path) -> None:
     wrinkles = np.stack([
         creases(faces[kept[i]], np.tensordot(features[i], coefficients, 1), inside) for i in chosen
     ])  # fmt: skip
-    spread = np.sqrt((np.square(wrinkles) * inside).sum((1, 2)) / inside.sum())
+    skin = creased_skin(canonical)
+    wrinkles *= skin
+    spread = np.sqrt((np.square(wrinkles) * skin).sum((1, 2)) / skin.sum())
     wrinkles *= ((CREASE_SPREAD / spread) ** EVENNESS)[:, None, None]
     ys, xs = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     top, bottom, left, right = ys[0], ys[-1] + 1, xs[0], xs[-1] + 1
