@@ -1,22 +1,27 @@
 """The backends and the engine store: what is built, what is found again, what is refused, how near torch it is."""
 
+import atexit
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from faceage.cache import cache_root
-from faceage.engines import build, openvino, tensorrt
+from faceage.engines import openvino, ort, parity, tensorrt
 from faceage.engines.base import BATCH, Axis, Program, Runtime, Spec, TensorSpec, fingerprint
 from faceage.engines.examples import example_faces
+from faceage.engines.export import export, write_graph
 from faceage.engines.registry import BACKENDS, backend_named, choose_runtime
 from faceage.engines.store import EngineStore
 from faceage.errors import EngineError, ShapeError
@@ -28,50 +33,81 @@ OPENVINO, ORT = BACKENDS["openvino"], BACKENDS["onnxruntime"]
 WIDTH = Axis("width", min=4, typical=8, max=64, multiple=2)
 
 
-def blur_program(weight: float = 0.5) -> Program:
-    def build():
+@cache
+def graphs():
+    """A folder for graphs, which this process's tests share."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def exported(program):
+    """The program, its graph written."""
+    write_graph(program)
+    return program
+
+
+@cache
+def blur_program(weight: float = 0.5, width: int | Axis = 10) -> Program:
+    def network(folded):
         import torch
 
         class Blur(torch.nn.Module):
             def forward(self, x, gain):
                 return torch.nn.functional.avg_pool2d(x, 2) * weight, x.mean((2, 3)) * gain
 
-        return Blur().eval(), (torch.rand(2, 3, 8, 10), torch.rand(2, 1))
+        return Blur().eval()
 
-    return Program(
+    random = np.random.default_rng(0)
+    half = width // 2 if isinstance(width, int) else Axis("half")
+    return exported(Program(
         name="blur",
-        fingerprint=fingerprint(f"blur {weight}"),
-        build=build,
-        inputs=(TensorSpec("x", (BATCH, 3, 8, WIDTH)), TensorSpec("gain", (BATCH, 1))),
-        outputs=(TensorSpec("y", (BATCH, 3, 4, Axis("half"))), TensorSpec("mean", (BATCH, 3))),
-    )
+        graph=graphs() / f"blur-{weight}-{width if isinstance(width, int) else width.name}.onnx",
+        checkpoints=(),
+        network=network,
+        examples=lambda: (random.random((2, 3, 8, 10), np.float32), random.random((2, 1), np.float32)),
+        inputs=(TensorSpec("x", (BATCH, 3, 8, width)), TensorSpec("gain", (BATCH, 1))),
+        outputs=(TensorSpec("y", (BATCH, 3, 4, half)), TensorSpec("mean", (BATCH, 3))),
+    ))  # fmt: skip
 
 
+@cache
 def there_and_back_program() -> Program:
-    """A convolution, and back by the transposed one with the same weights: a gradient looks like this."""
+    """A convolution, and back by the transposed one with the same weights: a gradient looks like this.
 
-    def build():
-        import torch
+    The weights are stored in half, and what is used is computed from them.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    stored = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0)).half()
+    save_file({"weight": stored}, graphs() / "there-and-back.safetensors")
+
+    def network(folded):
         from torch.nn.functional import conv2d, conv_transpose2d, leaky_relu
 
         class ThereAndBack(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.register_buffer("weight", torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
+                self.register_buffer("weight", stored.float())
 
             def forward(self, x, gain):
-                y = leaky_relu(conv2d(x, self.weight, stride=2, padding=1), 0.2) * gain[0]
-                return conv_transpose2d(y, self.weight, stride=2, padding=1, output_padding=1), y.mean((2, 3))
+                weight = self.weight * 0.5
+                y = leaky_relu(conv2d(x, weight, stride=2, padding=1), 0.2) * gain[0]
+                return conv_transpose2d(y, weight, stride=2, padding=1, output_padding=1), y.mean((2, 3))
 
-        return ThereAndBack().eval(), (torch.rand(3, 8, 16, 16), torch.rand(2))
+        return ThereAndBack().eval()
 
-    return Program(
+    random = np.random.default_rng(0)
+    return exported(Program(
         name="there-and-back",
-        fingerprint=fingerprint("there and back"),
-        build=build,
+        graph=graphs() / "there-and-back.onnx",
+        checkpoints=(graphs() / "there-and-back.safetensors",),
+        network=network,
+        examples=lambda: (random.random((3, 8, 16, 16), np.float32), random.random(2, np.float32)),
         inputs=(TensorSpec("x", (BATCH, 8, 16, 16)), TensorSpec("gain", (2,))),
         outputs=(TensorSpec("back", (BATCH, 8, 16, 16)), TensorSpec("mean", (BATCH, 8))),
-    )
+    ))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +136,15 @@ def files_of(store):
     return sorted(file for file in store.root.iterdir() if not file.name.startswith("."))
 
 
-def inputs(batch=3, width=14):
+def inputs(batch=3, width=10):
     random = np.random.default_rng(1)
     return random.random((batch, 3, 8, width), np.float32), random.random((batch, 1), np.float32)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_engine_runs_the_network(stored, backend):
-    engine = stored.load(blur_program(), run_by(backend))
-    x, gain = inputs()
+    engine = stored.load(blur_program(width=WIDTH), run_by(backend))
+    x, gain = inputs(width=14)
     y, mean = engine(x, gain)
     # OpenVINO leaves what takes pictures of any width to ONNX Runtime.
     assert (engine.name, engine.backend) == ("blur", "onnxruntime" if backend == "openvino" else backend)
@@ -119,11 +155,11 @@ def test_engine_runs_the_network(stored, backend):
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_empty_batch_and_wrong_shapes(stored, backend):
-    engine = stored.load(blur_program(), run_by(backend))
+    engine = stored.load(blur_program(width=WIDTH), run_by(backend))
     y, mean = engine(*inputs(batch=0))
     assert y.shape == (0, 3, 4, 0)
     assert mean.shape == (0, 3)
-    x, gain = inputs()
+    x, gain = inputs(width=14)
     with pytest.raises(ShapeError, match=r"input gain must be \['batch', 1\]"):
         engine(x, gain[:2])
     with pytest.raises(ShapeError, match="input x must be"):
@@ -153,41 +189,46 @@ def test_engine_from_several_threads(stored, backend):
             np.testing.assert_array_equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("change", ["none", "truncated", "flipped", "other cpu"])
-def test_what_openvino_compiled_is_kept_and_used_while_it_is_whole(tmp_path, monkeypatch, change):
+@pytest.mark.parametrize("change", ["none", "truncated", "flipped"])
+def test_what_openvino_compiled_for_batches_is_kept_and_used_while_it_is_whole(tmp_path, monkeypatch, change):
     store = EngineStore(tmp_path)
     x, gain = np.random.default_rng(0).random((9, 8, 16, 16), np.float32), np.float32([0.5, 0])
     want = store.load(there_and_back_program())(x, gain)
-    kept = [store.path(there_and_back_program(), BACKENDS["openvino"]).with_suffix(f".{size}.cache") for size in (8, 1)]
-    before = [file.read_bytes() for file in kept]
-    for file, data in zip(kept, before, strict=True):
-        if change == "truncated":
-            file.write_bytes(data[:-100])
-        elif change == "flipped":
-            file.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
-    if change == "other cpu":
-        monkeypatch.setattr(openvino, "cpu", lambda: "another")
+    kept = store.path(there_and_back_program(), OPENVINO).with_suffix(".8.cache")
+    data = kept.read_bytes()
+    if change == "truncated":
+        kept.write_bytes(data[:-100])
+    elif change == "flipped":
+        kept.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
     compiled = []
-    keep = openvino._keep
-    monkeypatch.setattr(openvino, "_keep", lambda path, data: (compiled.append(path), keep(path, data)))
+    compile_ = openvino._compile
+    monkeypatch.setattr(openvino, "_compile", lambda program, size, *rest: (
+        compiled.append(size), compile_(program, size, *rest))[1])  # fmt: skip
     for _ in range(2):
         for got, wanted in zip(store.load(there_and_back_program())(x, gain), want, strict=True):
             np.testing.assert_array_equal(got, wanted)
-        assert sorted(compiled) == ([] if change == "none" else sorted(kept))
-    assert ([file.read_bytes() for file in kept] == before) == (change == "none")
+        assert compiled == ([] if change == "none" else [8])
 
 
-def test_where_nothing_can_be_written_openvino_compiles_each_time(tmp_path, monkeypatch):
+def test_an_engine_of_openvino_is_for_one_cpu(stored, monkeypatch):
+    assert stored.contains(blur_program())
+    monkeypatch.setattr(openvino, "cpu", lambda: "another")
+    assert not stored.contains(blur_program())
+
+
+def test_where_nothing_can_be_written_openvino_compiles_batches_each_time(tmp_path, monkeypatch):
     store = EngineStore(tmp_path)
-    store.build(there_and_back_program(), BACKENDS["openvino"], Spec())
+    store.build(there_and_back_program(), OPENVINO, Spec())
+    for file in tmp_path.glob("*.cache"):
+        file.unlink()
 
     def refuse(source, target):
         raise PermissionError(13, "Permission denied", str(target))
 
     monkeypatch.setattr(openvino.os, "replace", refuse)
-    x, gain = np.random.default_rng(0).random((1, 8, 16, 16), np.float32), np.float32([0.5, 0])
+    x, gain = np.random.default_rng(0).random((8, 8, 16, 16), np.float32), np.float32([0.5, 0])
     assert store.load(there_and_back_program())(x, gain)[0].any()
-    assert {file.suffix for file in files_of(store)} == {".onnx", ".json"}
+    assert {file.suffix for file in files_of(store)} == {".blob", ".json"}
 
 
 def test_openvino_s_first_use_may_be_by_two_threads():
@@ -209,8 +250,8 @@ def test_the_runtimes_tell_nobody_that_they_are_used(stored, tmp_path):
     stored.load(there_and_back_program(), run_by("onnxruntime"))
     code = (
         "import sys; from pathlib import Path; from faceage.engines import openvino, ort\n"
-        f"ort.ort.InferenceSession({str(stored.path(there_and_back_program(), ORT))!r})\n"
-        f"openvino._core().read_model({str(stored.path(there_and_back_program(), OPENVINO))!r})\n"
+        f"ort.ort.InferenceSession({str(there_and_back_program().graph)!r})\n"
+        f"openvino._core().read_model({str(there_and_back_program().graph)!r})\n"
         "print(sys.modules['openvino_telemetry'])"
     )
     # They keep quiet in CI and in unit tests by themselves: here they must not know.
@@ -239,9 +280,10 @@ def test_bf16_is_for_cpus_that_have_it_and_networks_that_do_not_measure(stored, 
         stored.load(there_and_back_program(), run_by("openvino", precision="bf16"))
     monkeypatch.setattr(openvino, "has_bf16", lambda: True)
     assert BACKENDS["openvino"].best_precision("cpu") == "bf16"
-    in_bf16 = {name for name, program in programs.items() if program.spec("cpu", "bf16").precision == "bf16"}
-    assert in_bf16 == {"age-cgan-generator", "age-cgan-latent"}
-    assert programs["mtcnn-pnet"].spec("portable", "fp16").precision == "fp16"
+    for target, half in (("cpu", "bf16"), ("portable", "fp16")):
+        in_half = {name for name, program in programs.items() if program.spec(target, half).precision == half}
+        assert in_half == {"age-cgan-generator", "age-cgan-latent", "facegan-128", "facegan-192"}
+    assert programs["mtcnn-pnet"].spec("sm_75", "fp16").precision == "fp16"  # Turing has no other products
 
 
 def test_sidecar_records_what_the_engine_is(stored):
@@ -250,12 +292,12 @@ def test_sidecar_records_what_the_engine_is(stored):
     assert record["fingerprint"] == blur_program().fingerprint
     assert record["backend"] == "openvino"
     assert record["file_sha256"] == fingerprint(path)
-    assert set(record["versions"]) == {"openvino", "onnxruntime", "torch", "opset"}
+    assert set(record["versions"]) == {"openvino", "machine"}
     assert record["parity"]["psnr_db"] > 100
     assert (record["target"], record["precision"]) == ("cpu", "fp32")
     assert record["shapes"]["gain"] == [[1, 1], [8, 1], [1024, 1]]
     assert record["build_seconds"] > 0
-    assert sorted(file.suffix for file in files_of(stored) if file.stem == path.stem) == [".json", ".onnx"]
+    assert sorted(file.suffix for file in files_of(stored) if file.stem == path.stem) == [".blob", ".json"]
     assert [file.name for file in stored.root.iterdir() if file.name.startswith(".")] == [".lock"]
 
 
@@ -323,15 +365,15 @@ def test_a_new_version_of_the_backend_is_a_reason_to_rebuild(copied, caplog, mon
     assert built == ["blur"]
     (line,) = [message for message in caplog.messages if message.startswith("rebuilding")]
     assert "it was built with other versions (openvino 20" in line
-    assert " -> 99.0, onnxruntime 1." in line
+    assert line.endswith(" -> 99.0)")
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", "MAX_ABS_ERROR"), ("fp16", "MIN_PSNR_DB")])
-def test_engine_too_far_from_torch_is_not_stored(tmp_path, monkeypatch, precision, limit):
-    monkeypatch.setattr(build, limit, -1 if precision == "fp32" else 1000)
+def test_engine_too_far_from_its_graph_is_not_stored(tmp_path, monkeypatch, precision, limit):
+    monkeypatch.setattr(parity, limit, -1 if precision == "fp32" else 1000)
     store = EngineStore(tmp_path)
-    with pytest.raises(EngineError, match=r"differs from torch .* and is not stored; use --"):
-        store.build(blur_program(), *((ORT, Spec()) if precision == "fp32" else RTX_FP16))
+    with pytest.raises(EngineError, match=r"differs from onnxruntime .* and is not stored; use --"):
+        store.build(there_and_back_program(), *((OPENVINO, Spec()) if precision == "fp32" else RTX_FP16))
     assert files_of(store) == []
 
 
@@ -352,20 +394,20 @@ def test_two_builders_wait_for_one_another(tmp_path):
     EngineStore(tmp_path, slow_build).load(blur_program())
     waiting.join(30)
     assert built == ["blur"]
-    assert len(files_of(second)) == 2
+    assert {file.suffix for file in files_of(second)} == {".blob", ".json", ".cache"}
 
 
 def test_a_builder_that_was_killed_is_in_nobodys_way(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from faceage.engines.store import EngineStore\n"
         "with EngineStore(Path(sys.argv[1]))._locked() as folder:\n"
-        "    (folder / 'half.onnx').touch(); print('locked', flush=True); time.sleep(60)"
+        "    (folder / 'half.blob').touch(); print('locked', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "locked\n"
         os.kill(holder.pid, signal.SIGKILL)
     store = EngineStore(tmp_path)
-    assert (tmp_path / ".drafts" / "half.onnx").exists()
+    assert (tmp_path / ".drafts" / "half.blob").exists()
     store.load(blur_program())
     assert not (tmp_path / ".drafts").exists()
 
@@ -408,10 +450,10 @@ def test_refusals_say_what_to_do(stored, tmp_path):
 
 def test_a_store_that_cannot_be_changed_is_one_line(tmp_path):
     # Permissions do not bind root, who may run the tests; what is of the wrong kind cannot be removed by anybody.
-    (tmp_path / "blur-0.onnx").mkdir()
-    with pytest.raises(EngineError, match=r"blur-0.onnx cannot be removed \(.*\); make its folder writable"):
+    (tmp_path / "blur-0.blob").mkdir()
+    with pytest.raises(EngineError, match=r"blur-0.blob cannot be removed \(.*\); make its folder writable"):
         EngineStore(tmp_path).prune([])
-    (tmp_path / "blur-0.onnx").rmdir()
+    (tmp_path / "blur-0.blob").rmdir()
     (tmp_path / ".drafts").touch()
     with pytest.raises(EngineError, match="set FACEAGE_CACHE to a folder that can be written"):
         EngineStore(tmp_path).prune([])
@@ -440,14 +482,15 @@ def test_fingerprint_separates_its_parts(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def programs(tiny_model):
-    """All networks of the tiny model, by name."""
-    return {program.name: program for program in all_programs(tiny_model)}
+def programs(tiny_model, tiny_facegan):
+    """All networks of the tiny models, and of the bundled space model, by name."""
+    models = (tiny_model, tiny_facegan, "space")
+    return {program.name: program for model in models for program in all_programs(model)}
 
 
 NETWORKS = [
     "age-cgan-encoder", "age-cgan-generator", "age-cgan-latent", "identity", "age-estimator",
-    "mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet",
+    "facegan-128", "facegan-192", "space-coordinates", "space-hair", "mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet",
 ]  # fmt: skip
 
 
@@ -459,7 +502,7 @@ def test_the_matrix_names_every_network(programs):
 @pytest.mark.parametrize(
     ("backend", "device", "precision"),
     [
-        ("openvino", "cpu", "fp32"), ("openvino", "cpu", "bf16"), ("onnxruntime", "cpu", "fp32"),
+        ("openvino", "cpu", "fp32"), ("openvino", "cpu", "bf16"), ("torch", "cpu", "fp32"),
         ("aotinductor", "cpu", "fp32"),
         *(pytest.param(*case, marks=pytest.mark.gpu) for case in [
             ("torch", "cuda", "fp32"),
@@ -468,8 +511,8 @@ def test_the_matrix_names_every_network(programs):
         ]),
     ],
 )  # fmt: skip
-def test_every_backend_agrees_with_torch(programs, network, backend, device, precision):
-    """Max abs 1e-3 in fp32, 45 dB in fp16 and bf16, on real faces: `EngineStore.load` refuses what does not."""
+def test_every_backend_agrees_with_the_graph(programs, network, backend, device, precision):
+    """Max abs 1e-3 in fp32, 45 dB in fp16 and bf16, on real faces: `check_parity` refuses what does not."""
     if backend == "aotinductor" and device == "cpu" and network != "mtcnn-rnet":
         pytest.skip("AOTInductor compiles for ten seconds a network on a CPU; there one is enough")
     require_gpu(backend, device)
@@ -477,10 +520,9 @@ def test_every_backend_agrees_with_torch(programs, network, backend, device, pre
         pytest.skip("this CPU does not compute in bf16")
     program = programs[network]
     engine = EngineStore().load(program, run_by(backend, device, precision))
-    network_, examples = program.build()
     precision = program.spec("cpu" if device == "cpu" else "cuda", precision).precision
-    parity = build.check_parity(program, engine, network_, examples, precision)
-    assert parity["max_abs_error"] <= 1e-3 if precision == "fp32" else parity["psnr_db"] >= 45
+    found = parity.check_parity(program, engine, ort.open_graph(program, program.graph), precision)
+    assert found["max_abs_error"] > 0 or engine.backend == "onnxruntime"  # they are two
 
 
 def require_gpu(backend, device):
@@ -523,15 +565,15 @@ def test_engines_on_tensors_give_tensors(stored):
         assert isinstance(got, torch.Tensor)
         np.testing.assert_array_equal(got.numpy(), want)
     empty = engine(*map(torch.from_numpy, inputs(batch=0)))
-    assert [tuple(tensor.shape) for tensor in empty] == [(0, 3, 4, 0), (0, 3)]
+    assert [tuple(tensor.shape) for tensor in empty] == [(0, 3, 4, 5), (0, 3)]
 
 
 def test_half_precision_is_for_products_alone(programs):
     import torch
 
     program = programs["age-cgan-generator"]
-    network, examples = program.build()
-    exported = build.export(program, network, examples, "fp16")
+    examples = tuple(map(torch.from_numpy, program.examples()))
+    exported = export(program, program.network(True), examples, "fp16")
     halves = {
         str(node.target).split(".")[1]
         for node in exported.graph.nodes

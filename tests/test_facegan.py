@@ -60,7 +60,7 @@ def test_weights_of_another_version_are_refused_in_one_line(facegan_checkpoint, 
     weights.pop("to_luma.bias")
     save(tmp_path / "facegan.safetensors", weights, header)
     with pytest.raises(CheckpointError, match="holds other weights than this version's facegan has; train it again"):
-        unet_program(tmp_path / "facegan.safetensors", 128).build()
+        unet_program(tmp_path / "facegan.safetensors", 128).network(True)
 
 
 def test_a_batch_gives_what_each_face_gives_alone(facegan):

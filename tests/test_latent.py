@@ -190,7 +190,7 @@ def test_the_folded_generator_makes_the_same_faces(networks_of):
 def test_the_latent_engine_steps_as_torch_does_with_autograd(tiny_model, tmp_path):
     files = find_model(tiny_model)
     engine = EngineStore(tmp_path).load(latent_program(files.generator, files.identity))
-    step, _ = latent_program(files.generator, files.identity, autograd=True).build()
+    step = latent_program(files.generator, files.identity, autograd=True).network(True)
     _, y, x, *_ = (t.numpy() for t in inputs(3))
     e = np.zeros((3, 128), np.float32)
     e[:, 0] = 1

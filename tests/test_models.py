@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from faceage.checkpoint import Header, read_header, save
+from faceage.engines import export
 from faceage.errors import CheckpointError
 from faceage.models import BUNDLED_MODELS, fetch, find_model, import_model, list_models, user_folder
 
@@ -42,7 +43,10 @@ def test_an_import_takes_the_place_of_another_architecture(cache, checkpoints, f
     import_model("mine", [facegan_checkpoint, checkpoints["identity"]])
     assert import_model("mine", list(checkpoints.values())).architecture == "age-cgan"
     assert import_model("mine", [facegan_checkpoint]).architecture == "facegan"
-    assert [path.name for path in (user_folder() / "mine").iterdir()] == ["facegan.safetensors"]
+    files = {path.name for path in (user_folder() / "mine").iterdir()}
+    graphs = {f"facegan-{size}{suffix}" for size in (128, 192) for suffix in (".onnx", ".json")}
+    assert files == {"facegan.safetensors", *graphs}
+    assert [path.name for path in user_folder().iterdir()] == ["mine"]
     assert list_models() == [*BUNDLED_MODELS, "mine"]
 
 
@@ -131,14 +135,16 @@ def served(tmp_path, monkeypatch):
     thread.join()
 
 
-def test_facenet_is_fetched_checked_and_converted(cache, served):
+def test_facenet_is_fetched_checked_and_converted(cache, served, monkeypatch):
     from safetensors.numpy import load_file
 
-    seen = []
+    seen, graphs = [], []
+    monkeypatch.setattr(export, "write_graph", lambda program: graphs.append(program.graph.name))
     path = fetch.fetch_facenet(lambda done, total: seen.append(done))
     assert path == fetch.facenet_file() == user_folder() / "facenet" / "facenet.safetensors"
     assert seen[-1] == len(served)
     assert list(load_file(path)) == ["conv.weight"]  # without the classifier
+    assert graphs == ["facenet-64.onnx"]  # for the faces that the bundled identity network would get
     assert read_header(path).arch == "facenet"
     assert [p.name for p in path.parent.iterdir()] == ["facenet.safetensors"]
     assert list_models() == list(BUNDLED_MODELS)  # it is no model of its own

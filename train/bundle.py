@@ -1,7 +1,11 @@
-"""Copy finished checkpoints into the package, in half precision.
+"""Copy finished checkpoints into the package, in half precision, and write the graphs that run.
 
 python -m train.bundle --runs runs            # all that python -m train makes
 python -m train.bundle --runs runs facegan    # one: the hashes of its parents stay those of their runs
+python -m train.bundle                        # only the graphs, of all checkpoints that are in the package
+
+Each graph (`faceage/models/*.onnx`) gets a JSON file beside it: the hashes of the graph and of its weights, and how far
+it is from torch.
 """
 
 from __future__ import annotations
@@ -11,7 +15,13 @@ from pathlib import Path
 
 import click
 
-from faceage.checkpoint import load, save, sha256_of
+from faceage.agers.registry import model_programs
+from faceage.checkpoint import Header, load, save, sha256_of
+from faceage.detect import detector_programs
+from faceage.engines.base import Program
+from faceage.engines.export import write_graph
+from faceage.models import BUNDLED_MODELS, find_model
+from faceage.networks.mtcnn import facenet_pytorch_weights
 from train.run import Script
 
 FILES = {
@@ -28,17 +38,36 @@ TOGETHER = ("identity", "age-estimator", "age-cgan-generator", "age-cgan-encoder
 """What `python -m train` makes, parents first."""
 SPACE = ("space", "space-coordinates", "space-hair")
 """The space model, which has scripts of its own."""
+DETECTOR = "mtcnn"
+"""Its weights are facenet-pytorch's."""
 TARGET = Path(__file__).parent.parent / "faceage" / "models"
 
 
 @click.command(cls=Script)
-@click.option("--runs", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the run folders.")
-@click.argument("archs", nargs=-1, type=click.Choice(TOGETHER + SPACE), metavar="[NETWORK]...")
-def main(runs: Path, archs: tuple[str, ...]) -> None:
-    """Bundle the checkpoints of the named networks, or of all that `python -m train` makes."""
+@click.option(
+    "--runs", type=click.Path(exists=True, path_type=Path), help="Folder of the run folders; without it only graphs."
+)
+@click.argument("archs", nargs=-1, type=click.Choice((*TOGETHER, *SPACE, DETECTOR)), metavar="[NETWORK]...")
+def main(runs: Path | None, archs: tuple[str, ...]) -> None:
+    """Bundle the checkpoints of the named networks, or of all that `python -m train` makes, and write their graphs."""
+    chosen = archs or (TOGETHER if runs else (*TOGETHER, *SPACE, DETECTOR))
+    if runs:
+        bundle_checkpoints(runs, chosen)
+    if DETECTOR in chosen:
+        header = Header(arch=DETECTOR, dims={}, stage="facenet-pytorch", images_seen=0, input_spec="see networks.mtcnn")
+        save(TARGET / f"{DETECTOR}.safetensors", facenet_pytorch_weights(), header)
+    for program in bundled_programs():
+        if {path.stem for path in program.checkpoints} & set(chosen):
+            record = write_graph(program)
+            parity = record["parity_with_torch"]
+            click.echo(f"{program.graph.name}: {program.graph.stat().st_size / 1e3:.0f} KB, {parity}")
+
+
+def bundle_checkpoints(runs: Path, archs: tuple[str, ...]) -> None:
+    """Copy the checkpoints of networks into the package, in half precision."""
     renamed: dict[str, str] = {}  # hash of a full-precision parent to that of its bundled copy
     for arch in TOGETHER + SPACE:
-        if arch not in (archs or TOGETHER):
+        if arch not in archs:
             continue
         header, weights = load(runs / FILES[arch], arch)
         parents = {stage: renamed.get(sha, sha) for stage, sha in header.parents.items()}
@@ -46,6 +75,12 @@ def main(runs: Path, archs: tuple[str, ...]) -> None:
         sha = save(path, weights, replace(header, parents=parents), half=True)
         renamed[sha256_of(runs / FILES[arch])] = sha
         click.echo(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {sha[:12]}, {header.images_seen} images")
+
+
+def bundled_programs() -> list[Program]:
+    """Return the programs of all bundled models, and the detector's, each once."""
+    programs = [program for name in BUNDLED_MODELS for program in model_programs(find_model(name)).values()]
+    return list({program.name: program for program in (*programs, *detector_programs())}.values())
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import numpy as np
 
 from faceage.agers.base import Ages, Architecture, Composite, EngineOf, ModelFiles, read_view
 from faceage.agers.latent import Fit, LatentConfig, optimize_latents
-from faceage.agers.programs import EXAMPLES, fingerprint_of, load_network, make_measuring, reader_program
+from faceage.agers.programs import EXAMPLES, graph_of, load_network, make_measuring, reader_program
 from faceage.ages import age_to_classes
 from faceage.checkpoint import read_array, read_header, sha256_of
-from faceage.engines.base import BATCH, Engine, Program, TensorSpec, fingerprint
+from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.errors import CheckpointError
 from faceage.geometry import face_mask, skin_mask
@@ -213,18 +213,21 @@ def generator_program(checkpoint: Path) -> Program:
     dims = read_header(checkpoint).dims
     size = dims["size_px"]
 
-    def build() -> tuple:
-        import torch
-
+    def network(folded: bool) -> nn.Module:
         from faceage.networks.age_cgan import FoldedGenerator
 
-        z = torch.randn(EXAMPLES, dims["latent"], generator=torch.Generator().manual_seed(0))
-        return FoldedGenerator(_generator_network(checkpoint)).eval(), (z, torch.eye(dims["classes"])[:EXAMPLES])
+        return FoldedGenerator(_generator_network(checkpoint), keep=folded).eval()
+
+    def examples() -> tuple[FloatArray, ...]:
+        z = np.random.default_rng(0).standard_normal((EXAMPLES, dims["latent"]), np.float32)
+        return z, np.eye(dims["classes"], dtype=np.float32)[:EXAMPLES]
 
     return Program(
         name="age-cgan-generator",
-        fingerprint=fingerprint_of(checkpoint),
-        build=build,
+        graph=graph_of(checkpoint, "age-cgan-generator"),
+        checkpoints=(checkpoint,),
+        network=network,
+        examples=examples,
         inputs=(TensorSpec("z", (BATCH, dims["latent"])), TensorSpec("classes", (BATCH, dims["classes"]))),
         outputs=(TensorSpec("faces", (BATCH, 3, size, size)),),
     )
@@ -242,34 +245,40 @@ def latent_program(generator: Path, identity: Path, *, autograd: bool = False) -
     dims = read_header(generator).dims
     size, latent, width = dims["size_px"], dims["latent"], read_header(identity).dims["outputs"]
 
-    def build() -> tuple:
+    def examples() -> tuple[FloatArray, ...]:
+        random = np.random.default_rng(0)
+
+        def normal(*shape: int) -> FloatArray:
+            return random.standard_normal(shape, np.float32)
+
+        embeddings = normal(EXAMPLES, width)
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        # In the middle of an optimization, and one face has stopped.
+        state = (
+            np.float32(0.1) * normal(EXAMPLES, latent), np.full(EXAMPLES, 100, np.float32), normal(EXAMPLES, latent),
+            normal(EXAMPLES, latent), np.full(EXAMPLES, 0.5, np.float32), np.arange(EXAMPLES, dtype=np.float32),
+        )  # fmt: skip
+        problem = (
+            normal(EXAMPLES, latent), np.eye(dims["classes"], dtype=np.float32)[:EXAMPLES],
+            example_faces(EXAMPLES, size), embeddings, np.array([1.0, 4.0, 0.02, 0.005], np.float32),
+        )  # fmt: skip
+        return *state, *problem, np.eye(latent, dtype=np.float32)
+
+    def network(folded: bool) -> nn.Module:
         import torch
 
         from faceage.networks.age_cgan import FoldedGenerator
         from faceage.networks.latent import AutogradGradient, LatentObjective, LatentStep, gradient_network
 
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=seeded)
-
-        seeded = torch.Generator().manual_seed(0)
         mask = torch.tensor(face_mask(size))
         who = load_network(identity, make_measuring(read_header(identity).arch))
-        objective = LatentObjective(FoldedGenerator(_generator_network(generator)), who, mask).eval()
-        problem = (
-            random(EXAMPLES, latent),
-            torch.eye(dims["classes"])[:EXAMPLES],
-            torch.from_numpy(example_faces(EXAMPLES, size)),
-            torch.nn.functional.normalize(random(EXAMPLES, width), dim=1),
-            torch.tensor([1.0, 4.0, 0.02, 0.005]),
-        )
-        examples = (*problem[:4], problem[4][:3])
-        gradient = AutogradGradient(objective) if autograd else gradient_network(objective, examples)
-        # In the middle of an optimization, and one face has stopped.
-        state = (
-            0.1 * random(EXAMPLES, latent), torch.full((EXAMPLES,), 100.0), random(EXAMPLES, latent),
-            random(EXAMPLES, latent), torch.full((EXAMPLES,), 0.5), torch.arange(EXAMPLES).float(),
-        )  # fmt: skip
-        return LatentStep(gradient).eval(), (*state, *problem, torch.eye(latent))
+        made = FoldedGenerator(_generator_network(generator), keep=folded)
+        objective = LatentObjective(made, who, mask).eval()
+        if autograd:
+            return LatentStep(AutogradGradient(objective)).eval()
+        start, classes, faces, embeddings, settings = map(torch.from_numpy, examples()[6:11])
+        problem = (start, classes, faces, embeddings, settings[:3])
+        return LatentStep(gradient_network(objective, problem, keep=folded)).eval()
 
     state = (
         TensorSpec("u", (BATCH, latent)),
@@ -281,8 +290,10 @@ def latent_program(generator: Path, identity: Path, *, autograd: bool = False) -
     )
     return Program(
         name="age-cgan-latent",
-        fingerprint=fingerprint(fingerprint_of(generator), fingerprint_of(identity)),
-        build=build,
+        graph=graph_of(generator, "age-cgan-latent"),
+        checkpoints=(generator, identity),
+        network=network,
+        examples=examples,
         inputs=(
             *state,
             TensorSpec("start", (BATCH, latent)),

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
-from faceage.agers.programs import EXAMPLES, load_network
-from faceage.checkpoint import read_header, sha256_of
-from faceage.engines.base import Axis, Engine, Program, TensorSpec, fingerprint, module_file
+from faceage.agers.programs import EXAMPLES, graph_of, load_network
+from faceage.checkpoint import read_header
+from faceage.engines.base import Axis, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import face_mask, skin_masks
 from faceage.types import Appearance, Change, Crops, FloatArray, View
@@ -84,18 +84,14 @@ def unet_program(checkpoint: Path, size_px: int) -> Program:
     faces = BATCH_PIXELS // size_px**2
     batch = Axis("batch", typical=faces // 4, max=2 * faces)
 
-    def build() -> tuple:
-        import torch
-
-        ages = torch.linspace(10, 80, EXAMPLES)
-        return _network(checkpoint), (torch.from_numpy(example_faces(EXAMPLES, size_px)), ages, ages.flip(0))
-
+    ages = np.linspace(10, 80, EXAMPLES, dtype=np.float32)
+    name = f"facegan-{size_px}"
     return Program(
-        name=f"facegan-{size_px}",
-        fingerprint=fingerprint(
-            sha256_of(checkpoint), module_file("faceage.networks.facegan"), module_file("faceage.geometry")
-        ),
-        build=build,
+        name=name,
+        graph=graph_of(checkpoint, name),
+        checkpoints=(checkpoint,),
+        network=lambda folded: _network(checkpoint),
+        examples=lambda: (example_faces(EXAMPLES, size_px), ages, ages[::-1].copy()),
         inputs=(
             TensorSpec("faces", (batch, 3, size_px, size_px)),
             TensorSpec("now", (batch,)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faceage.checkpoint import load, read_header, sha256_of
-from faceage.engines.base import BATCH, Program, TensorSpec, fingerprint, module_file
+from faceage.checkpoint import load, read_header
+from faceage.engines.base import BATCH, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.errors import CheckpointError
 
@@ -32,27 +32,22 @@ def reader_program(
     header = read_header(checkpoint)
     size = size_px or header.dims["size_px"]
     width = None if header.arch == "age-estimator" else header.dims.get("latent") or header.dims["outputs"]
-
-    def build() -> tuple:
-        import torch
-
-        network = load_network(checkpoint, make or make_measuring(header.arch))
-        return network, (torch.from_numpy(example_faces(EXAMPLES, size)),)
-
+    name = header.arch if size_px in (None, header.dims["size_px"]) else f"{header.arch}-{size}"
     return Program(
-        name=header.arch,
-        fingerprint=fingerprint_of(checkpoint),
-        build=build,
+        name=name,
+        graph=graph_of(checkpoint, name),
+        checkpoints=(checkpoint,),
+        network=lambda folded: load_network(checkpoint, make or make_measuring(header.arch)),
+        examples=lambda: (example_faces(EXAMPLES, size),),
         inputs=(TensorSpec("faces", (BATCH, 3, size, size)),),
         outputs=(TensorSpec("read", (BATCH,) if width is None else (BATCH, width)),),
         exact=True,
     )
 
 
-def fingerprint_of(checkpoint: Path) -> str:
-    """Return what a program of a checkpoint depends on: its bytes, and the networks' sources."""
-    sources = [module_file(f"faceage.networks.{name}") for name in ("age_cgan", "facenet", "latent", "regressors")]
-    return fingerprint(sha256_of(checkpoint), *sources, module_file("faceage.geometry"))
+def graph_of(checkpoint: Path, name: str) -> Path:
+    """Return where the graph of a program of that name is: beside the checkpoint that has its weights."""
+    return checkpoint.parent / f"{name}.onnx"
 
 
 def load_network(checkpoint: Path, make: Callable[[dict], nn.Module]) -> nn.Module:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -24,13 +25,16 @@ import numpy as np
 from faceage.agers.base import Architecture, EngineOf, ModelFiles, read_view
 from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
 from faceage.agers.hair import BROW_GREY, HairKey, clear_rim, draw_hair, find_brows, find_hair, grey_amount
-from faceage.agers.programs import EXAMPLES, load_network
-from faceage.checkpoint import read_header, sha256_of
-from faceage.engines.base import BATCH, Engine, Program, TensorSpec, fingerprint, module_file
+from faceage.agers.programs import EXAMPLES, graph_of, load_network
+from faceage.checkpoint import read_header
+from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import TEMPLATES, similarity_to_template, template_5
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA
 from faceage.types import Appearance, Change, Crops, FloatArray, View
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FACE_SIZES_PX = (128, 256)
 HEAD_SIZES_PX = (160, 320)
@@ -236,45 +240,50 @@ def coordinates_program(checkpoint: Path) -> Program:
     """(faces [F, 3, S, S], landmarks [F, 10]) -> coordinates; see `networks.space.CoordinateNet`."""
     dims = read_header(checkpoint).dims
 
-    def build() -> tuple:
-        import torch
-
+    def network(folded: bool) -> nn.Module:
         from faceage.networks.space import CoordinateDims, CoordinateNet
 
-        network = load_network(checkpoint, lambda dims: CoordinateNet(CoordinateDims(**dims)))
-        landmarks = torch.from_numpy(np.stack([TEMPLATES[dims["template"]].reshape(-1)] * EXAMPLES))
-        return network, (torch.from_numpy(example_faces(EXAMPLES, dims["size_px"])), landmarks)
+        return load_network(checkpoint, lambda dims: CoordinateNet(CoordinateDims(**dims)))
 
-    return _program(checkpoint, build, (2, dims["map_px"]), (TensorSpec("landmarks", (BATCH, 10)),))
+    def examples() -> tuple[FloatArray, ...]:
+        landmarks = np.stack([TEMPLATES[dims["template"]].reshape(-1)] * EXAMPLES)
+        return example_faces(EXAMPLES, dims["size_px"]), landmarks
+
+    return _program(checkpoint, network, examples, (2, dims["map_px"]), (TensorSpec("landmarks", (BATCH, 10)),))
 
 
 def hair_program(checkpoint: Path) -> Program:
     """Heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]."""
     dims = read_header(checkpoint).dims
 
-    def build() -> tuple:
-        import torch
-
+    def network(folded: bool) -> nn.Module:
         from faceage.networks.space import MapDims, MapNet
 
-        network = load_network(checkpoint, lambda dims: MapNet(MapDims(**dims)))
-        return network, (torch.from_numpy(example_faces(EXAMPLES, dims["size_px"])),)
+        return load_network(checkpoint, lambda dims: MapNet(MapDims(**dims)))
 
-    return _program(checkpoint, build, (dims["outputs"], dims["size_px"] // 2))
+    def examples() -> tuple[FloatArray, ...]:
+        return (example_faces(EXAMPLES, dims["size_px"]),)
+
+    return _program(checkpoint, network, examples, (dims["outputs"], dims["size_px"] // 2))
 
 
 def _program(
-    checkpoint: Path, build: Callable[[], tuple], output: tuple[int, int], more: tuple[TensorSpec, ...] = ()
+    checkpoint: Path,
+    network: Callable[[bool], nn.Module],
+    examples: Callable[[], tuple[FloatArray, ...]],
+    output: tuple[int, int],
+    more: tuple[TensorSpec, ...] = (),
 ) -> Program:
     """Return a program whose output has so many channels and such a side."""
     channels, side = output
     header = read_header(checkpoint)
     size = header.dims["size_px"]
-    sources = [module_file(f"faceage.networks.{name}") for name in ("space", "facegan")]
     return Program(
         name=header.arch,
-        fingerprint=fingerprint(sha256_of(checkpoint), *sources, module_file("faceage.geometry")),
-        build=build,
+        graph=graph_of(checkpoint, header.arch),
+        checkpoints=(checkpoint,),
+        network=network,
+        examples=examples,
         inputs=(TensorSpec("crops", (BATCH, 3, size, size)), *more),
         outputs=(TensorSpec("maps", (BATCH, channels, side, side)),),
         exact=True,

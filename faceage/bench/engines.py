@@ -72,7 +72,7 @@ def _compile_seconds(store: EngineStore, program: Program, runtime: Runtime) -> 
     backend = runtime.backend
     for target in backend.targets(runtime.device):
         spec = program.spec(target, runtime.precision)
-        if backend.suffix(target) is not None and store.contains(program, backend, spec):
+        if backend.suffix(program, target) is not None and store.contains(program, backend, spec):
             return store.build(program, backend, spec)[0]["build_seconds"]
     return None
 

@@ -64,8 +64,8 @@ class _AgeCGAN:
         from faceage.networks.latent import LatentObjective
 
         self.generator = _generator(files.generator)
-        self.encoder = encoder_program(files.paths["encoder"]).build()[0]
-        self.identity = reader_program(files.identity).build()[0]
+        self.encoder = encoder_program(files.paths["encoder"]).network(True)
+        self.identity = reader_program(files.identity).network(True)
         size_px = read_header(files.generator).dims["size_px"]
         self.view = read_view(files.generator, (size_px,))
         mask = torch.tensor(face_mask(size_px))
@@ -131,7 +131,8 @@ class _FaceGAN:
     def __init__(self, files: ModelFiles, evaluations: int = 0) -> None:
         """Take no evaluations: it optimizes nothing."""
         self.view = read_view(files.generator, read_header(files.generator).dims["sizes_px"])
-        self.unet: nn.Module = unet_program(files.generator, self.view.sizes_px[0]).build()[0]  # the same at every size
+        # It is the same at every size.
+        self.unet: nn.Module = unet_program(files.generator, self.view.sizes_px[0]).network(True)
 
     def delta(self, face: Tensor, landmarks: FloatArray, source: float, target: float) -> FloatArray:
         """Return the change of one face [1, 3, S, S] with its landmarks [5, 2]: float32 [3, S, S]."""
@@ -237,7 +238,7 @@ def naive_loop(model: str, folder: Path, request: AgeRequest, evaluations: int) 
     if files.architecture not in _BASELINES:
         raise UnsupportedError(f"model {model} has no naive loop to be measured against; use {' or '.join(_BASELINES)}")
     ager = _BASELINES[files.architecture](files, evaluations)
-    age_reader, age_px = reader_program(files.age).build()[0], read_header(files.age).dims["size_px"]
+    age_reader, age_px = reader_program(files.age).network(True), read_header(files.age).dims["size_px"]
     size = ager.view.sizes_px[0]
     _choose_threads(lambda: ager.delta(torch.zeros(1, 3, size, size), template_5(size), 40.0, 70.0))
     detector = MTCNN(keep_all=True)

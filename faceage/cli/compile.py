@@ -44,7 +44,9 @@ def command(
         wanted = precisions or _precisions_for(builder, target)
         for precision in wanted:
             check_buildable(builder, Spec(target, precision))
-        programs = all_programs(model)
+        programs = [program for program in all_programs(model) if builder.suffix(program, target) is not None]
+        if not programs:
+            raise EngineError(f"backend {builder.name} runs graphs as they are: there is nothing to build; just use it")
         for precision, program in itertools.product(wanted, programs):
             spec = program.spec(target, precision)
             try:

@@ -10,14 +10,12 @@ import shutil
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from faceage.engines import eager
 from faceage.engines.base import Backend, Precision, Program, Runtime, Spec, fingerprint
 from faceage.errors import EngineError
 
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
+SUFFIX = ".pt2"
 
 _CONFIG = {"aot_inductor.use_runtime_constant_folding": True}
 """Weights are turned and cast once, when an engine is opened."""
@@ -29,12 +27,14 @@ class AOTInductor(Backend):
     name = "aotinductor"
     kinds = ("cpu", "cuda")
 
-    def suffix(self, target: str) -> str:
+    def suffix(self, program: Program, target: str) -> str:
         """Return the end of its files' names."""
-        return ".pt2"
+        return SUFFIX
 
     def missing(self, target: str) -> str | None:
         """Return why it cannot build here, or None: it writes C++."""
+        if reason := eager.missing_torch(f"backend {self.name}"):
+            return reason
         if shutil.which("g++") or shutil.which("clang++"):
             return None
         return f"backend {self.name} needs a C++ compiler, found no g++; install one (Debian: apt install g++)"
@@ -60,10 +60,13 @@ class AOTInductor(Backend):
         if spec.target == "cuda":
             eager.kind_of("cuda")
 
-    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-        """Compile `exported` to a package at `path`."""
+    def build(self, program: Program, spec: Spec, path: Path) -> None:
+        """Compile the network to a package at `path`."""
         import torch
 
+        from faceage.engines.export import export_for
+
+        exported = export_for(program, spec)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_CONFIG)

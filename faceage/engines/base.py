@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 
-from faceage.errors import EngineError, ShapeError
+from faceage.errors import CheckpointError, EngineError, ShapeError
 from faceage.types import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.export import ExportedProgram
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """fp16, for GPUs: convolutions and matrix products in half precision, all else, inputs and outputs too, in float32.
@@ -85,26 +85,62 @@ class TensorSpec:
         return tuple(getattr(d, which) if isinstance(d, Axis) else d for d in self.shape)
 
 
+_MEND = (
+    "restore it by what brought it: pip install --force-reinstall faceage, faceage models import, "
+    "or faceage models fetch facenet --overwrite"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A network that can be made into an engine. Making one, or hashing one, does not import torch."""
+    """A network that can be made into an engine: its ONNX graph, and its torch module. Only `network` imports torch."""
 
     name: str
-    """Stem of the engine's file: lower case, digits and dashes."""
-    fingerprint: str
-    """Hash over everything that decides the result: weights, dimensions, source; see `fingerprint`."""
-    build: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
-    """Imports torch and returns the network, in eval mode on the CPU in float32, and example inputs: real faces
-    (`examples.example_faces`) where it takes faces, for engines are compared with torch on them."""
+    """Stem of its files: lower case, digits and dashes."""
+    graph: Path
+    """The ONNX file, see `engines.export`; it lies beside `checkpoints`."""
+    checkpoints: tuple[Path, ...]
+    """The safetensors files that hold its weights."""
+    network: Callable[[bool], nn.Module]
+    """Imports torch and returns the network, in eval mode on the CPU in float32. True: what follows from weights is
+    computed here, once; False: in every call, so that an exported graph has the checkpoints' own weights."""
+    examples: Callable[[], tuple[FloatArray, ...]]
+    """Returns example inputs: real faces (`examples.example_faces`) where it takes faces, for engines are compared with
+    their reference on them."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     """An axis that no input has (it follows from the others) counts as 0 in an empty output."""
     exact: bool = False
-    """It measures and decides, for which bfloat16 is too coarse: where that is asked for, it is computed in fp32."""
+    """It measures and decides, for which half precision is too coarse: where that is asked for, it runs in fp32."""
+
+    @property
+    def sidecar(self) -> Path:
+        """The JSON file beside the graph: hashes of the graph and of its weights, and the graph's parity with torch."""
+        return self.graph.with_suffix(".json")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the graph and of its weights: all that decides the result.
+
+        Raises:
+            CheckpointError: if there is no graph, or a file is not the one that was exported.
+        """
+        try:
+            record = json.loads(self.sidecar.read_text())
+            known = {self.graph: record["graph"]} | {path: record["weights"][path.name] for path in self.checkpoints}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the graph {self.graph} is missing or damaged ({error}); {_MEND}") from error
+        for path, digest in known.items():
+            if not path.is_file() or sha256_of_file(path) != digest:
+                raise CheckpointError(f"{path} is damaged: its hash is not the one in {self.sidecar.name}; {_MEND}")
+        return fingerprint(*known.values())
 
     def spec(self, target: str, precision: Precision) -> Spec:
-        """Return what its engine is built for where a whole model is to run on `target` in `precision`."""
-        return Spec(target, "fp32" if precision == "bf16" and self.exact else precision)
+        """Return what its engine is built for where a whole model is to run on `target` in `precision`.
+
+        Turing (sm_75) has no fp32 matrix products in TensorRT for RTX: there all is fp16.
+        """
+        return Spec(target, "fp32" if self.exact and target != "sm_75" else precision)
 
     def check(self, arrays: Sequence[FloatArray | Tensor]) -> dict[str, int]:
         """Return the sizes of the changing axes of `arrays`, the inputs of a call: arrays or tensors.
@@ -180,7 +216,7 @@ class Backend(ABC):
 
     @abstractmethod
     def missing(self, target: str) -> str | None:
-        """Return why it cannot build for a target here and the command that mends it, or None."""
+        """Return why it cannot build for a target here, or run there, and the command that mends it, or None."""
 
     def unfit(self, device: str) -> str | None:
         """Return why it is not for a device of one of its kinds, and what mends that if anything does, or None."""
@@ -190,9 +226,9 @@ class Backend(ABC):
     def best_precision(self, device: str) -> Precision:
         """Return the fastest precision on a device that it runs on."""
 
-    @abstractmethod
-    def suffix(self, target: str) -> str | None:
+    def suffix(self, program: Program, target: str) -> str | None:
         """Return the end of its files' names; None: there is nothing to build, and `load` takes no file."""
+        return None
 
     @abstractmethod
     def versions(self, spec: Spec) -> dict[str, str]:
@@ -202,12 +238,20 @@ class Backend(ABC):
     def check(self, spec: Spec) -> None:
         """Raise EngineError if it builds nothing for `spec`."""
 
-    @abstractmethod
-    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-        """Write the engine's file; `exported` lies on the GPU for the target "cuda", else on the CPU.
+    def build(self, program: Program, spec: Spec, path: Path) -> None:
+        """Write the engine's file.
 
-        An engine that this machine may be unable to run leaves the graph it was built from beside it, as `.onnx`.
+        Raises:
+            EngineError: if it cannot be built.
         """
+        raise EngineError(f"backend {self.name} has no engines to build; use --backend auto")
+
+    def emulate(self, program: Program, spec: Spec) -> Engine:
+        """Return what goes into the builder, run on the CPU: the most that can be compared where the engine cannot run.
+
+        Only of a backend that builds for devices which are not there.
+        """
+        raise NotImplementedError
 
     def targets(self, device: str) -> list[str]:
         """Return the targets whose engines run on a device, best first.
@@ -258,13 +302,13 @@ def fingerprint(*parts: str | bytes | Path) -> str:
     return digest.hexdigest()
 
 
-def module_file(name: str) -> Path:
-    """Return the source file of a module without importing it (its parent packages are imported).
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 (hex) of a file; one that has not changed is read once."""
+    status = path.stat()
+    return _sha256(path, status.st_mtime_ns, status.st_size)
 
-    Raises:
-        EngineError: if the module is not installed.
-    """
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise EngineError(f"the Python module {name} is not installed; run: pip install --force-reinstall faceage")
-    return Path(spec.origin)
+
+@cache
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ from faceage.types import FloatArray
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.export import ExportedProgram
 
 
 class TorchEngine:
@@ -73,20 +72,17 @@ class Torch(Backend):
     name = "torch"
     kinds = ("cpu", "cuda")
 
-    def suffix(self, target: str) -> None:
-        """Return None: nothing is stored."""
-        return None
-
-    def missing(self, target: str) -> None:
-        """Return None: there is nothing to build."""
+    def missing(self, target: str) -> str | None:
+        """Return how to install torch, or None."""
+        return missing_torch(f"backend {self.name}")
 
     def best_precision(self, device: str) -> Precision:
         """Return fp32: it is the reference."""
         return "fp32"
 
     def versions(self, spec: Spec) -> dict[str, str]:
-        """Return the versions that the result depends on."""
-        return {"torch": version("torch")}
+        """Return nothing: it builds nothing."""
+        return {}
 
     def check(self, spec: Spec) -> None:
         """Raise EngineError: it builds nothing in half precision."""
@@ -95,19 +91,19 @@ class Torch(Backend):
                 f"backend {self.name} is the reference, in fp32 only; found {spec.precision}: use another backend"
             )
 
-    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-        """Raise EngineError: there is nothing to build."""
-        raise EngineError(f"backend {self.name} has no engines to build; use --backend auto")
-
     def targets(self, device: str) -> list[str]:
         """Return the kind of a device, as a target; see `Backend.targets`."""
         return [kind_of(device)]
 
     def load(self, program: Program, path: Path | None, runtime: Runtime) -> TorchEngine:
-        """Build the network on `device`; `path` plays no part."""
+        """Make the network on the device; `path` plays no part."""
         target = prepare(runtime)
-        module, _ = program.build()
-        return TorchEngine(program, module.to(target), target)
+        return TorchEngine(program, program.network(True).to(target), target)
+
+
+def missing_torch(what: str) -> str | None:
+    """Return that `what` needs torch, and how to install it, or None if it is installed."""
+    return None if find_spec("torch") else f"{what} needs torch; run: pip install 'faceage[torch]'"
 
 
 def kind_of(device: str) -> str:
@@ -116,6 +112,8 @@ def kind_of(device: str) -> str:
     Raises:
         EngineError: if `device` is not "cpu", "cuda" or "cuda:N", or is not in this machine.
     """
+    if reason := missing_torch(f"device {device}"):
+        raise EngineError(reason)
     import torch
 
     try:

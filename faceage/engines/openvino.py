@@ -24,7 +24,6 @@ from faceage.types import FloatArray
 
 if TYPE_CHECKING:
     import openvino
-    from torch.export import ExportedProgram
 
 BATCH_SIZES = (8, 1)
 """Batches are cut into these, and the network is compiled for each: compiled for any size it would be up to a quarter
@@ -32,8 +31,9 @@ slower, and stop to compile for each that it meets."""
 LARGE_FACE = 3 * 100 * 100
 """Values of a face from which on it keeps a core as busy as eight do: these run one by one."""
 
+SUFFIX = ".blob"
+
 _FIRST = threading.Lock()
-_ORT = ort.OnnxRuntime()
 
 
 class OpenVINOEngine:
@@ -42,7 +42,7 @@ class OpenVINOEngine:
     backend = "openvino"
 
     def __init__(self, program: Program, path: Path, config: dict[str, Any]) -> None:
-        """Compile the ONNX file at `path` for single faces; what else is needed is compiled when it is."""
+        """Open what was compiled for single faces at `path`; what else is needed is compiled when it is."""
         self.name = program.name
         self._program = program
         self._path = path
@@ -75,19 +75,25 @@ class OpenVINOEngine:
 
     def _compile(self, size: int) -> openvino.InferRequest:
         """Compile the network for `size` faces, or open what was compiled before, which takes half as long."""
+        if size == 1:
+            return _core().import_model(self._path.read_bytes(), "CPU", self._config).create_infer_request()
         kept = self._path.with_suffix(f".{size}.cache")
         if compiled := _compiled(kept):
             return _core().import_model(compiled, "CPU", self._config).create_infer_request()
-        graph = _core().read_model(self._path)
-        shapes = [[size if _is_batch(axis) else axis for axis in spec.shape] for spec in self._program.inputs]
-        graph.reshape(dict(enumerate(shapes)))
-        model = _core().compile_model(graph, "CPU", self._config)
+        model = _compile(self._program, size, self._config)
         _keep(kept, model.export_model().getvalue())
         return model.create_infer_request()
 
 
+def _compile(program: Program, size: int, config: dict[str, Any]) -> openvino.CompiledModel:
+    graph = _core().read_model(program.graph)
+    shapes = [[size if _is_batch(axis) else axis for axis in spec.shape] for spec in program.inputs]
+    graph.reshape(dict(enumerate(shapes)))
+    return _core().compile_model(graph, "CPU", config)
+
+
 def _compiled(path: Path) -> bytes | None:
-    """Return what `_keep` wrote, if it is whole and was compiled for this CPU."""
+    """Return what `_keep` wrote, if it is whole."""
     try:
         digest, compiled = path.read_bytes().split(b"\n", 1)
     except (OSError, ValueError):
@@ -96,7 +102,7 @@ def _compiled(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, compiled: bytes) -> None:
-    """Write what was compiled for this CPU, for the next one that needs it; where nothing can be written, it cannot."""
+    """Write what was compiled, for the next process; in a folder that cannot be written it is compiled each time."""
     part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
     with suppress(OSError):
         try:
@@ -107,18 +113,21 @@ def _keep(path: Path, compiled: bytes) -> None:
 
 
 def _digest(compiled: bytes) -> bytes:
-    return fingerprint(cpu(), compiled).encode()
+    return fingerprint(compiled).encode()
 
 
 class OpenVINO(Backend):
-    """OpenVINO, on CPUs."""
+    """OpenVINO, on CPUs. Its engines are what it compiled for this CPU.
+
+    What takes pictures of any size is opened by ONNX Runtime, which has nothing to compile for each of them.
+    """
 
     name = "openvino"
     kinds = ("cpu",)
 
-    def suffix(self, target: str) -> str:
-        """Return the end of its files' names: it reads ONNX."""
-        return _ORT.suffix(target)
+    def suffix(self, program: Program, target: str) -> str | None:
+        """Return the end of its files' names; None for what ONNX Runtime opens."""
+        return None if _takes_any_size(program) else SUFFIX
 
     def missing(self, target: str) -> None:
         """Return None: it is always installed."""
@@ -129,13 +138,8 @@ class OpenVINO(Backend):
         return "bf16" if has_bf16() else "fp32"
 
     def versions(self, spec: Spec) -> dict[str, str]:
-        """Return the versions that the result depends on; torch is the exporter."""
-        return {
-            "openvino": version("openvino"),
-            "onnxruntime": version("onnxruntime"),
-            "torch": version("torch"),
-            "opset": str(ort.OPSET),
-        }
+        """Return the version of OpenVINO, and the processor that it compiled for."""
+        return {"openvino": version("openvino"), "machine": cpu()}
 
     def check(self, spec: Spec) -> None:
         """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, or in bf16 where the CPU has it."""
@@ -147,54 +151,35 @@ class OpenVINO(Backend):
         if spec.precision == "bf16" and not has_bf16():
             raise EngineError("this CPU does not compute in bf16; use --precision fp32")
 
-    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-        """Write `exported` to `path` as one ONNX file, weights inside: it is compiled when it is loaded."""
-        _ORT.build(program, exported, spec, path)
-        _separate_weights(path)
+    def build(self, program: Program, spec: Spec, path: Path) -> None:
+        """Compile the graph for single faces."""
+        try:
+            compiled = _compile(program, 1, _config(Runtime(backend=self, precision=spec.precision)))
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot compile {program.graph}: {error}") from error
+        path.write_bytes(compiled.export_model().getvalue())
 
     def load(self, program: Program, path: Path | None, runtime: Runtime) -> Engine:
-        """Compile the ONNX file at `path` for this CPU.
-
-        What takes pictures of any size is opened by ONNX Runtime, which has nothing to compile for each of them.
-        """
-        if any(isinstance(axis, Axis) and not _is_batch(axis) for spec in program.inputs for axis in spec.shape):
-            return _ORT.load(program, path, runtime)
-        config = {
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[runtime.precision],
-            "INFERENCE_NUM_THREADS": runtime.threads,
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,  # it would pin all of them to the first core
-        }
-        assert path is not None
+        """Open what was compiled for this CPU; see `Backend.load`."""
+        if path is None:
+            return ort.open_graph(program, program.graph, runtime.threads)
         try:
-            return OpenVINOEngine(program, path, config)
+            return OpenVINOEngine(program, path, _config(runtime))
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot open {path}: {error}") from error
 
 
-def _separate_weights(path: Path) -> None:
-    """Give each transposed convolution in an ONNX file weights of its own.
+def _config(runtime: Runtime) -> dict[str, Any]:
+    return {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[runtime.precision],
+        "INFERENCE_NUM_THREADS": runtime.threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # it would pin all of them to the first core
+    }
 
-    A gradient's transposed convolution has the weights of the convolution that it goes back through. OpenVINO (2026.4)
-    lays weights out anew for what uses them and takes such a pair for the same: with as many channels out as in, it
-    computes the gradient with the wrong layout.
-    """
-    import onnx
 
-    model = onnx.load(path)
-    weights = {weight.name: weight for weight in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "ConvTranspose" and node.input[1] in weights:
-            copy = onnx.TensorProto()
-            copy.CopyFrom(weights[node.input[1]])
-            copy.name = f"{node.input[1]}_of_{node.output[0]}"
-            model.graph.initializer.append(copy)
-            node.input[1] = copy.name
-    used = {name for node in model.graph.node for name in node.input}
-    left = [weight for weight in model.graph.initializer if weight.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(left)
-    onnx.save(model, path)
+def _takes_any_size(program: Program) -> bool:
+    return any(isinstance(axis, Axis) and not _is_batch(axis) for spec in program.inputs for axis in spec.shape)
 
 
 def _is_batch(axis: int | Axis) -> bool:

@@ -22,11 +22,10 @@ from pathlib import Path
 from time import perf_counter
 
 from faceage.cache import cache_root
-from faceage.engines import eager
+from faceage.engines import aotinductor, openvino, ort, tensorrt
 from faceage.engines.base import Backend, Engine, Precision, Program, Runtime, Spec, fingerprint
-from faceage.engines.build import check_parity, export
-from faceage.engines.eager import TorchEngine
-from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME, backend_named
+from faceage.engines.parity import check_parity
+from faceage.engines.registry import DEFAULT_RUNTIME, backend_named
 from faceage.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -81,8 +80,8 @@ class EngineStore:
         backend = runtime.backend
         specs = [program.spec(target, runtime.precision) for target in backend.targets(runtime.device)]
         runtime = replace(runtime, precision=specs[0].precision)
-        if backend.suffix(specs[0].target) is None:
-            backend.check(specs[0])
+        if backend.suffix(program, specs[0].target) is None:
+            check_buildable(backend, specs[0])
             return backend.load(program, None, runtime)
         spec = next((spec for spec in specs if self.contains(program, backend, spec)), None)
         if spec is None:
@@ -123,44 +122,29 @@ class EngineStore:
             with self._on_build(program.name) or nullcontext():
                 start = perf_counter()
                 draft = folder / path.name
-                network, examples = program.build()
-                if spec.target == "cuda":
-                    network, examples = network.to("cuda"), tuple(example.to("cuda") for example in examples)
-                exported = export(program, network, examples, spec.precision)
-                backend.build(program, exported, spec, draft)
-                seconds = round(perf_counter() - start, 2)
-                network = network.to("cpu")
-                device = _device_for(backend, spec)
+                backend.build(program, spec, draft)
                 record = identity | {"file_sha256": fingerprint(draft), "bytes": draft.stat().st_size}
-                record |= {"build_seconds": seconds, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+                record["build_seconds"] = round(perf_counter() - start, 2)
+                record["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+                reference = ort.open_graph(program, program.graph)
+                device = _device_for(backend, spec)
                 if device is not None:
-                    engine = backend.load(
-                        program, draft, Runtime(backend=backend, device=device, precision=spec.precision)
-                    )
-                    record["parity"] = check_parity(program, engine, network, examples, spec.precision)
+                    runtime = Runtime(backend=backend, device=device, precision=spec.precision)
+                    engine = backend.load(program, draft, runtime)
+                    record["parity"] = check_parity(program, engine, reference, spec.precision)
                 else:
-                    # What went into the builder can be run here: by torch, which rounds to half precision as the graph
-                    # says, and as the ONNX file, whose casts ONNX Runtime may leave out.
-                    on_cpu = Runtime(backend=BACKENDS["onnxruntime"])
-                    graphs = (
-                        TorchEngine(program, exported.module(), eager.prepare(on_cpu)),
-                        on_cpu.backend.load(program, draft.with_suffix(".onnx"), on_cpu),
-                    )
-                    found = [check_parity(program, graph, network, examples, spec.precision) for graph in graphs]
-                    record |= {"parity": None, "parity_missing_because": NOT_RUN}
-                    record["graph_parity"] = {
-                        "max_abs_error": max(parity["max_abs_error"] for parity in found),
-                        "psnr_db": min(parity["psnr_db"] for parity in found),
-                    }
+                    parity = check_parity(program, backend.emulate(program, spec), reference, spec.precision)
+                    record |= {"parity": None, "parity_missing_because": NOT_RUN, "graph_parity": parity}
                 _write_json(draft.with_suffix(".json"), record)
-                os.replace(draft, path)
-                os.replace(draft.with_suffix(".json"), path.with_suffix(".json"))
+                # What was compiled for more sizes while it was compared goes with it; the sidecar comes last.
+                for file in sorted(folder.glob(f"{draft.stem}.*"), key=lambda file: file.suffix == ".json"):
+                    os.replace(file, self.root / file.name)
         return record, True
 
     def contains(self, program: Program, backend: Backend = DEFAULT_RUNTIME.backend, spec: Spec | None = None) -> bool:
         """Return whether the store has an engine that fits; `spec` is for the CPU, in fp32, if there is none."""
         spec = spec or Spec()
-        if backend.suffix(spec.target) is None:
+        if backend.suffix(program, spec.target) is None:
             return True
         record, _ = _look(self.path(program, backend, spec), _identity(program, backend, spec))
         return record is not None
@@ -169,14 +153,14 @@ class EngineStore:
         """Return where the engine of `program` is, or would be; `spec` as in `contains`."""
         spec = spec or Spec()
         key = fingerprint(json.dumps(_identity(program, backend, spec), sort_keys=True))[:KEY_DIGITS]
-        return self.root / f"{program.name}-{key}{backend.suffix(spec.target)}"
+        return self.root / f"{program.name}-{key}{backend.suffix(program, spec.target)}"
 
     def stored(self) -> list[Stored]:
         """Return what the store holds, by name, each compared with its sidecar."""
         found = []
-        suffixes = {backend.suffix(target) for backend in BACKENDS.values() for target in ("cpu", "cuda", "portable")}
+        suffixes = (openvino.SUFFIX, aotinductor.SUFFIX, tensorrt.RTX_SUFFIX)
         files = list(self.root.iterdir()) if self.root.is_dir() else []
-        stems = {file.stem for file in files if file.suffix in {".json", *suffixes} and not file.name.startswith(".")}
+        stems = {file.stem for file in files if file.suffix in (".json", *suffixes) and not file.name.startswith(".")}
         for stem in sorted(stems):
             path = next((self.root / f"{stem}{s}" for s in suffixes if (self.root / f"{stem}{s}").exists()), None)
             sidecar = self.root / f"{stem}.json"
@@ -265,7 +249,7 @@ class EngineStore:
             return
         logger.info("comparing %s with torch on this GPU, once", path.name)
         try:
-            record["parity"] = check_parity(program, engine, *program.build(), precision)
+            record["parity"] = check_parity(program, engine, ort.open_graph(program, program.graph), precision)
         except EngineError:
             path.unlink()
             sidecar.unlink()

@@ -10,8 +10,9 @@ import atexit
 import importlib
 import logging
 import os
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from faceage.engines import eager, ort
 from faceage.engines.aotinductor import gpu
-from faceage.engines.base import Axis, Backend, Precision, Program, Runtime, Spec
+from faceage.engines.base import Axis, Backend, Engine, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
 
 if TYPE_CHECKING:
+    import onnx
     import torch
     from torch import Tensor
-    from torch.export import ExportedProgram
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ RTX_CAPABILITIES = {(7, 5): "sm_75", (8, 6): "sm_86", (8, 9): "sm_89", (12, 0): 
 """Compute capability of a GPU -> the target of its own engines."""
 PORTABLE_CAPABILITIES = ((8, 0), *RTX_CAPABILITIES)
 """GPUs that TensorRT for RTX's documentation names."""
+
+TORCH_SUFFIX, RTX_SUFFIX = ".pt2", ".engine"
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that fp16 engines compute in half precision. Losses, norms and sums would overflow or vanish in it."""
 
 MAX_SIZE = 2048
 """Largest size of an axis in a profile: TensorRT's tensors have less than 2^31 elements, at all sizes at once."""
@@ -44,28 +49,30 @@ class TensorRT(Backend):
     name = "tensorrt"
     kinds = ("cuda",)
 
-    def suffix(self, target: str) -> str:
+    def suffix(self, program: Program, target: str) -> str:
         """Return the end of its files' names."""
-        return ".pt2" if target == "cuda" else ".engine"
+        return TORCH_SUFFIX if target == "cuda" else RTX_SUFFIX
 
     def missing(self, target: str) -> str | None:
         """Return what is not installed for a target, and the command that installs it, or None."""
-        on_gpu = target == "cuda"
-        package, name = ("torch_tensorrt", "torch-tensorrt") if on_gpu else ("tensorrt_rtx", "'tensorrt-rtx>=1.7'")
-        if find_spec(package) is not None:
+        if target == "cuda":
+            return eager.missing_torch(f"backend {self.name} for target cuda") or _missing_torch_tensorrt()
+        if find_spec("tensorrt_rtx") is not None and find_spec("onnx") is not None:
             return None
-        reason = f"backend {self.name} needs {package} for target {target}, which is not installed"
-        return f"{reason}; run: pip install {name}"
+        return (
+            f"backend {self.name} needs tensorrt_rtx and onnx for target {target}, which are not installed; "
+            "run: pip install 'faceage[tensorrt]'"
+        )
 
     def best_precision(self, device: str) -> Precision:
         """Return fp16."""
         return "fp16"
 
     def versions(self, spec: Spec) -> dict[str, str]:
-        """Return the versions that the file depends on, torch's as the exporter; see `Backend.versions`."""
+        """Return the builder's version, and the GPU if the file is for that one alone."""
         if spec.target == "cuda":
-            return {"torch-tensorrt": version("torch-tensorrt"), "torch": version("torch"), "machine": gpu()}
-        return {"tensorrt-rtx": version("tensorrt-rtx"), "torch": version("torch"), "opset": str(ort.OPSET)}
+            return {"torch-tensorrt": _torch_tensorrt_version(), "torch": version("torch"), "machine": gpu()}
+        return {"tensorrt-rtx": version("tensorrt-rtx")}
 
     def check(self, spec: Spec) -> None:
         """Raise EngineError if it builds nothing for `spec`."""
@@ -76,12 +83,16 @@ class TensorRT(Backend):
         if spec.target == "cuda":
             eager.kind_of("cuda")
 
-    def build(self, program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
-        """Write the engine of `exported` to `path`."""
+    def build(self, program: Program, spec: Spec, path: Path) -> None:
+        """Write the program's engine to `path`."""
         if spec.target == "cuda":
-            _build_on_gpu(program, exported, path)
+            _build_on_gpu(program, spec, path)
         else:
-            _build_rtx(program, exported, spec, path)
+            _build_rtx(program, spec, path)
+
+    def emulate(self, program: Program, spec: Spec) -> Engine:
+        """Return the graph that TensorRT for RTX builds from, run by ONNX Runtime cast by cast."""
+        return ort.open_graph(program, _graph(program, spec).SerializeToString(), optimize=False)
 
     def targets(self, device: str) -> list[str]:
         """Return the targets whose engines run on a GPU: made for it, then portable, then Torch-TensorRT's."""
@@ -116,7 +127,7 @@ class TensorRT(Backend):
         """Open the engine at `path` on a GPU; see `Backend.load`."""
         assert path is not None
         target = eager.prepare(runtime)
-        if path.suffix == self.suffix("cuda"):
+        if path.suffix == TORCH_SUFFIX:
             torch_tensorrt = importlib.import_module("torch_tensorrt")
             run = torch_tensorrt.load(str(path)).module()
         else:
@@ -124,15 +135,33 @@ class TensorRT(Backend):
         return eager.TorchEngine(program, run, target, self.name)
 
 
-def _build_on_gpu(program: Program, exported: ExportedProgram, path: Path) -> None:
+def _missing_torch_tensorrt() -> str | None:
+    if find_spec("torch_tensorrt") is not None:
+        return None
+    return (
+        "backend tensorrt needs torch_tensorrt for target cuda, which is not installed; run: pip install torch-tensorrt"
+    )
+
+
+def _torch_tensorrt_version() -> str:
+    """Return the version of the distribution that is installed: `torch-tensorrt-rtx` has the same module."""
+    for name in ("torch-tensorrt", "torch-tensorrt-rtx"):
+        with suppress(PackageNotFoundError):
+            return f"{name} {version(name)}"
+    return "unknown"
+
+
+def _build_on_gpu(program: Program, spec: Spec, path: Path) -> None:
     """Build by Torch-TensorRT; the graph lies on the GPU, its casts say which products are in half precision."""
+    from faceage.engines.export import export_for
+
     torch_tensorrt = importlib.import_module("torch_tensorrt")
     inputs = [
         torch_tensorrt.Input(min_shape=low, opt_shape=typical, max_shape=high, name=spec.name)
         for spec, (low, typical, high) in zip(program.inputs, _profile(program), strict=True)
     ]
     module = torch_tensorrt.dynamo.compile(
-        exported,
+        export_for(program, spec),
         arg_inputs=inputs,
         require_full_compilation=True,  # what is left to torch would be slow, and nobody would see it
         min_block_size=1,
@@ -166,16 +195,39 @@ def _rtx() -> tuple[Any, Any]:
     return trt, Log()
 
 
-def _build_rtx(program: Program, exported: ExportedProgram, spec: Spec, path: Path) -> None:
+def _graph(program: Program, spec: Spec) -> onnx.ModelProto:
+    """Return the graph that an engine is built from: for fp16 with casts around its convolutions and products."""
+    import onnx
+
+    model = onnx.load(program.graph, load_external_data=False)
+    if spec.precision != "fp16":
+        return model
+    nodes = []
+    for number, node in enumerate(model.graph.node):
+        if node.op_type not in PRODUCTS:
+            nodes.append(node)
+            continue
+        for place, name in enumerate(node.input):
+            if name:
+                node.input[place] = f"{name}_half{number}_{place}"
+                nodes.append(onnx.helper.make_node("Cast", [name], [node.input[place]], to=onnx.TensorProto.FLOAT16))
+        (output,) = node.output
+        node.output[0] = f"{output}_half"
+        nodes += [node, onnx.helper.make_node("Cast", [node.output[0]], [output], to=onnx.TensorProto.FLOAT)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    del model.graph.value_info[:]  # they say float32 of what is half now
+    return model
+
+
+def _build_rtx(program: Program, spec: Spec, path: Path) -> None:
     """Build by TensorRT for RTX; needs no GPU."""
     trt, log = _rtx()
-    onnx = path.with_suffix(".onnx")
-    ort.OnnxRuntime().build(program, exported, spec, onnx)
     builder = trt.Builder(log)
     # Types are those of the graph, whose casts say which products are in half precision.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(onnx)):
+    if not parser.parse(_graph(program, spec).SerializeToString(), str(program.graph)):
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"{program.name}: TensorRT for RTX cannot read the graph ({reasons}); report this")
     config = builder.create_builder_config()

@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 from faceage.agers.base import Architecture, ModelFiles
-from faceage.agers.registry import ARCHITECTURES, SHARED_ROLES, architecture_of
+from faceage.agers.registry import ARCHITECTURES, SHARED_ROLES, architecture_of, model_programs
 from faceage.cache import cache_root
 from faceage.checkpoint import read_header
-from faceage.errors import CheckpointError
+from faceage.engines.eager import missing_torch
+from faceage.errors import CheckpointError, EngineError
 
 DEFAULT_MODEL = "space"
 """The bundled model that is used where none is named: the scorecard's choice, see MODEL_CARD.md."""
@@ -33,7 +34,7 @@ def list_models() -> list[str]:
     found = {
         path.parent.name
         for architecture in ARCHITECTURES
-        for path in user_folder().glob(f"*/{architecture.roles['generator']}.safetensors")
+        for path in user_folder().glob(f"[!.]*/{architecture.roles['generator']}.safetensors")
     }
     return [*BUNDLED_MODELS, *sorted(found)]
 
@@ -53,16 +54,7 @@ def find_model(name: str = DEFAULT_MODEL) -> ModelFiles:
     else:
         folder = user_folder() / name
         architecture = next(a for a in ARCHITECTURES if _file(folder, a.roles["generator"]).exists())
-    paths = {}
-    for role, arch in _roles(architecture).items():
-        path = _file(folder, arch)
-        if not path.exists() and role in SHARED_ROLES:
-            path = _file(_BUNDLED, arch)
-        header = read_header(path)
-        if header.arch != arch:
-            raise CheckpointError(f"{path} holds {header.arch}, expected {arch}; import the model again")
-        paths[role] = path
-    return ModelFiles(name, architecture.name, paths)
+    return _files_in(folder, name, architecture)
 
 
 def _roles(architecture: Architecture) -> dict[str, str]:
@@ -77,13 +69,16 @@ def _file(folder: Path, arch: str) -> Path:
 def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
     """Copy checkpoints into the user's folder as a model of their own, in the place of an earlier one of that name.
 
-    Its architecture is that of its generator.
+    Its architecture is that of its generator. The graphs of its networks are written beside them, which needs torch.
 
     Raises:
         CheckpointError: if the name is taken by a bundled model or no folder name, a file is no checkpoint, two have
             the same role, one has no role beside the generator, one is missing, they do not belong together, or the
             user's folder cannot be written.
+        EngineError: if torch is not installed, or a graph differs from torch.
     """
+    if reason := missing_torch("importing a model"):
+        raise EngineError(reason)
     if name in BUNDLED_MODELS or not name.replace("-", "").replace("_", "").isalnum():
         taken = " or ".join(f'"{bundled}"' for bundled in BUNDLED_MODELS)
         raise CheckpointError(f'"{name}" cannot name a model; use letters, digits and dashes, not {taken}')
@@ -101,18 +96,48 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
         raise CheckpointError(f"the model lacks {' and '.join(missing)}; name those checkpoints too")
     architecture.check({role: by_arch[arch] for role, arch in architecture.roles.items()})
     folder = user_folder() / name
-    others = {arch for each in ARCHITECTURES for arch in _roles(each).values()} - set(by_arch)
+    new = user_folder() / f".{name}.{os.getpid()}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for arch, path in by_arch.items():
-            part = folder / f"{arch}.safetensors.part"
-            shutil.copyfile(path, part)
-            os.replace(part, _file(folder, arch))
-        for arch in others:
-            _file(folder, arch).unlink(missing_ok=True)  # of the earlier model
+        new.mkdir(parents=True)
+        try:
+            for arch, path in by_arch.items():
+                shutil.copyfile(path, _file(new, arch))
+            _write_graphs(name, architecture, new)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"the model cannot be stored in {folder} ({error.strerror or error}); "
             "set FACEAGE_CACHE to a folder that can be written"
         ) from error
     return find_model(name)
+
+
+def _write_graphs(name: str, architecture: Architecture, folder: Path) -> None:
+    """Write the graphs of a model's own networks beside its checkpoints."""
+    from faceage.engines.export import write_graph
+
+    files = _files_in(folder, name, architecture)
+    for program in architecture.programs(files, files.identity).values():
+        for path in program.checkpoints:
+            if path.parent != folder:  # a graph's weights lie beside it
+                shutil.copyfile(path, folder / path.name)
+    for program in model_programs(_files_in(folder, name, architecture)).values():
+        if program.graph.parent == folder:
+            write_graph(program)
+
+
+def _files_in(folder: Path, name: str, architecture: Architecture) -> ModelFiles:
+    """Return the files of a model in a folder, the shared ones that it lacks from the bundled set."""
+    paths = {}
+    for role, arch in _roles(architecture).items():
+        path = _file(folder, arch)
+        if not path.exists() and role in SHARED_ROLES:
+            path = _file(_BUNDLED, arch)
+        header = read_header(path)
+        if header.arch != arch:
+            raise CheckpointError(f"{path} holds {header.arch}, expected {arch}; import the model again")
+        paths[role] = path
+    return ModelFiles(name, architecture.name, paths)

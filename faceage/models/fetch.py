@@ -15,9 +15,11 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
-from faceage.checkpoint import Header, save
-from faceage.errors import CheckpointError
-from faceage.models import user_folder
+from faceage.agers.programs import reader_program
+from faceage.checkpoint import Header, read_header, save
+from faceage.engines.eager import missing_torch
+from faceage.errors import CheckpointError, EngineError
+from faceage.models import find_model, user_folder
 
 FACENET_URL = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
 FACENET_SHA256 = "281cebca8662831adb987a874bdcb36e73f5b1c6dc5ee5878f305e985625d99b"
@@ -36,14 +38,19 @@ def facenet_file() -> Path:
 
 
 def fetch_facenet(progress: Progress | None = None) -> Path:
-    """Download FaceNet, check it, and store it as a checkpoint; it appears when it is complete.
+    """Download FaceNet, check it, and store it as a checkpoint with its graph; it appears when it is complete.
 
     Args:
         progress: called as the bytes arrive.
 
     Raises:
         CheckpointError: if the download fails or is not the file that was expected.
+        EngineError: if torch is not installed, which converts it.
     """
+    if reason := missing_torch("converting FaceNet"):
+        raise EngineError(reason)
+    from faceage.engines.export import write_graph
+
     target = facenet_file()
     download = target.with_name(f".facenet.{os.getpid()}.part")
     try:
@@ -51,6 +58,8 @@ def fetch_facenet(progress: Progress | None = None) -> Path:
         try:
             _download(download, progress or (lambda *_: None))
             _convert(download, target)
+            # FaceNet gets the crops that the bundled identity network would.
+            write_graph(reader_program(target, read_header(find_model().identity).dims["size_px"]))
         finally:
             download.unlink(missing_ok=True)
     except OSError as error:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import spectral_norm
 
 _FIRST_SIDE_PX = 4
@@ -80,39 +79,66 @@ class FoldedGenerator(nn.Module):
     out.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, *, keep: bool = True) -> None:
+        """Fold a generator's weights.
+
+        Args:
+            generator: in eval mode.
+            keep: fold them here, once; False: in every call, so that an exported graph has the generator's own weights.
+        """
         super().__init__()
-        norm = generator.norm
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        self.dense = nn.Linear(generator.dense.in_features, generator.dense.out_features)
-        area = _FIRST_SIDE_PX**2
-        weights = {
-            self.dense.weight: generator.dense.weight * scale.repeat_interleave(area)[:, None],
-            self.dense.bias: (norm.bias - norm.running_mean * scale).repeat_interleave(area),
-        }
-        self.blocks = nn.ModuleList()
-        for block in generator.blocks:
-            plain = fuse_conv_bn_eval(block[0], block[1])
-            doubling = nn.ConvTranspose2d(plain.in_channels, plain.out_channels, 4, stride=2, padding=1)
-            kernel = _doubled(_doubled(plain.weight).transpose(2, 3)).transpose(2, 3)
-            weights |= {doubling.weight: kernel.transpose(0, 1), doubling.bias: plain.bias}
-            self.blocks.append(doubling)
-        last = generator.to_rgb
-        self.to_rgb = nn.ConvTranspose2d(last.in_channels, last.out_channels, 3, padding=1)
-        weights |= {self.to_rgb.weight: last.weight.transpose(0, 1).flip(2, 3), self.to_rgb.bias: last.bias}
-        with torch.no_grad():
-            for parameter, value in weights.items():
-                parameter.copy_(value)
+        if keep:
+            with torch.no_grad():
+                for name, value in fold_generator(generator).items():
+                    self.register_buffer(name, value)
+        else:
+            self.generator = generator
 
     def forward(self, z_NZ: Tensor, y_NK: Tensor) -> Tensor:
         """Return faces [N, 3, S, S] in [-1, 1]."""
-        x = self.dense(torch.cat([z_NZ, y_NK], 1)).unflatten(1, (-1, _FIRST_SIDE_PX, _FIRST_SIDE_PX))
-        x = F.leaky_relu(x, 0.2)
-        for block in self.blocks:
-            x = F.leaky_relu(block(x), 0.2)
-        return torch.tanh(self.to_rgb(x))
+        kept = hasattr(self, "dense")
+        folded = dict(self.named_buffers(recurse=False)) if kept else fold_generator(self.generator)
+        x = F.linear(torch.cat([z_NZ, y_NK], 1), folded["dense"], folded["dense_bias"])
+        x = F.leaky_relu(x.unflatten(1, (-1, _FIRST_SIDE_PX, _FIRST_SIDE_PX)), 0.2)
+        for i in range(len(folded) // 2 - 2):
+            x = F.conv_transpose2d(x, folded[f"block{i}"], folded[f"block{i}_bias"], stride=2, padding=1)
+            x = F.leaky_relu(x, 0.2)
+        return torch.tanh(F.conv_transpose2d(x, folded["to_rgb"], folded["to_rgb_bias"], padding=1))
+
+
+def fold_generator(generator: Generator) -> dict[str, Tensor]:
+    """Return the weights of a `FoldedGenerator` by name."""
+    norm = generator.norm
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+
+    def repeated(x: Tensor) -> Tensor:  # `repeat_interleave` would export a table of indices
+        return x[:, None].expand(-1, _FIRST_SIDE_PX**2).flatten()
+
+    folded = {
+        "dense": generator.dense.weight * repeated(scale)[:, None],
+        "dense_bias": repeated(norm.bias - norm.running_mean * scale),
+    }
+    for i, block in enumerate(generator.blocks):
+        kernel, bias = fold_norm(block[0], block[1])
+        kernel = _doubled(_doubled(kernel).transpose(2, 3)).transpose(2, 3)
+        folded[f"block{i}"], folded[f"block{i}_bias"] = kernel.transpose(0, 1), bias
+    last = generator.to_rgb
+    assert last.bias is not None
+    folded["to_rgb"], folded["to_rgb_bias"] = last.weight.transpose(0, 1).flip(2, 3), last.bias
+    return folded
+
+
+def fold_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return the weights and the bias of a convolution that does what this one and the norm after it do."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    bias = norm.bias - norm.running_mean * scale
+    if convolution.bias is not None:
+        bias = bias + convolution.bias * scale
+    return convolution.weight * scale[:, None, None, None], bias
 
 
 def _doubled(kernel: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ Reference: Antipov et al. 2017, arXiv:1702.01983, section 2.3 (pixel-wise and id
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from faceage.networks.age_cgan import fold_norm
 
 aten = torch.ops.aten
 
@@ -174,14 +173,15 @@ class AutogradGradient(nn.Module):
         return losses.detach(), gradient
 
 
-def gradient_network(objective: LatentObjective, examples: tuple[Tensor, ...]) -> fx.GraphModule:
+def gradient_network(objective: LatentObjective, examples: tuple[Tensor, ...], *, keep: bool = True) -> fx.GraphModule:
     """Return a network (z, y, x, e, weights) -> (loss [N], d loss / d z [N, Z]) made of plain convolutions.
 
     Args:
         objective: in eval mode; its weights become constants of the graph.
         examples: inputs whose batch differs from every other axis, for only then is it told apart and stays free.
+        keep: fold batch norms here, once; False: in every call, as `FoldedGenerator` does.
     """
-    _fold_batch_norms(objective)
+    _fold_batch_norms(objective.identity, keep)
     objective.requires_grad_(False)
 
     def loss_and_gradient(z: Tensor, y: Tensor, x: Tensor, e: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,13 +226,31 @@ def _convolution_backward(
     return F.conv_transpose2d(grad, weight, stride=stride, padding=padding, output_padding=extra), None, None
 
 
-def _fold_batch_norms(network: nn.Module) -> None:
+class _NormedConv(nn.Module):
+    """A convolution and the batch norm after it, as one convolution whose weights are folded in every call."""
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.convolution, self.norm = convolution, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = fold_norm(self.convolution, self.norm)
+        return F.conv2d(x, weight, bias, self.convolution.stride, self.convolution.padding)
+
+
+def _fold_batch_norms(network: nn.Module, keep: bool) -> None:
     """Fold each batch norm that directly follows a convolution in a Sequential into it, in place."""
-    for module in network.modules():
+    for module in list(network.modules()):
         if not isinstance(module, nn.Sequential):
             continue
         for i in range(len(module) - 1):
             first, second = module[i], module[i + 1]
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                module[i] = fuse_conv_bn_eval(first, cast(nn.BatchNorm2d, second))
-                module[i + 1] = nn.Identity()
+                folded: nn.Module = _NormedConv(first, second)
+                if keep:
+                    weight, bias = fold_norm(first, second)
+                    folded = nn.utils.skip_init(
+                        nn.Conv2d, first.in_channels, first.out_channels, first.kernel_size, first.stride, first.padding
+                    )
+                    folded.weight, folded.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+                module[i], module[i + 1] = folded, nn.Identity()

@@ -9,13 +9,19 @@ Networks", 2016, arXiv:1604.02878.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faceage.engines.base import BATCH, Axis, Program, TensorSpec, fingerprint, module_file
+from faceage.checkpoint import load
+from faceage.engines.base import BATCH, Axis, Program, TensorSpec
 from faceage.engines.examples import example_faces
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+ARCH = "mtcnn"
+CHECKPOINT = Path(__file__).parent.parent / "models" / f"{ARCH}.safetensors"
+"""The bundled weights, in float32: `facenet_pytorch_weights`."""
 
 PNET_CELL_PX = 12
 """Side of what P-Net sees of one position; its positions are `PNET_STRIDE_PX` apart."""
@@ -81,27 +87,44 @@ def _program(
     outputs: tuple[TensorSpec, ...],
     example_shape: tuple[int, int, int],
 ) -> Program:
-    package = module_file("facenet_pytorch").parent
-    weights = package / "data" / f"{network.lower()}.pt"
-    source = package / "models" / "mtcnn.py"
-
-    def build() -> tuple[nn.Module, tuple[Tensor, ...]]:
-        import torch
+    def build(folded: bool) -> nn.Module:
         from facenet_pytorch.models import mtcnn
 
-        module = getattr(mtcnn, network)(pretrained=False)
-        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        from faceage.networks.pnet import FastPNet
+
+        _, weights = load(CHECKPOINT, ARCH)
+        prefix = f"{network.lower()}."
+        mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if network == "PNet":
-            from faceage.networks.pnet import FastPNet
+            return FastPNet(mine).eval()
+        module = getattr(mtcnn, network)(pretrained=False)
+        module.load_state_dict(mine)
+        return module.eval().requires_grad_(False)
 
-            module = FastPNet(module)
-        return module.eval(), (torch.from_numpy(example_faces(*example_shape)),)
-
+    name = f"mtcnn-{network.lower()}"
     return Program(
-        name=f"mtcnn-{network.lower()}",
-        fingerprint=fingerprint(weights, source, module_file("faceage.networks.pnet")),
-        build=build,
+        name=name,
+        graph=CHECKPOINT.with_name(f"{name}.onnx"),
+        checkpoints=(CHECKPOINT,),
+        network=build,
+        examples=lambda: (example_faces(*example_shape),),
         inputs=inputs,
         outputs=outputs,
         exact=True,  # which of many near boxes wins depends on the scores' last digits
     )
+
+
+def facenet_pytorch_weights() -> dict[str, Tensor]:
+    """Return the weights of the three networks that facenet-pytorch carries, P-Net's as `FastPNet` has them."""
+    import facenet_pytorch
+    import torch
+
+    from faceage.networks.pnet import rewrite_pnet
+
+    found: dict[str, Tensor] = {}
+    for network in ("pnet", "rnet", "onet"):
+        path = Path(facenet_pytorch.__file__).parent / "data" / f"{network}.pt"
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = rewrite_pnet(weights) if network == "pnet" else weights
+        found |= {f"{network}.{name}": value for name, value in weights.items()}
+    return found

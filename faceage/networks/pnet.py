@@ -35,35 +35,11 @@ class FastPNet(nn.Module):
     heads_relu: Tensor
     heads_bias: Tensor
 
-    def __init__(self, pnet: nn.Module) -> None:
-        """Take the weights of `pnet`, facenet-pytorch's PNet."""
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        """Take what `rewrite_pnet` returns."""
         super().__init__()
-        old = {name: value.detach() for name, value in pnet.state_dict().items()}
-        slope, first, second = old["prelu1.weight"], old["conv1.weight"], old["conv2.weight"]
-        falling = torch.nonzero(slope < 0)[:, 0]
-        sign = torch.where(slope > 1, -1.0, 1.0)
-        # The first convolution gives u and, for falling channels, v; `step` makes sign (v - u) of them.
-        scale = slope[falling]
-        step = torch.diag(torch.where(slope < 0, -1.0, sign * (slope - 1)))
-        step = torch.cat([step, torch.eye(len(slope))[:, falling]], 1)
-        self.register_buffer("first", torch.cat([first, first[falling] * scale[:, None, None, None]]))
-        self.register_buffer("first_bias", torch.cat([old["conv1.bias"], old["conv1.bias"][falling] * scale]))
-        self.register_buffer("step", step[..., None, None])
-        self.register_buffer("second", torch.cat([second, torch.zeros_like(second[:, falling])], 1))
-        self.register_buffer("second_step", second * sign[:, None, None])
-        self.register_buffer("second_bias", old["conv2.bias"])
-        self.register_buffer("slope2", old["prelu2.weight"])
-        self.register_buffer("third", old["conv3.weight"])
-        self.register_buffer("third_bias", old["conv3.bias"])
-        # The softmax of two classes is the sigmoid of their difference.
-        heads, bias = (
-            torch.cat([old[f"conv4_2.{part}"], old[f"conv4_1.{part}"][1:] - old[f"conv4_1.{part}"][:1]])
-            for part in ("weight", "bias")
-        )
-        slope = old["prelu3.weight"][:, None, None]
-        self.register_buffer("heads", heads * slope)
-        self.register_buffer("heads_relu", heads * (1 - slope))
-        self.register_buffer("heads_bias", bias)
+        for name, value in weights.items():
+            self.register_buffer(name, value)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return offsets and face probability."""
@@ -73,3 +49,34 @@ class FastPNet(nn.Module):
         x = conv2d(nn.functional.prelu(x, self.slope2), self.third, self.third_bias)
         heads = conv2d(x, self.heads, self.heads_bias) + conv2d(relu(x), self.heads_relu)
         return heads[:, :4], torch.sigmoid(heads[:, 4:])
+
+
+def rewrite_pnet(old: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a `FastPNet` that is facenet-pytorch's PNet with the weights `old`."""
+    slope, first, second = old["prelu1.weight"], old["conv1.weight"], old["conv2.weight"]
+    falling = torch.nonzero(slope < 0)[:, 0]
+    sign = torch.where(slope > 1, -1.0, 1.0)
+    # The first convolution gives u and, for falling channels, v; `step` makes sign (v - u) of them.
+    scale = slope[falling]
+    step = torch.diag(torch.where(slope < 0, -1.0, sign * (slope - 1)))
+    step = torch.cat([step, torch.eye(len(slope))[:, falling]], 1)
+    # The softmax of two classes is the sigmoid of their difference.
+    heads, heads_bias = (
+        torch.cat([old[f"conv4_2.{part}"], old[f"conv4_1.{part}"][1:] - old[f"conv4_1.{part}"][:1]])
+        for part in ("weight", "bias")
+    )
+    last_slope = old["prelu3.weight"][:, None, None]
+    return {
+        "first": torch.cat([first, first[falling] * scale[:, None, None, None]]),
+        "first_bias": torch.cat([old["conv1.bias"], old["conv1.bias"][falling] * scale]),
+        "step": step[..., None, None],
+        "second": torch.cat([second, torch.zeros_like(second[:, falling])], 1),
+        "second_step": second * sign[:, None, None],
+        "second_bias": old["conv2.bias"],
+        "slope2": old["prelu2.weight"],
+        "third": old["conv3.weight"],
+        "third_bias": old["conv3.bias"],
+        "heads": heads * last_slope,
+        "heads_relu": heads * (1 - last_slope),
+        "heads_bias": heads_bias,
+    }
