@@ -1,4 +1,4 @@
-"""Make the demo's media: scikit-image's public-domain portrait of an astronaut, as a photo and as a short video.
+"""Make the demo's video out of `portrait.jpg`: NASA's public-domain portrait of Eileen Collins.
 
     python examples/demo_clip.py out/demo
 
@@ -14,8 +14,9 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from skimage.data import astronaut
+from PIL import Image
 
+PORTRAIT = Path(__file__).parent / "portrait.jpg"
 SIDE_PX, FRAME_RATE, SECONDS, SAMPLE_RATE, TONE_HZ = 512, 25, 4, 44_100, 220
 
 
@@ -51,10 +52,9 @@ def write_video(portrait: np.ndarray, path: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Write portrait.png and clip.mp4."""
+    """Write clip.mp4."""
     folder.mkdir(parents=True, exist_ok=True)
-    portrait = astronaut()  # uint8 [512, 512, 3], RGB
-    cv2.imwrite(str(folder / "portrait.png"), portrait[:, :, ::-1])
+    portrait = np.array(Image.open(PORTRAIT))  # uint8 [512, 512, 3]
     write_video(portrait, folder / "clip.mp4")
 
 

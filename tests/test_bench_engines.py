@@ -33,7 +33,7 @@ def test_every_network_and_batch_is_measured_by_each_backend(networks, tiny_mode
         best = BACKENDS[row["backend"]].best_precision("cpu")
         assert row["precision"] == programs[row["network"]].spec("cpu", best).precision
         assert row["faces_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"], rel=0.05)
-        assert (row["compile_s"] is None) == (row["backend"] == "torch")
+        assert (row["compile_s"] is None) == (row["backend"] == "torch" or row["network"] == "mtcnn-pnet")
     times = {name: [row["median_ms"] for row in rows if row["backend"] == name] for name in ("torch", "openvino")}
     speedup = item["speedups"]["openvino"]
     assert speedup["total"] == pytest.approx(sum(times["torch"]) / sum(times["openvino"]), abs=0.01)

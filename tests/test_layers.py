@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    "types": 0, "errors": 0, "cache": 0,
+    "types": 0, "errors": 0, "cache": 0, "extras": 0,
     "kernels": 1,
     "networks": 2, "checkpoint": 2, "geometry": 2, "ages": 2,
     "engines": 3,
@@ -21,13 +21,14 @@ LAYERS = {
 }  # fmt: skip
 """Module or subpackage of faceage -> its layer."""
 FAMILIES = [
-    {"types", "errors", "cache"},
+    {"types", "errors", "cache", "extras"},
     {"agers", "models"},
     {"detect", "track", "follow", "cuts", "smooth"},
 ]
 """Modules of one layer that may import one another."""
 CROSSING = {
     ("networks", "engines"): "mtcnn and pnet describe their programs beside the networks",
+    ("networks", "checkpoint"): "mtcnn's weights are bundled, and no model's",
     ("networks", "geometry"): "FaceGAN takes the mean of its change inside the blend mask",
 }
 """Imports that do not point down, and why."""
@@ -40,7 +41,11 @@ TRAIN_MAY_USE = {name for name, layer in LAYERS.items() if layer <= 2} | {
     "agers.facegan",
     "agers.canonical",
     "detect",
+    "agers.registry",
+    "engines.base",
+    "engines.export",
     "engines.store",
+    "models",
     "engines.registry",
 }
 HEAVY = ("torch", "cv2", "av", "onnxruntime", "openvino", "numpy", "rich")

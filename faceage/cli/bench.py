@@ -20,6 +20,8 @@ from faceage.cli.output import Output
 from faceage.engines.base import Runtime
 from faceage.engines.registry import BACKENDS, BackendName, backend_named, backends_for
 from faceage.engines.store import EngineStore
+from faceage.errors import UnsupportedError
+from faceage.extras import missing
 from faceage.media.image import find_images
 from faceage.media.video import EncodeOptions, probe_video
 from faceage.pipeline.request import AgeRequest
@@ -99,6 +101,7 @@ def images_command(
     if bool(photos) == (megapixels is not None):
         raise click.UsageError("name photos or folders, or give --megapixels")
     with out, tempfile.TemporaryDirectory(prefix="faceage-photos-") as folder:
+        _need_torch("bench images")
         if megapixels is None:
             found = [path for path, _ in find_images(photos)[0]]
         else:
@@ -132,6 +135,7 @@ def latent_command(
 ) -> None:
     """Optimize latents of faces in batches, against torch and autograd one face at a time, at equal loss."""
     with out:
+        _need_torch("bench latent")
         networks = network.load(out)
         age_cgan_of(networks)  # before a face is looked for
         if photos:
@@ -181,6 +185,7 @@ def engines_command(*, model: str, backends: tuple[BackendName, ...], device: st
     """
     check_model(model)
     with out:
+        _need_torch("bench engines")
         chosen = [backend_named(name) for name in backends] if backends else backends_for(device)
         torch = BACKENDS["torch"]
         runtimes = [
@@ -197,6 +202,12 @@ def engines_command(*, model: str, backends: tuple[BackendName, ...], device: st
         for backend, speedup in result["speedups"].items():
             out.line(f"{backend:12} {speedup['total']:6.2f} times torch over all rows' time, "
                      f"{speedup['mean']:.2f} in the geometric mean of the rows")  # fmt: skip
+
+
+def _need_torch(what: str) -> None:
+    """Raise UnsupportedError without torch: what is measured is compared with it."""
+    if reason := missing("torch", what):
+        raise UnsupportedError(reason)
 
 
 def _build_engines(network: NetworkOptions, out: Output) -> None:

@@ -23,6 +23,7 @@ from faceage.cli.output import EXIT_ENVIRONMENT
 from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore
 from faceage.errors import EngineError, FaceAgeError
+from faceage.extras import EXTRAS, missing
 from faceage.models import find_model, list_models
 from faceage.models.fetch import facenet_file
 from faceage.pipeline.request import all_programs
@@ -73,9 +74,14 @@ def _packages() -> Iterator[Check]:
     facts = machine()
     yield Check(name="machine", state="ok", found=f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']} GB")
     for name, version in versions().items():
-        missing = version == "not installed"
+        yield Check(name=name, state="ok", found=version)
+    for name, extra in EXTRAS.items():
+        absent = missing(name, "") is not None
         yield Check(
-            name=name, state="fail" if missing else "ok", found=version, remedy=f"pip install {name}" if missing else ""
+            name=f"faceage[{name}]",
+            state="note" if absent else "ok",
+            found=f"{'not ' if absent else ''}installed, for: {extra.commands}",
+            remedy=f"pip install 'faceage[{name}]'" if absent else "",
         )
 
 

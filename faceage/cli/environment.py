@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("faceage", "torch", "openvino", "onnxruntime", "av", "opencv-python-headless", "numpy")
+PACKAGES = ("faceage", "openvino", "onnxruntime", "av", "opencv-python-headless", "numpy", "torch", "tensorrt-rtx")
+"""What the result depends on; the last two may be missing."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of what the result depends on; nothing is imported for it."""
+    """Return the versions of Python and of what is installed of `PACKAGES`; nothing is imported for it."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from faceage.engines import eager
 from faceage.engines.base import Backend, Precision, Program, Runtime, Spec, fingerprint
 from faceage.errors import EngineError
+from faceage.extras import missing
 
 SUFFIX = ".pt2"
 
@@ -33,7 +34,7 @@ class AOTInductor(Backend):
 
     def missing(self, target: str) -> str | None:
         """Return why it cannot build here, or None: it writes C++."""
-        if reason := eager.missing_torch(f"backend {self.name}"):
+        if reason := missing("torch", f"backend {self.name}"):
             return reason
         if shutil.which("g++") or shutil.which("clang++"):
             return None

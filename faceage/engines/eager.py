@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,15 @@ import numpy as np
 
 from faceage.engines.base import Backend, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
+from faceage.extras import missing
 from faceage.types import FloatArray
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
 
 
 class TorchEngine:
@@ -61,6 +65,9 @@ def has_gpu() -> bool:
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return False
+    if reason := missing("torch", "a GPU is there; using it"):
+        logger.warning("%s", reason)
+        return False
     import torch
 
     return torch.cuda.is_available()
@@ -74,7 +81,7 @@ class Torch(Backend):
 
     def missing(self, target: str) -> str | None:
         """Return how to install torch, or None."""
-        return missing_torch(f"backend {self.name}")
+        return missing("torch", f"backend {self.name}")
 
     def best_precision(self, device: str) -> Precision:
         """Return fp32: it is the reference."""
@@ -101,18 +108,13 @@ class Torch(Backend):
         return TorchEngine(program, program.network(True).to(target), target)
 
 
-def missing_torch(what: str) -> str | None:
-    """Return that `what` needs torch, and how to install it, or None if it is installed."""
-    return None if find_spec("torch") else f"{what} needs torch; run: pip install 'faceage[torch]'"
-
-
 def kind_of(device: str) -> str:
     """Return the kind of a device: "cpu" or "cuda".
 
     Raises:
         EngineError: if `device` is not "cpu", "cuda" or "cuda:N", or is not in this machine.
     """
-    if reason := missing_torch(f"device {device}"):
+    if reason := missing("torch", f"device {device}"):
         raise EngineError(reason)
     import torch
 

@@ -22,6 +22,7 @@ from faceage.engines import eager, ort
 from faceage.engines.aotinductor import gpu
 from faceage.engines.base import Axis, Backend, Engine, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
+from faceage.extras import missing
 
 if TYPE_CHECKING:
     import onnx
@@ -56,13 +57,8 @@ class TensorRT(Backend):
     def missing(self, target: str) -> str | None:
         """Return what is not installed for a target, and the command that installs it, or None."""
         if target == "cuda":
-            return eager.missing_torch(f"backend {self.name} for target cuda") or _missing_torch_tensorrt()
-        if find_spec("tensorrt_rtx") is not None and find_spec("onnx") is not None:
-            return None
-        return (
-            f"backend {self.name} needs tensorrt_rtx and onnx for target {target}, which are not installed; "
-            "run: pip install 'faceage[tensorrt]'"
-        )
+            return missing("torch", f"backend {self.name} for target cuda") or _missing_torch_tensorrt()
+        return missing("tensorrt", f"backend {self.name} for target {target}")
 
     def best_precision(self, device: str) -> Precision:
         """Return fp16."""

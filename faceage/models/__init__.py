@@ -14,8 +14,8 @@ from faceage.agers.base import Architecture, ModelFiles
 from faceage.agers.registry import ARCHITECTURES, SHARED_ROLES, architecture_of, model_programs
 from faceage.cache import cache_root
 from faceage.checkpoint import read_header
-from faceage.engines.eager import missing_torch
 from faceage.errors import CheckpointError, EngineError
+from faceage.extras import missing
 
 DEFAULT_MODEL = "space"
 """The bundled model that is used where none is named: the scorecard's choice, see MODEL_CARD.md."""
@@ -77,7 +77,7 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
             user's folder cannot be written.
         EngineError: if torch is not installed, or a graph differs from torch.
     """
-    if reason := missing_torch("importing a model"):
+    if reason := missing("torch", "importing a model"):
         raise EngineError(reason)
     if name in BUNDLED_MODELS or not name.replace("-", "").replace("_", "").isalnum():
         taken = " or ".join(f'"{bundled}"' for bundled in BUNDLED_MODELS)
@@ -91,9 +91,9 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
         if arch not in known or arch in by_arch:
             raise CheckpointError(f"{path} holds {arch}; expected one checkpoint each of {', '.join(known)}")
         by_arch[arch] = path
-    missing = [arch for arch in architecture.roles.values() if arch not in by_arch]
-    if missing:
-        raise CheckpointError(f"the model lacks {' and '.join(missing)}; name those checkpoints too")
+    lacking = [arch for arch in architecture.roles.values() if arch not in by_arch]
+    if lacking:
+        raise CheckpointError(f"the model lacks {' and '.join(lacking)}; name those checkpoints too")
     architecture.check({role: by_arch[arch] for role, arch in architecture.roles.items()})
     folder = user_folder() / name
     new = user_folder() / f".{name}.{os.getpid()}.part"

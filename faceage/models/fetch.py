@@ -17,8 +17,8 @@ from pathlib import Path
 
 from faceage.agers.programs import reader_program
 from faceage.checkpoint import Header, read_header, save
-from faceage.engines.eager import missing_torch
 from faceage.errors import CheckpointError, EngineError
+from faceage.extras import missing
 from faceage.models import find_model, user_folder
 
 FACENET_URL = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
@@ -47,7 +47,7 @@ def fetch_facenet(progress: Progress | None = None) -> Path:
         CheckpointError: if the download fails or is not the file that was expected.
         EngineError: if torch is not installed, which converts it.
     """
-    if reason := missing_torch("converting FaceNet"):
+    if reason := missing("torch", "converting FaceNet"):
         raise EngineError(reason)
     from faceage.engines.export import write_graph
 
