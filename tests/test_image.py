@@ -1,9 +1,11 @@
 import dataclasses
 import io
 import logging
+import os
 import struct
 import xml.etree.ElementTree as ET
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -391,30 +393,50 @@ def touch(root, *names):
         (root / name).touch()
 
 
+def found_in(inputs, **options):
+    """What `find_images` finds, and what it passes over."""
+    skipped = []
+    found = list(find_images(inputs, left_out=lambda *what: skipped.append(what), **options))
+    return found, skipped
+
+
 def test_find_images_keeps_the_tree(tmp_path):
-    touch(tmp_path / "in", "b.JPG", "a.png", "sub/deep/c.tiff", "sub/notes.txt", ".hidden.png", ".git/x.png")
+    touch(tmp_path / "in", "b.JPG", "a.png", "sub/deep/c.tiff", "sub/notes.txt", ".hidden.png", ".git/x.png", "d.HEIC")
     touch(tmp_path / "in", "out/a.png")
     (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    found, skipped = find_images([tmp_path / "in"], exclude=tmp_path / "in" / "out")
+    found, skipped = found_in([tmp_path / "in"], exclude=tmp_path / "in" / "out")
     assert [str(relative) for _, relative in found] == ["a.png", "b.JPG", "sub/deep/c.tiff"]
     assert [path for path, _ in found] == [tmp_path / "in" / relative for _, relative in found]
-    assert [p.name for p in skipped] == ["notes.txt"]
+    assert skipped == [(tmp_path / "in" / "d.HEIC", "kind"), (tmp_path / "in" / "sub" / "notes.txt", "no image")]
     assert ".jpg" in IMAGE_SUFFIXES
 
 
 def test_find_images_of_several_inputs(tmp_path):
     touch(tmp_path, "one/a.png", "two/a.png", "two/b.png", "c.webp", "c.txt")
-    found, skipped = find_images(
-        [str(tmp_path / "c.webp"), tmp_path / "c.txt", tmp_path / "one", tmp_path / "one/a.png"]
-    )
+    found, skipped = found_in([str(tmp_path / "c.webp"), tmp_path / "c.txt", tmp_path / "one", tmp_path / "one/a.png"])
     assert [str(relative) for _, relative in found] == ["c.webp", "a.png"]
-    assert [p.name for p in skipped] == ["c.txt"]
+    assert skipped == [(tmp_path / "c.txt", "no image")]
     with pytest.raises(MediaError, match=r"one/a.png and .*two/a.png would both be written to a.png"):
-        find_images([tmp_path / "one", tmp_path / "two"])
+        found_in([tmp_path / "one", tmp_path / "two"])
     with pytest.raises(MediaError, match="no such file or folder"):
-        find_images([tmp_path / "none"])
-    assert find_images([]) == ([], [])
+        found_in([tmp_path / "none"])
+    assert found_in([]) == ([], [])
+
+
+def test_a_folder_that_may_not_be_read_is_said(tmp_path, monkeypatch):
+    touch(tmp_path, "in/a.png", "in/closed/b.png")
+    scandir = os.scandir
+
+    def refuse(path):  # permissions do not bind root, who may run the tests
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found, skipped = found_in([tmp_path / "in"])
+    assert [str(relative) for _, relative in found] == ["a.png"]
+    assert skipped == [(tmp_path / "in" / "closed", "closed")]
 
 
 def test_pictures_without_a_profile_get_none(tmp_path):

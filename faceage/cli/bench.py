@@ -103,7 +103,7 @@ def images_command(
     with out, tempfile.TemporaryDirectory(prefix="faceage-photos-") as folder:
         _need_torch("bench images")
         if megapixels is None:
-            found = [path for path, _ in find_images(photos)[0]]
+            found = [path for path, _ in find_images(photos)]
         else:
             found = generated_photos(Path(folder), GENERATED_PHOTOS, megapixels)
         _build_engines(network, out)
@@ -139,7 +139,7 @@ def latent_command(
         networks = network.load(out)
         age_cgan_of(networks)  # before a face is looked for
         if photos:
-            pixels = faces_of(networks, [path for path, _ in find_images(photos)[0]])[:faces]
+            pixels = faces_of(networks, [path for path, _ in find_images(photos)])[:faces]
         else:
             pixels = generated_faces(network.model, faces)
         result = bench_latent(networks, pixels, repeats=repeats, notify=out.note)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import click
 
@@ -22,11 +25,12 @@ from faceage.cli.options import (
 )
 from faceage.cli.output import Output
 from faceage.errors import MediaError
-from faceage.media.image import find_images
-from faceage.pipeline.photos import photo_reports
+from faceage.media.image import LeftOut, find_images
+from faceage.pipeline.folder import Manifest, Skipped, age_folder, folder_options, locked_folder
 from faceage.pipeline.report import PhotoReport
 from faceage.pipeline.request import AgeRequest, StageTimer
 
+_CONVERT = "convert it to JPEG, PNG, WebP or TIFF first"
 SKIPPED_SHOWN = 5
 """Files named in the note about what is not an image."""
 
@@ -44,6 +48,14 @@ SKIPPED_SHOWN = 5
 @network_options
 @worker_options
 @overwrite_option
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True,
+    help="Leave alone what an earlier run with the same options did, and try again what failed.",
+)  # fmt: skip
+@click.option(
+    "--on-error", type=click.Choice(["skip", "stop"]), default="skip", show_default=True,
+    help="What a photo that fails does to the run.",
+)  # fmt: skip
 @no_label_option
 @output_options
 def command(
@@ -54,31 +66,58 @@ def command(
     network: NetworkOptions,
     work_on: WorkerOptions,
     overwrite: bool,
+    resume: bool,
+    on_error: Literal["skip", "stop"],
     no_label: bool,
     out: Output,
 ) -> None:
     """Age every face in photos and folders of photos.
 
     Format, bit depth, orientation, colour profile and tags stay as they are. A photo without a face passes through.
-    Outputs that are there already are left alone, so an interrupted run goes on by being repeated.
+    An interrupted run goes on by being repeated: the output folder keeps a list of what was done.
     """
     with out:
-        jobs = _jobs(inputs, output, overwrite, out)
-        if not jobs:
+        present = _present(inputs, output, out)
+        count = _survey(present, output, out)
+        if not count:
             return
-        networks = network.load(out)
-        timer, summary = StageTimer(), _Summary()
-        with work_on.start(network, networks) as workers:
-            for report in photo_reports(workers, jobs, request, overwrite=overwrite, label=not no_label, timer=timer):
-                summary.add(report)
-                out.progress("photos", "aged", summary.photos, len(jobs))
-                _report(report, out)
-        out.end_progress()
-        summary.show(output, timer, out)
+        with locked_folder(output):
+            networks = network.load(out)
+            options = folder_options(networks.fingerprints, request, label=not no_label)
+            skipped: Counter[Skipped] = Counter()
+            timer, summary = StageTimer(), _Summary()
+            with (
+                work_on.start(network, networks) as workers,
+                Manifest(output, options, fresh=not resume) as manifest,
+                closing(
+                    age_folder(
+                        workers,
+                        find_images(present, exclude=output),
+                        output,
+                        manifest,
+                        request,
+                        overwrite=overwrite,
+                        label=not no_label,
+                        skipped=skipped,
+                        timer=timer,
+                    )
+                ) as reports,
+            ):
+                for report in reports:
+                    summary.add(report)
+                    out.progress("photos", "aged", summary.photos + skipped.total(), count)
+                    _report(report, out)
+                    if report.error and on_error == "stop":
+                        out.note("stopped at the first photo that failed; the same command goes on")
+                        break
+            out.end_progress()
+            _say_skipped(skipped, output, out)
+            if summary.photos:
+                summary.show(output, timer, out)
 
 
-def _jobs(inputs: tuple[Path, ...], output: Path, overwrite: bool, out: Output) -> list[tuple[Path, Path]]:
-    """Return (source, target) of each photo to be aged, and report what is not."""
+def _present(inputs: tuple[Path, ...], output: Path, out: Output) -> list[Path]:
+    """Return the inputs that are there, and report the others."""
     present = []
     for path in inputs:
         if path.is_dir() and output.exists() and path.samefile(output):
@@ -86,29 +125,62 @@ def _jobs(inputs: tuple[Path, ...], output: Path, overwrite: bool, out: Output) 
         if not path.exists():
             out.item({"source": str(path), "error": f"{path} does not exist; check the name"})
         elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-            out.item({"source": str(path), "error": f"{path} is a folder that may not be read; check its permissions"})
+            _closed(path, out)
         else:
             present.append(path)
-    found, skipped = find_images(present, exclude=output)
-    if skipped:
-        names = ", ".join(str(path) for path in skipped[:SKIPPED_SHOWN])
-        more = ", ..." if len(skipped) > SKIPPED_SHOWN else ""
-        out.note(f"{len(skipped)} not images, left out: {names}{more}")
-    if present and not found:
-        raise MediaError(f"no image in {', '.join(map(str, present))}; faceage reads JPEG, PNG, WebP, TIFF and BMP")
-    jobs, already = [], 0
-    for source, relative in found:
+    return present
+
+
+def _closed(path: Path, out: Output) -> None:
+    out.item({"source": str(path), "error": f"{path} is a folder that may not be read; check its permissions"})
+
+
+def _survey(inputs: list[Path], output: Path, out: Output) -> int:
+    """Return how many photos there are; report what is left out, and what cannot be done."""
+    left_out: dict[LeftOut, list[str]] = {"no image": [], "kind": [], "closed": []}
+    counts: Counter[LeftOut] = Counter()
+
+    def note(path: Path, why: LeftOut) -> None:
+        counts[why] += 1
+        if len(left_out[why]) < SKIPPED_SHOWN:
+            left_out[why].append(str(path))
+        if why == "closed":
+            _closed(path, out)
+        elif why == "kind":
+            out.item({"source": str(path), "error": f"{path}: {path.suffix} is not read; {_CONVERT}"}, say=False)
+
+    count = 0
+    for source, relative in find_images(inputs, exclude=output, left_out=note):
+        count += 1
         target = output / relative
         if target.exists() and target.samefile(source):
             message = f"the output {target} is the input; faceage does not edit in place, name another folder"
             out.item({"source": str(source), "target": str(target), "error": message})
-        elif target.exists() and not overwrite:
-            already += 1
-        else:
-            jobs.append((source, target))
-    if already:
-        out.note(f"{already} already there (--overwrite replaces them)")
-    return jobs
+    if counts["no image"]:
+        out.note(f"{counts['no image']} not images, left out: {_names(left_out['no image'], counts['no image'])}")
+    if counts["kind"]:
+        names = _names(left_out["kind"], counts["kind"])
+        out.warn(f"{counts['kind']} pictures of a kind that is not read, left out: {names}; {_CONVERT}")
+    if inputs and not count:
+        raise MediaError(f"no image in {', '.join(map(str, inputs))}; faceage reads JPEG, PNG, WebP, TIFF and BMP")
+    return count
+
+
+def _names(some: list[str], count: int) -> str:
+    return ", ".join(some) + (", ..." if count > len(some) else "")
+
+
+def _say_skipped(skipped: Counter[Skipped], output: Path, out: Output) -> None:
+    out.keep(skipped["done"])
+    if skipped["done"]:
+        out.note(f"{skipped['done']} were done before with the same options (--no-resume does them again)")
+    if skipped["there"]:
+        out.note(f"{skipped['there']} already there (--overwrite replaces them)")
+    if skipped["other"]:
+        out.note(
+            f"{skipped['other']} already there, made with other options or of other photos (--overwrite replaces them)"
+        )
+    out.result("skipped", dict(skipped))
 
 
 def _report(report: PhotoReport, out: Output) -> None:

@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,8 +78,10 @@ class Output:
         self.as_json, self.verbosity = as_json, verbosity
         self.is_interactive = sys.stderr.isatty() and not as_json and verbosity >= 0
         self._report = report
-        self._record: dict = {"command": command, "options": options, "items": []}
-        self._done = self._failed = 0
+        self._record: dict = {"command": command, "options": options}
+        # Of a folder of any size nothing is kept in memory.
+        self._items = tempfile.TemporaryFile("w+") if report is not None else None  # noqa: SIM115  closed by __exit__
+        self._done = self._failed = self._kept = 0
         self._lock = threading.RLock()  # photos are reported from worker threads
         self._started = monotonic()
         self._next_progress: dict[str, float] = {}
@@ -107,7 +111,7 @@ class Output:
         logger.setLevel(self._level)
         self.end_progress()
         if error is None:
-            code = 0 if not self._failed else EXIT_SOME_FAILED if self._done else EXIT_NOTHING_DONE
+            code = 0 if not self._failed else EXIT_SOME_FAILED if self._done or self._kept else EXIT_NOTHING_DONE
         elif isinstance(error, KeyboardInterrupt):
             code = EXIT_INTERRUPTED
             say_error("interrupted; what was finished stays")
@@ -173,15 +177,25 @@ class Output:
             yield
         self.event("engine", name=engine, seconds=round(monotonic() - start, 2))
 
-    def item(self, record: dict) -> None:
-        """Count a file: a record with an "error" as failed, one with "damage" as done and failed, any other as done."""
+    def item(self, record: dict, *, say: bool = True) -> None:
+        """Count a file: a record with an "error" as failed, one with "damage" as done and failed, any other as done.
+
+        Args:
+            record: goes into the report.
+            say: print its error.
+        """
         with self._lock:
-            self._record["items"].append(record)
+            if self._items is not None:
+                self._items.write(json.dumps(record, default=str) + "\n")
             self._done += not record.get("error")
             self._failed += bool(record.get("error") or record.get("damage"))
             self.event("item", **record)
-            if record.get("error"):
+            if record.get("error") and say:
                 self._bar_or_stderr(say_error, str(record["error"]))
+
+    def keep(self, count: int) -> None:
+        """Count files that an earlier run has done: if others fail, it is not true that nothing is done."""
+        self._kept += count
 
     def result(self, name: str, value: object) -> None:
         """Put something beside the items into the report."""
@@ -238,13 +252,21 @@ class Output:
 
     def _write_report(self) -> bool:
         """Write the report, if one is asked for, and return whether that worked."""
-        if self._report is None:
+        if self._report is None or self._items is None:
             return True
         from faceage.cli.environment import machine, versions
 
         record = {"versions": versions(), "machine": machine(), **self._record}
+        head, end = json.dumps(record, indent=2, default=str).rsplit("\n", 1)
         try:
-            self._report.write_text(json.dumps(record, indent=2, default=str) + "\n")
+            self._items.seek(0)
+            with self._report.open("w") as file:
+                file.write(f'{head},\n  "items": [')
+                for number, item in enumerate(self._items):
+                    text = json.dumps(json.loads(item), indent=2)
+                    file.write(("," if number else "") + "\n" + textwrap.indent(text, "    "))
+                file.write(f"\n  ]\n{end}\n")
+            self._items.close()
         except OSError as error:
             say_error(f"the report {self._report} cannot be written ({error.strerror}); name another file")
             return False

@@ -11,8 +11,9 @@ import hashlib
 import logging
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.encode_still import edit_in_place, encode_pillow, encode_png, encode_tiff, to_rgb
@@ -24,6 +25,14 @@ __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Still", "copy_image", "find_images",
 
 log = logging.getLogger(__name__)
 
+LeftOut = Literal["no image", "kind", "closed"]
+"""Why `find_images` passes something over: it is no picture by its suffix, a picture of a kind that is not read, or a
+folder that may not be read."""
+OTHER_PICTURES = frozenset([
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".gif", ".exr", ".hdr", ".psd",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+])  # fmt: skip
+"""Suffixes of pictures that `read_image` does not read."""
 IMAGE_SUFFIXES = frozenset(FORMATS)
 """The suffixes, in lower case, of the files that `find_images` takes for pictures."""
 
@@ -118,45 +127,62 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def find_images(
-    inputs: Sequence[str | os.PathLike[str]], *, exclude: Path | None = None
-) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    exclude: Path | None = None,
+    left_out: Callable[[Path, LeftOut], None] | None = None,
+) -> Iterator[tuple[Path, Path]]:
     """Find the pictures among files and, recursively, folders.
 
     Names that start with a dot are ignored. Links to folders are followed, each folder once. A file keeps
-    its name, a folder's tree its shape below the folder.
+    its name, a folder's tree its shape below the folder. Nothing is kept of what was found.
 
     Args:
         inputs: files and folders.
         exclude: a folder to stay out of: the output, where it lies inside an input.
+        left_out: called with each file and folder that is passed over, and why.
 
-    Returns:
-        (path, relative output path) of each picture, in order of the inputs and sorted within each; and the
-        files that were passed over because their suffix is not in `IMAGE_SUFFIXES`.
+    Yields:
+        (path, relative output path) of each picture, in order of the inputs and sorted within each folder.
 
     Raises:
         MediaError: if an input is missing, or two different files would get the same output path.
     """
-    found: dict[Path, Path] = {}  # output path to file
-    skipped: list[Path] = []
-    for root in map(Path, inputs):
+    report = left_out or (lambda path, why: None)
+    roots = [Path(path) for path in inputs]
+    for number, root in enumerate(roots):
         if not root.exists():
             raise MediaError(f"{root}: no such file or folder")
-        files = [(root, Path(root.name))] if root.is_file() else _walk(root, exclude)
+        files = [(root, Path(root.name))] if root.is_file() else _walk(root, exclude, report)
         for path, relative in files:
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                skipped.append(path)
-            elif not found.setdefault(relative, path).samefile(path):
+            suffix = path.suffix.lower()
+            if suffix not in IMAGE_SUFFIXES:
+                report(path, "kind" if suffix in OTHER_PICTURES else "no image")
+                continue
+            before = [each.parent if each.is_file() else each for each in roots[:number] if _may_hold(each, relative)]
+            twins = [folder / relative for folder in before if (folder / relative).is_file()]
+            if other := next((each for each in twins if not each.samefile(path)), None):
                 raise MediaError(
-                    f"{found[relative]} and {path} would both be written to {relative}; "
+                    f"{other} and {path} would both be written to {relative}; "
                     "process the two inputs one after the other, into folders of their own"
                 )
-    return [(path, relative) for relative, path in found.items()], skipped
+            if not twins:
+                yield path, relative
 
 
-def _walk(root: Path, exclude: Path | None) -> Iterator[tuple[Path, Path]]:
+def _may_hold(root: Path, relative: Path) -> bool:
+    """Return whether an input may have a picture at a place of the output."""
+    return not root.is_file() or Path(root.name) == relative
+
+
+def _walk(root: Path, exclude: Path | None, report: Callable[[Path, LeftOut], None]) -> Iterator[tuple[Path, Path]]:
     """Yield the files below a folder and their paths relative to it."""
     seen = {exclude.resolve()} if exclude else set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def closed(error: OSError) -> None:
+        report(Path(error.filename), "closed")
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed):
         resolved = Path(folder).resolve()
         if resolved in seen:
             folders.clear()

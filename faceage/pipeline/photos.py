@@ -16,6 +16,7 @@ import numpy as np
 from faceage.agers.base import Look
 from faceage.align import choose_size, pose_weights, prepare_crops
 from faceage.blend import blend_faces
+from faceage.checkpoint import sha256_of
 from faceage.errors import FaceAgeError
 from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.media.planes import writable
@@ -244,13 +245,15 @@ def _age_block(
 
     def read() -> Iterator[_Job]:
         for source, target in items:
+            sha256 = None
             try:
                 with timer("read"):
+                    sha256 = _sha256_of(source)
                     still = read_image(source)
             except FaceAgeError as error:
-                finished.put(PhotoReport(source=str(source), target=str(target), error=str(error)))
+                finished.put(PhotoReport(source=str(source), target=str(target), sha256=sha256, error=str(error)))
                 continue
-            yield _Job(source, target, still)
+            yield _Job(source, target, still, sha256)
 
     def age(batch: list[_Job]) -> list[tuple[_Job, Frame, AgedPhoto]]:
         frames = [writable(job.still.frame) for job in batch]
@@ -267,7 +270,15 @@ def _age_block(
                     copy_image(job.source, job.target, overwrite=overwrite)
         except FaceAgeError as failure:
             error = str(failure)
-        finished.put(PhotoReport(source=str(job.source), target=str(job.target), faces=aged.describe(), error=error))
+        finished.put(
+            PhotoReport(
+                source=str(job.source),
+                target=str(job.target),
+                faces=aged.describe(),
+                sha256=job.sha256,
+                error=error,
+            )
+        )
 
     with WriteBehind(write, BATCH_PHOTOS) as out:
         batches = _batches(read_ahead(read(), BATCH_PHOTOS))
@@ -285,6 +296,14 @@ class _Job(NamedTuple):
     source: Path
     target: Path
     still: Still
+    sha256: str | None
+
+
+def _sha256_of(path: Path) -> str | None:
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None  # what is wrong is said when it is read
 
 
 def _drain(queue: SimpleQueue[PhotoReport]) -> Iterator[PhotoReport]:

@@ -27,6 +27,8 @@ class PhotoReport:
     source: str
     target: str
     faces: tuple[FaceReport, ...] = ()
+    sha256: str | None = None
+    """Of the source, in hexadecimal digits; None if it could not be read."""
     error: str | None = None
     """Why nothing was written, in one line."""
 

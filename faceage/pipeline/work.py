@@ -56,17 +56,29 @@ def work_folder(target: Path, base: Path | None) -> Path:
 def locked(target: Path) -> Iterator[None]:
     """Keep other runs from writing an output for as long as the block lasts; what dead ones left is removed.
 
-    The operating system frees the lock of a process that dies.
-
     Raises:
         MediaError: if another run writes it.
     """
-    path = target.with_name(f".{_short(target.name)}.lock")
+    with locked_by(target.with_name(f".{_short(target.name)}.lock"), target):
+        _remove_partials(target)
+        yield
+
+
+@contextmanager
+def locked_by(path: Path, target: Path) -> Iterator[None]:
+    """Hold a lock file for as long as the block lasts. The operating system frees the lock of a process that dies.
+
+    Args:
+        path: the lock file, which is made and removed.
+        target: what it keeps other runs from.
+
+    Raises:
+        MediaError: if another run holds it.
+    """
     handle = _lock(path, target)
     try:
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
-        _remove_partials(target)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -100,12 +112,13 @@ def _remove_partials(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.stem[:32])}\.(\d+)\.part{re.escape(target.suffix)}")
     for path in sorted(target.parent.iterdir()):
         found = pattern.fullmatch(path.name)
-        if found and not _is_alive(int(found[1])):
+        if found and not is_alive(int(found[1])):
             log.warning("%s was left by a run that was killed; it is deleted", path)
             path.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Return whether there is a process of a number on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
