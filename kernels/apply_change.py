@@ -70,8 +70,8 @@ RGB_LUMA = np.array([_KR, 1 - _KR - _KB, _KB], np.float32)
 MAX_PART = 0.8
 """A crop of which less than this changes is cut to what changes: hair is a small part of a head's crop."""
 
-STRIP_SAMPLES = 32768
-"""Samples changed at a time: the float32 strip (128 KiB) stays in the cache."""
+STRIP_SAMPLES = 65536
+"""Samples changed at a time: the float32 strip (256 KiB) stays in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +250,12 @@ def _change_cpu(part: PlaneChange, rect: Rect) -> None:
     filtered, kx, ky = _filter_maps(offsets, *steps)
     x0, y0, x1, y1 = rect
     rows = max(1, STRIP_SAMPLES // ((x1 - x0) * offsets.shape[2]))
+    to_filtered = samples_to_filtered(matrix, rect, kx, ky)
+    step = rows * to_filtered[:, 1]
+    to_filtered[:, 2] -= step
     for top in range(y0, y1, rows):
         bottom = min(top + rows, y1)
-        to_filtered = samples_to_filtered(matrix, (x0, top, x1, bottom), kx, ky)
+        to_filtered[:, 2] += step
         size = (x1 - x0, bottom - top)
         samples = plane[top:bottom, x0:x1]
         change = warp_samples(filtered, to_filtered, size, cv2.BORDER_CONSTANT).reshape(samples.shape)
@@ -315,7 +318,7 @@ def apply_change(
         return None
     color, layout = color_of(frame), frame.layout
     # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
-    codes = cv2.transform(change.delta.transpose(1, 2, 0), rgb_to_yuv_delta(color, layout.bit_depth))
+    codes = cv2.transform(cv2.merge(list(change.delta)), rgb_to_yuv_delta(color, layout.bit_depth))
     black, span = luma_codes(color, layout.bit_depth)
     changing = _changing_part(change)
     parts: list[tuple[PlaneChange, Rect]] = []

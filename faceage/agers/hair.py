@@ -73,6 +73,8 @@ class HairKey:
     """Added to luma in [0, 1]."""
     chroma: FloatArray
     """[S/2, S/2, 3], added to RGB in [0, 1]; without luma."""
+    rows: tuple[int, int]
+    """There is hair from the first to before the second, both even: drawing the others would cost as much."""
 
 
 def grey_amount(source: float, target: float) -> float:
@@ -122,7 +124,13 @@ def _key(mask: FloatArray, base: FloatArray, chroma: FloatArray, skin_luma: floa
         gain=gain,
         lift=lift * darker - gain * (base + np.float32(BLACK_OFFSET)),
         chroma=np.float32(-FADE) * cv2.resize(chroma, (size // 2, size // 2), interpolation=cv2.INTER_AREA),
+        rows=_rows(mask),
     )
+
+
+def _rows(mask: FloatArray) -> tuple[int, int]:
+    found = np.flatnonzero(mask.any(1))
+    return (found[0] // 2 * 2, found[-1] // 2 * 2 + 2) if len(found) else (0, 2)
 
 
 def find_brows(rgb: FloatArray, area: FloatArray) -> HairKey:
@@ -148,19 +156,30 @@ def find_brows(rgb: FloatArray, area: FloatArray) -> HairKey:
 
 def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Change:
     """Return the change of a head's hair; `grey` in [0, 1], the rest as `agers.base.Ager.draw`."""
+    size = before.mask.shape[0]
+    change = Change(delta=np.zeros((3, size, size), np.float32), gain=np.zeros((size, size), np.float32))
+    add_hair(change, grey, before, after, share)
+    return change
+
+
+def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share: float) -> None:
+    """Add the change of hair to another one of the same crop, in place."""
+    assert change.gain is not None
+    top, bottom = min(before.rows[0], after.rows[0]), max(before.rows[1], after.rows[1])
+    rows, half_rows = slice(top, bottom), slice(top // 2, bottom // 2)
 
     def mix(a: FloatArray, b: FloatArray) -> FloatArray:
         return a if before is after else cv2.addWeighted(a, 1 - share, b, share, 0)
 
-    mask = before.mask if before is after else _moving_mask(before.mask, after.mask, share)
-    amount = np.float32(grey) * mask
-    chroma = mix(before.chroma, after.chroma)
-    faded = cv2.resize(amount, chroma.shape[:2])[..., None] * chroma
-    delta = cv2.resize(faded, mask.shape[::-1]) + (amount * mix(before.lift, after.lift))[..., None]
-    return Change(
-        delta=clear_rim(np.multiply(delta.transpose(2, 0, 1), np.float32(2), order="C")),
-        gain=amount * mix(before.gain, after.gain),
-    )
+    masks = before.mask[rows], after.mask[rows]
+    amount = np.float32(grey) * (masks[0] if before is after else _moving_mask(*masks, share))
+    change.gain[rows] += amount * mix(before.gain[rows], after.gain[rows])
+    chroma = mix(before.chroma[half_rows], after.chroma[half_rows])
+    faded = cv2.resize(amount, chroma.shape[1::-1])[..., None] * chroma
+    amount *= mix(before.lift[rows], after.lift[rows])
+    for plane, part in zip(change.delta[:, rows], cv2.split(cv2.resize(faded, amount.shape[::-1])), strict=True):
+        plane += cv2.addWeighted(amount, 2, part, 2, 0)
+    clear_rim(change.delta)
 
 
 def _moving_mask(before: FloatArray, after: FloatArray, share: float) -> FloatArray:

@@ -24,7 +24,7 @@ import numpy as np
 
 from faceage.agers.base import Architecture, EngineOf, ModelFiles, read_view
 from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
-from faceage.agers.hair import BROW_GREY, HairKey, clear_rim, draw_hair, find_brows, find_hair, grey_amount
+from faceage.agers.hair import BROW_GREY, HairKey, add_hair, clear_rim, draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, graph_of, load_network
 from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
@@ -165,29 +165,31 @@ class SpaceAger:
         return changes
 
     def _draw_face(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> Change:
-        size = before.size_px
+        size, half = before.size_px, (before.size_px // 2,) * 2
         tone = self._read(look.tone, _mix(before.coordinates, after.coordinates, share), size)
-        if before.uncovered is not None and after.uncovered is not None:
-            tone *= cv2.resize(_mix(before.uncovered, after.uncovered, share), (size, size))[..., None]
         blur = (1 - share) * before.blur + share * after.blur
         if blur * size > MIN_BLUR_PX:
             tone = cv2.GaussianBlur(tone, (0, 0), blur * size)
         clear_rim(tone.transpose(2, 0, 1))
-        bright = _mix(before.colours, after.colours, share) @ RGB_LUMA
-        headroom = cv2.resize(np.clip((BRIGHT[1] - bright) / (BRIGHT[1] - BRIGHT[0]), 0, 1), (size, size))
-        tone[..., 0] = np.minimum(tone[..., 0], 0) + headroom * np.maximum(tone[..., 0], 0)
-        ratio = np.exp(tone[..., 0])
-        delta = self._chroma(tone, _mix(before.colours, after.colours, share), size)
+        luma, small = cv2.extractChannel(tone, 0), cv2.resize(tone, half, interpolation=cv2.INTER_AREA)
+        if before.uncovered is not None and after.uncovered is not None:
+            uncovered = _mix(before.uncovered, after.uncovered, share)
+            luma *= cv2.resize(uncovered, (size, size))
+            small *= cv2.resize(uncovered, half)[..., None]
+        colours = _mix(before.colours, after.colours, share)
+        headroom = np.clip((BRIGHT[1] - colours @ RGB_LUMA) / (BRIGHT[1] - BRIGHT[0]), 0, 1)
+        luma = cv2.min(luma, 0) + cv2.max(luma, 0) * cv2.resize(headroom, (size, size))
+        ratio = cv2.exp(luma)
+        delta = self._chroma(small, colours, size)
         gain = ratio - 1
         if before.smooth is not None and after.smooth is not None:
-            taken = ratio * tone[..., 3]
+            taken = ratio * cv2.resize(cv2.extractChannel(small, 3), (size, size))
             gain -= taken
             delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + np.float32(BLACK_OFFSET))
+        change = Change(delta=clear_rim(delta), gain=clear_rim(gain[None])[0])
         if look.grey and before.brows is not None and after.brows is not None:
-            brows = draw_hair(BROW_GREY * look.grey, before.brows, after.brows, share)
-            gain += brows.gain
-            delta += brows.delta
-        return Change(delta=clear_rim(delta), gain=gain)
+            add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
+        return change
 
     @staticmethod
     def _read(tone: FloatArray, coordinates: FloatArray, size_px: int) -> FloatArray:
@@ -200,15 +202,21 @@ class SpaceAger:
         """Return the change of chroma, without luma: float32 [3, S, S], RGB in units of [-1, 1].
 
         The colours of the face change by the log ratios; what of that is grey is the gain's.
+
+        Args:
+            tone: float32 [S/2, S/2, 4], as `Look.tone`.
+            colours: as `FaceKey.colours`.
+            size_px: S.
         """
-        half = (size_px // 2, size_px // 2)
-        small = cv2.resize(tone[..., :3], half, interpolation=cv2.INTER_AREA)
-        rgb = cv2.resize(colours, half) + np.float32(BLACK_OFFSET)
-        log_g = small[..., 0] - RGB_LUMA[0] * small[..., 1] - RGB_LUMA[2] * small[..., 2]
-        logs = np.stack([log_g + small[..., 1], log_g, log_g + small[..., 2]], -1)
-        change = 2 * rgb * np.expm1(logs)
+        rgb = cv2.resize(colours, tone.shape[1::-1]) + np.float32(BLACK_OFFSET)
+        change = 2 * rgb * (cv2.exp(cv2.transform(tone, _TONE_TO_LOG_RGB)) - 1)
         change -= (change @ RGB_LUMA)[..., None]
         return np.ascontiguousarray(cv2.resize(change, (size_px, size_px)).transpose(2, 0, 1))
+
+
+_RED, _GREEN, _BLUE = RGB_LUMA
+_TONE_TO_LOG_RGB = np.array([[1, 1 - _RED, -_BLUE, 0], [1, -_RED, -_BLUE, 0], [1, -_RED, 1 - _BLUE, 0]], np.float32)
+"""Log ratios of R, G and B from those of luma, R/G and B/G: log G = log Y - 0.299 log R/G - 0.114 log B/G, nearly."""
 
 
 def _mix(before: FloatArray, after: FloatArray, share: float) -> FloatArray:
