@@ -12,7 +12,14 @@ from faceage.kernels.color import color_of, rgb_to_yuv_delta, yuv_to_rgb
 from faceage.kernels.gather import gather_crops
 from faceage.kernels.placement import cut_out
 from faceage.kernels.thumbnail import Thumbnail, luma_plane, thumbnail
-from faceage.kernels.transfer import to_device, to_host
+from faceage.kernels.transfer import (
+    clone_planes,
+    download_planes,
+    to_device,
+    to_host,
+    upload_planes,
+    wait_for,
+)
 
 __all__ = [
     "BLACK_OFFSET",
@@ -23,8 +30,10 @@ __all__ = [
     "Thumbnail",
     "apply_change",
     "change_crop",
+    "clone_planes",
     "color_of",
     "cut_out",
+    "download_planes",
     "gather_crops",
     "luma_plane",
     "rgb_to_yuv_delta",
@@ -32,5 +41,7 @@ __all__ = [
     "thumbnail",
     "to_device",
     "to_host",
+    "upload_planes",
+    "wait_for",
     "yuv_to_rgb",
 ]

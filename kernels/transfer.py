@@ -1,16 +1,25 @@
-"""The only two ways of values between the host and the device on which a frame's planes lie."""
+"""The only ways of values between the host and the device on which a frame's planes lie.
+
+Everything on a device happens in its default stream: what decodes and what encodes there is ordered by that stream too.
+Planes that travel between host and device do so in a stream of their own and through page-locked memory, so that they
+are copied while kernels of other frames run; the default stream waits for the copy, and the host does not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from faceage.types import FloatArray, Plane, Samples
+from faceage.types import FloatArray, HostPlane, Plane, Samples
 
 if TYPE_CHECKING:
     import torch
+
+PITCH_BYTES = 256
+"""Rows of planes begin at multiples of this: kernels read and encoders take whole lines of the memory."""
 
 
 def to_host(samples: Samples) -> FloatArray:
@@ -33,3 +42,90 @@ def as_tensor(plane: Plane) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(plane) if isinstance(plane, np.ndarray) else plane
+
+
+def new_planes(like: Sequence[Plane], device: torch.device | str, *, pinned: bool = False) -> tuple[torch.Tensor, ...]:
+    """Return planes of the same shapes and type, of unknown content, in one piece of memory.
+
+    All have one pitch, and each begins where the one before ends: NVENC wants UV to follow Y so.
+
+    Args:
+        like: of one frame.
+        device: where they lie.
+        pinned: in page-locked memory of the host.
+    """
+    import torch
+
+    dtype = getattr(torch, str(like[0].dtype).removeprefix("torch."))
+    widths = [int(np.prod(plane.shape[1:])) for plane in like]
+    unit = PITCH_BYTES // dtype.itemsize
+    pitch = -(-max(widths) // unit) * unit
+    heights = [plane.shape[0] for plane in like]
+    memory = torch.empty(sum(heights) * pitch, dtype=dtype, device=device, pin_memory=pinned)
+    planes, begin = [], 0
+    for plane, height in zip(like, heights, strict=True):
+        strides = (pitch, plane.shape[2], 1) if plane.ndim == 3 else (pitch, 1)
+        planes.append(memory.as_strided(tuple(plane.shape), strides, begin * pitch))
+        begin += height
+    return tuple(planes)
+
+
+def clone_planes(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return a copy of planes on their device, in memory as of `new_planes`."""
+    copies = new_planes(planes, planes[0].device)
+    for copy, plane in zip(copies, planes, strict=True):
+        copy.copy_(plane)
+    return copies
+
+
+def upload_planes(planes: Sequence[HostPlane], device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    """Return planes of the host as tensors on a device, in memory as of `new_planes`, without waiting for it."""
+    import torch
+
+    is_cuda = torch.device(device).type == "cuda"
+    staged = new_planes(planes, "cpu", pinned=is_cuda)
+    for target, plane in zip(staged, planes, strict=True):
+        # Numpy: decoded planes are read-only, of which torch makes no tensors without a warning.
+        np.copyto(np.from_dlpack(target), plane)
+    if not is_cuda:
+        return staged
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        uploaded = new_planes(planes, device)
+        for target, source in zip(uploaded, staged, strict=True):
+            target.copy_(source, non_blocking=True)
+    default = torch.cuda.default_stream(uploaded[0].device)
+    default.wait_stream(stream)
+    uploaded[0].record_stream(default)
+    return uploaded
+
+
+def download_planes(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return planes as tensors of the host, in memory as of `new_planes`. The calling thread waits for them."""
+    import torch
+
+    device = planes[0].device
+    is_cuda = device.type == "cuda"
+    targets = new_planes(planes, "cpu", pinned=is_cuda)
+    if not is_cuda:
+        for target, plane in zip(targets, planes, strict=True):
+            target.copy_(plane)
+        return targets
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        for target, plane in zip(targets, planes, strict=True):
+            target.copy_(plane, non_blocking=True)
+            plane.record_stream(stream)
+    stream.synchronize()
+    return targets
+
+
+def wait_for(planes: Sequence[torch.Tensor]) -> None:
+    """Let the calling thread wait until what was asked of a device so far is done, for planes that others will read."""
+    import torch
+
+    if planes[0].device.type == "cuda":
+        done = torch.cuda.Event()
+        done.record(torch.cuda.default_stream(planes[0].device))
+        done.synchronize()

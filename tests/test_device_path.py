@@ -3,14 +3,17 @@
 import dataclasses
 import sys
 from contextlib import contextmanager
+from importlib import import_module
+from threading import Lock
 
 import numpy as np
 import pytest
 import torch
+import triton.runtime.interpreter
 from frames import as_tensors
 from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
 
-from faceage.detect import Detector
+from faceage.detect import DetectConfig, Detector
 from faceage.kernels import transfer
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
@@ -19,8 +22,14 @@ from faceage.pipeline.request import AgeRequest
 from faceage.pipeline.video import age_video
 from faceage.types import RGB, Frame
 
+# Of these names the package has the functions.
+apply_change, area_means, gather = (
+    import_module(f"faceage.kernels.{name}") for name in ("apply_change", "area_means", "gather")
+)
 WAITS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
 """What of a tensor waits for its device."""
+INTERPRETER = triton.runtime.interpreter.__file__
+"""Triton's, which stands in for a GPU and reads the arguments of kernels."""
 MAX_DIFFERENT = 2e-4
 """Share of the samples that may differ, by one code: changes that lie half-way between two codes."""
 
@@ -46,6 +55,7 @@ def on_device(facegan):
     parts = [OnDevice(engine) for engine in (detector._pnet, detector._rnet, detector._onet)]
     return dataclasses.replace(
         facegan,
+        device="cpu",
         detector=Detector(*parts, detector.config),
         age_reader=OnDevice(facegan.age_reader),
         identity=OnDevice(facegan.identity),
@@ -63,6 +73,8 @@ def no_waiting():
     def guarded(name, original):
         def call(self, *args, **kwargs):
             caller = sys._getframe(1).f_code
+            if caller.co_filename == INTERPRETER:
+                return original(self, *args, **kwargs)
             if caller.co_filename != transfer.__file__ or caller.co_name != "to_host":
                 raise AssertionError(f"{name} of a tensor in {caller.co_filename}:{caller.co_name}")
             waited.append(name)
@@ -92,26 +104,59 @@ def assert_alike(tensors, arrays):
         assert (apart > 0).mean() <= MAX_DIFFERENT
 
 
+def age_arrays_and_tensors(facegan, on_device, clip, folder):
+    """The video aged of arrays and of tensors: every frame of the source, and of both."""
+    request = AgeRequest(age=70, source_age=30)
+    first = age_video(facegan, clip, folder / "arrays.mkv", request, encode=LOSSLESS)
+    with no_waiting() as waited:
+        second = age_video(on_device, clip, folder / "tensors.mkv", request, encode=LOSSLESS)
+    assert waited
+    assert first.frames_with_faces == second.frames_with_faces == first.frames
+    return [decoded(path) for path in (clip, folder / "arrays.mkv", folder / "tensors.mkv")]
+
+
 @pytest.mark.parametrize("rotation", [0, 90])
 def test_a_video_of_tensors_is_the_video_of_arrays(facegan, on_device, tmp_path, monkeypatch, rotation):
     pictures = [np.ascontiguousarray(np.rot90(p, -rotation // 90)) for p in moving_face(16)]
     clip = write_clip(tmp_path / "in.mkv", pictures)
-    request = AgeRequest(age=70, source_age=30)
     read = VideoReader._frame
-    monkeypatch.setattr(VideoReader, "_frame", lambda *args: dataclasses.replace(read(*args), rotation=rotation))
-    first = age_video(facegan, clip, tmp_path / "arrays.mkv", request, encode=LOSSLESS)
-    monkeypatch.setattr(
-        VideoReader, "_frame", lambda *args: as_tensors(dataclasses.replace(read(*args), rotation=rotation))
-    )
-    with no_waiting() as waited:
-        second = age_video(on_device, clip, tmp_path / "tensors.mkv", request, encode=LOSSLESS)
-    assert waited
-    assert first.frames_with_faces == second.frames_with_faces == 16
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoReader, "_frame", lambda *args: dataclasses.replace(read(*args), rotation=rotation))
+        source, arrays, tensors = age_arrays_and_tensors(facegan, on_device, clip, tmp_path)
     assert on_device.detector._onet.calls_with_tensors >= 16
     assert on_device.identity.calls_with_tensors
-    monkeypatch.undo()
-    source, arrays, tensors = (decoded(p) for p in (clip, tmp_path / "arrays.mkv", tmp_path / "tensors.mkv"))
     assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
+    for a, b in zip(tensors, arrays, strict=True):
+        assert_alike(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests with a GPU run the kernels there")
+def test_a_video_by_the_kernels_is_the_video_of_arrays(facegan, on_device, tmp_path, monkeypatch):
+    from faceage.kernels import apply_change_triton, area_means_triton, gather_triton
+
+    for module, name in ((apply_change_triton, "BLOCK"), (area_means_triton, "TILE"), (gather_triton, "BLOCK")):
+        monkeypatch.setattr(module, name, 2**16)  # the interpreter takes as long for small blocks
+    interpreter = triton.runtime.interpreter.InterpretedFunction
+    launch, lock = interpreter.run, Lock()
+
+    def launch_alone(self, *args, **options):
+        with lock:  # the interpreter changes Triton's own modules while it runs
+            return launch(self, *args, **options)
+
+    monkeypatch.setattr(interpreter, "run", launch_alone)
+    for module in (apply_change, area_means, gather):
+        choose = module.choose_implementation
+        monkeypatch.setattr(
+            module, "choose_implementation", lambda f, i, choose=choose: "triton" if not f.is_array else choose(f, i)
+        )
+    few = DetectConfig(min_face_px=47)  # few pictures in the pyramid, and the CPU shrinks none
+    facegan, on_device = (
+        dataclasses.replace(n, detector=Detector(n.detector._pnet, n.detector._rnet, n.detector._onet, few))
+        for n in (facegan, on_device)
+    )
+    clip = write_clip(tmp_path / "in.mkv", moving_face(2))
+    source, arrays, tensors = age_arrays_and_tensors(facegan, on_device, clip, tmp_path)
+    assert any((a != b).any() for a, b in zip(source[1], arrays[1], strict=True))
     for a, b in zip(tensors, arrays, strict=True):
         assert_alike(a, b)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore
 from faceage.errors import EngineError, FaceAgeError
 from faceage.extras import EXTRAS, missing
+from faceage.media.device import encoder_missing
 from faceage.models import find_model, list_models
 from faceage.models.fetch import facenet_file
 from faceage.pipeline.request import all_programs
@@ -57,7 +59,17 @@ class Check:
 def command(as_json: bool, verbose: bool) -> None:
     """Say what works on this machine, and how to mend what does not. Exit code 4 if something has to be mended."""
     by_torch = [_torch()] if verbose else []
-    checks = [*_packages(), _encoders(), _gpu(), *by_torch, *_backends(), _cache(), *_models(), _facenet()]
+    checks = [
+        *_packages(),
+        _encoders(),
+        _gpu(),
+        *_gpu_video(),
+        *by_torch,
+        *_backends(),
+        _cache(),
+        *_models(),
+        _facenet(),
+    ]
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:
@@ -105,6 +117,23 @@ def _gpu() -> Check:
     except (subprocess.SubprocessError, OSError) as error:
         return Check(name="GPU", state="note", found=f"nvidia-smi fails ({error}): everything runs on the CPU")
     return Check(name="GPU", state="ok", found=f"{'; '.join(found.splitlines())}; use it with --device cuda")
+
+
+def _gpu_video() -> Iterator[Check]:
+    """Say whether a GPU's decoder and encoder can be used, where there is a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        found = "libnvcuvid.so.1 is not found, so videos are decoded on the CPU"
+        yield Check(name="NVDEC", state="note", found=found, remedy="export NVIDIA_DRIVER_CAPABILITIES=all")
+    else:
+        yield Check(name="NVDEC", state="ok", found="decodes 4:2:0 video on the GPU")
+    if reason := encoder_missing("h264_nvenc", "nv12", "cuda:0"):
+        yield Check(name="NVENC", state="note", found=f"{reason}: videos are encoded on the CPU")
+    else:
+        yield Check(name="NVENC", state="ok", found="encodes video on the GPU")
 
 
 def _torch() -> Check:

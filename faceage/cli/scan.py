@@ -12,7 +12,7 @@ from faceage.cli.options import NetworkOptions, network_options, output_options,
 from faceage.cli.output import Output
 from faceage.errors import MediaError
 from faceage.media.files import write_atomically
-from faceage.media.video import VideoReader
+from faceage.media.video import VideoReader, probe_video
 from faceage.pipeline.people_page import people_page
 from faceage.pipeline.plan import person_age, save_plan
 from faceage.pipeline.scan import scan
@@ -46,16 +46,18 @@ def command(
 
     `faceage video --plan DIR` then ages it, as often as you like, without scanning it again.
     """
-    with out, VideoReader(video, start_s=start, end_s=end) as reader:
+    with out:
+        probe_video(video)  # before engines are loaded, which takes longer
         if (output / "plan.json").exists() and not overwrite:
             raise MediaError(f"{output} holds a plan; pass --overwrite or name another folder")
         networks = network.load(out)
-        plan = scan(
-            networks,
-            reader,
-            TrackConfig(detect_every=detect_every),
-            progress=functools.partial(out.progress, str(video)),
-        )
+        with VideoReader(video, start_s=start, end_s=end, device=networks.device) as reader:
+            plan = scan(
+                networks,
+                reader,
+                TrackConfig(detect_every=detect_every),
+                progress=functools.partial(out.progress, str(video)),
+            )
         out.end_progress()
         try:
             save_plan(plan, output)

@@ -17,6 +17,7 @@ from av.video.format import VideoFormat
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
+from faceage.media.device import device_format, encoder_missing, hardware, is_gpu
 from faceage.media.probe import VideoInfo, frame_format
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,10 @@ DEFAULTS = dict(ENCODERS.values()) | {
 }
 """Encoder -> its settings."""
 
+_NVENC = {"libx264": "h264_nvenc", "libx265": "hevc_nvenc", "libsvtav1": "av1_nvenc"}
+_NVENC |= {name: name for name in _NVENC.values()}
+"""Encoder -> the one of the same codec that takes frames on a GPU."""
+
 _TOLERABLE_LOSS = PixFmtLoss.DEPTH | PixFmtLoss.COLORQUANT
 """A source keeps its codec at this price, with a warning: ProRes 4444 decodes to 12 bits, encodes from 10."""
 
@@ -96,19 +101,49 @@ class Encoder:
     name: str
     pixel_format: str
     options: dict[str, str]
+    on_device: bool = False
+    """Whether it takes frames where they lie on a GPU; else they come to the host."""
 
 
-def choose_encoder(info: VideoInfo, options: EncodeOptions, suffix: str = "") -> Encoder:
+def choose_encoder(info: VideoInfo, options: EncodeOptions, suffix: str = "", device: str | None = None) -> Encoder:
     """Return the encoder for a source: its own codec and pixel format, or the nearest, with a warning.
 
     Args:
         info: the source.
         options: may name a codec.
         suffix: of the output; ASF gets WMV2, whose times it keeps.
+        device: where the frames lie; on a GPU NVENC writes H.264, HEVC and AV1 where it can.
 
     Raises:
         UnsupportedError: if the codec that `options` names does not exist here, or does not have an option.
     """
+    encoder = _host_encoder(info, options, suffix)
+    if device is None or not is_gpu(device):
+        return encoder
+    name, pixel_format, reason = _NVENC.get(encoder.name), device_format(info), None
+    if name is None:
+        reason = f"{encoder.name} runs on the CPU"
+    elif pixel_format is None:
+        reason = f"NVENC takes 4:2:0 with even sides, not {info.pixel_format} {info.width}x{info.height}"
+    elif info.field_order > 1:
+        reason = "NVENC writes no interlaced video"
+    elif info.mastering_display or info.content_light:
+        reason = f"{name} cannot carry the HDR mastering metadata"
+    elif options.codec in _NVENC and options.codec != name:
+        reason = f"{options.codec} was asked for"
+    elif options.codec != name and (options.preset is not None or options.encoder_options):
+        reason = f"the preset and the options are for {encoder.name}; with --codec {name} they are for NVENC"
+    else:
+        reason = encoder_missing(name, pixel_format, device)
+    if name is None or pixel_format is None or reason:
+        log.info("%s: frames are copied to the host and encoded by %s: %s", info.path, encoder.name, reason)
+        return encoder
+    log.info("%s: encoded on %s by %s %s", info.path, device, name, pixel_format)
+    return Encoder(name=name, pixel_format=pixel_format, options=_options(name, info, options), on_device=True)
+
+
+def _host_encoder(info: VideoInfo, options: EncodeOptions, suffix: str) -> Encoder:
+    """Return the encoder for frames on the host."""
     wanted = options.codec
     if wanted is None and suffix.lower() in (".wmv", ".asf"):
         wanted = "wmv2"
@@ -245,15 +280,22 @@ def frame_rate(info: VideoInfo) -> Fraction:
     return (info.average_rate or Fraction(25)).limit_denominator(1 << 20)
 
 
-def add_encoder(output: OutputContainer, encoder: Encoder, info: VideoInfo) -> VideoStream:
+def add_encoder(output: OutputContainer, encoder: Encoder, info: VideoInfo, device: str | None = None) -> VideoStream:
     """Add a stream to an output, set it up as the source is and open its encoder.
+
+    Args:
+        output: where the stream goes.
+        encoder: from `choose_encoder`.
+        info: the source.
+        device: where the frames lie, for an encoder that takes them there.
 
     Raises:
         ValueError: if the container cannot hold the codec.
         MediaError: if the encoder refuses the picture or an option.
     """
     ticks = encoder_time_base(encoder.name, info)
-    stream = output.add_stream(encoder.name, rate=frame_rate(info), time_base=ticks)
+    accelerator = hardware(device) if encoder.on_device and device is not None else None
+    stream = output.add_stream(encoder.name, rate=frame_rate(info), time_base=ticks, hwaccel=accelerator)
     assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
     _open_encoder(stream, encoder, info)
     return stream

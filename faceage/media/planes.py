@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from av.video.frame import VideoFrame
 
-from faceage.kernels import to_host
+from faceage.kernels import clone_planes, download_planes
 from faceage.types import PIXEL_LAYOUTS, Frame, HostPlane, Plane
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_only_planes(native: VideoFrame, pixel_format: str) -> tuple[HostPlane, ...]:
@@ -56,17 +59,23 @@ def writable(frame: Frame) -> Frame:
     if isinstance(frame.native, VideoFrame) and _are_of(frame.planes, frame.native, frame.pixel_format):
         frame.native.make_writable()
         return replace(frame, planes=_plane_views(frame.native, frame.pixel_format))
-    return replace(frame, planes=tuple(_copy(plane) for plane in frame.planes))
+    if frame.is_array:
+        return replace(frame, planes=tuple(cast(HostPlane, plane).copy() for plane in frame.planes))
+    return replace(frame, planes=clone_planes(cast("tuple[Tensor, ...]", frame.planes)))
 
 
-def _copy(plane: Plane) -> Plane:
-    return plane.copy() if isinstance(plane, np.ndarray) else plane.clone()
+def host_planes(frame: Frame) -> tuple[HostPlane, ...]:
+    """Return a frame's planes as arrays. If they are on a GPU, the calling thread waits for them."""
+    if frame.is_array:
+        return cast(tuple[HostPlane, ...], frame.planes)
+    planes = download_planes(cast("tuple[Tensor, ...]", frame.planes))
+    return tuple(cast(HostPlane, np.from_dlpack(plane)) for plane in planes)
 
 
 def to_native(frame: Frame) -> VideoFrame:
     """Return a PyAV frame of a frame's planes, with the metadata that came with them from the decoder.
 
-    It is the decoder's own where the planes are still its buffers; else the samples are copied into it.
+    It is the decoder's own where the planes are still its buffers; else the samples are copied into it, from a GPU too.
     """
     native = frame.native
     if not isinstance(native, VideoFrame):
@@ -76,8 +85,8 @@ def to_native(frame: Frame) -> VideoFrame:
     elif _are_of(frame.planes, native, frame.pixel_format):
         return native
     native.make_writable()
-    for target, plane in zip(_plane_views(native, frame.pixel_format), frame.planes, strict=True):
-        target[...] = to_host(plane)
+    for target, plane in zip(_plane_views(native, frame.pixel_format), host_planes(frame), strict=True):
+        target[...] = plane
     native.pts, native.time_base = frame.pts, frame.time_base
     return native
 

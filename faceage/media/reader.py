@@ -6,6 +6,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Self, cast
 
@@ -15,6 +16,15 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
+from faceage.media.device import (
+    device_format,
+    is_gpu,
+    is_on_device,
+    open_decoder,
+    planes_on_device,
+    planes_to_device,
+    software_format,
+)
 from faceage.media.planes import read_only_planes
 from faceage.media.probe import (
     REPACKED,
@@ -24,7 +34,7 @@ from faceage.media.probe import (
     open_input,
     probe_video,
 )
-from faceage.types import Frame
+from faceage.types import Frame, Plane
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +55,8 @@ class VideoReader:
         start_s: frames before this time are dropped, in seconds from the first frame.
         end_s: frames from this time on are dropped.
         threads: of the decoder; None: one a core.
+        device: where the planes are to lie, as tensors: "cuda" or "cuda:N", decoded there if it can; None: arrays. The
+            frames that a GPU decoded have no `native`.
 
     Raises:
         MediaError: if the file is not a video.
@@ -58,6 +70,7 @@ class VideoReader:
         start_s: float | None = None,
         end_s: float | None = None,
         threads: int | None = None,
+        device: str | None = None,
     ) -> None:
         if end_s is not None and end_s <= (start_s or 0):
             raise UnsupportedError(f"the range ends at {end_s} s, before it starts at {start_s or 0} s; swap them")
@@ -71,6 +84,7 @@ class VideoReader:
         if self.info.pixel_format in REPACKED:
             log.info("%s: %s frames are repacked to %s without loss", path, self.info.pixel_format, name)
         self.pixel_format = name
+        self.device = device
         self.start_s, self.end_s = start_s, end_s
         self._threads = threads or 0
         self.frames_read = 0
@@ -81,8 +95,10 @@ class VideoReader:
 
     def __enter__(self) -> Self:
         self._container = open_input(self.info.path)
+        if self.device is not None and is_gpu(self.device):
+            self._container = open_decoder(self._container, self.info, self.device)
         stream = cast(VideoStream, self._container.streams[self.info.stream_index])
-        stream.thread_type = "AUTO"
+        stream.thread_type = "NONE" if stream.codec_context.is_hwaccel else "AUTO"
         stream.codec_context.thread_count = self._threads
         for other in self._container.streams:
             if other.index != stream.index:
@@ -228,23 +244,36 @@ class VideoReader:
 
     def _frame(self, native: VideoFrame, pts: int) -> Frame:
         info = self.info
-        if (native.width, native.height, native.format.name) != (info.width, info.height, info.pixel_format):
+        name = software_format(native)
+        expected = device_format(info) if is_on_device(native) else info.pixel_format
+        if (native.width, native.height, name) != (info.width, info.height, expected):
             raise UnsupportedError(
                 f"{info.path} changes from {info.width}x{info.height} {info.pixel_format} to {native.width}x"
-                f"{native.height} {native.format.name} on the way; split it there and process the parts"
+                f"{native.height} {name} on the way; split it there and process the parts"
             )
-        if info.pixel_format in REPACKED:
-            native = native.reformat(format=REPACKED[info.pixel_format])
-        native.pts, native.time_base = pts, info.time_base
+        planes, pixel_format, kept = self._planes(native)
+        if kept is not None:
+            kept.pts, kept.time_base = pts, info.time_base
+        color = replace(info.color, full_range=True) if info.pixel_format.startswith("yuvj") else info.color
         return Frame(
-            planes=read_only_planes(native, self.pixel_format),
-            pixel_format=self.pixel_format,
-            color=info.color,
+            planes=planes,
+            pixel_format=pixel_format,
+            color=color,
             rotation=0 if info.rotation % 90 else info.rotation,  # other angles are left to the player
             pts=pts,
             time_base=info.time_base,
-            native=native,
+            native=kept,
         )
+
+    def _planes(self, native: VideoFrame) -> tuple[tuple[Plane, ...], str, VideoFrame | None]:
+        """Return a decoded frame's planes where they are to lie, their format, and the frame on the host if it is."""
+        if is_on_device(native):
+            return planes_on_device(native), software_format(native), None
+        if native.format.name in REPACKED:
+            native = native.reformat(format=REPACKED[native.format.name])
+        if self.device is not None:
+            return planes_to_device(native, self.device)
+        return read_only_planes(native, self.pixel_format), self.pixel_format, native
 
     def _examine(self, *, is_whole: bool) -> None:
         """Set `damage` from what went wrong on the way to the end of the file."""

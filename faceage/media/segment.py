@@ -25,6 +25,7 @@ from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import Encoder, add_encoder, loses_rgb
+from faceage.media.device import device_frame
 from faceage.media.files import partial_of, write_atomically
 from faceage.media.planes import to_native
 from faceage.media.probe import VideoInfo
@@ -52,14 +53,17 @@ class SegmentEncoder:
     Args:
         form: of the segment.
         stream: an output's, whose encoder is open and was given no frame; None: one of its own.
+        device: where the frames lie; None: on the host.
 
     Raises:
         MediaError: if the encoder would need another header than the output has.
     """
 
-    def __init__(self, form: SegmentFormat, stream: VideoStream | None = None) -> None:
-        # An output that is never written: there is no encoder without one.
-        stream = stream or add_encoder(av.open(io.BytesIO(), "w", format=form.container), form.encoder, form.info)
+    def __init__(self, form: SegmentFormat, stream: VideoStream | None = None, device: str | None = None) -> None:
+        if stream is None:
+            # An output that is never written: there is no encoder without one.
+            output = av.open(io.BytesIO(), "w", format=form.container)
+            stream = add_encoder(output, form.encoder, form.info, device)
         if stream.codec_context.extradata != form.extradata:
             raise MediaError(
                 f"{form.encoder.name} writes another header for each segment, so they cannot be put together; "
@@ -75,8 +79,8 @@ class SegmentEncoder:
         Raises:
             MediaError: if the encoder cannot express the frame's time.
         """
-        native = to_native(frame)
-        if native.format.name != self._encoder.pixel_format:
+        native = device_frame(frame) if self._encoder.on_device else to_native(frame)
+        if not self._encoder.on_device and native.format.name != self._encoder.pixel_format:
             color_range = self._info.color_tags[1] or None
             native = native.reformat(
                 format=self._encoder.pixel_format,

@@ -88,7 +88,8 @@ class VideoWriter:
         options = options or EncodeOptions()
         self.info = source.info if isinstance(source, VideoReader) else source
         self.path = check_output(path, [self.info.path], overwrite=options.overwrite)
-        self.encoder = choose_encoder(self.info, options, self.path.suffix)
+        self._device = source.device if isinstance(source, VideoReader) else None
+        self.encoder = choose_encoder(self.info, options, self.path.suffix, self._device)
         if self.path.suffix.lower() == ".avi":
             self.encoder.options.setdefault("bf", "0")  # AVI has no presentation times, so no B-frames
         self._ticks: list[int] = []
@@ -145,7 +146,7 @@ class VideoWriter:
             codec, is_asf = Codec(self.encoder.name, "w").canonical_name, self._output.format.name == "asf"
             if not can_label(self._output, codec) or (is_asf and codec not in _ASF_CODECS):
                 raise ValueError("a transport stream has no type for it, ASF no times")
-            return add_encoder(self._output, self.encoder, self.info)
+            return add_encoder(self._output, self.encoder, self.info, self._device)
         except ValueError as error:
             suffix = self.info.path.suffix
             like = "" if suffix.lower() == self.path.suffix.lower() else f"{suffix} like the input, or "
@@ -231,7 +232,8 @@ class VideoWriter:
         if not self._is_begun:
             self.begin(frame.pts)
         if self._segment is None:
-            self._segment = SegmentEncoder(self.segment_format(), self._stream if self._has_fresh_encoder else None)
+            stream = self._stream if self._has_fresh_encoder else None
+            self._segment = SegmentEncoder(self.segment_format(), stream, self._device)
             self._has_fresh_encoder = False
         number = self.frames_written
         try:

@@ -131,6 +131,8 @@ class Networks:
     fingerprints: Mapping[str, str]
     """What tells the results of these networks from those of others: role -> SHA-256 of its checkpoint, and the options
     that they were loaded with."""
+    device: str | None = None
+    """Where the frames of videos are to lie for them: "cuda" or "cuda:N"; None: they are arrays."""
 
     @property
     def estimators(self) -> dict[str, str]:
@@ -278,6 +280,7 @@ def load_networks(
         identity=engine("identity"),
         identity_px=read_header(files.identity).dims["size_px"],
         ager=architecture.make(files, engine, **given),
+        device=None if runtime.device == "cpu" else runtime.device,
         fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
         | {"model": model, **runtime.describe()}
         | {name: str(value) for name, value in [("detect", detect), *given.items()]},

@@ -89,8 +89,8 @@ def age_video(
         encode = replace(encode, metadata={**encode.metadata, "comment": label_comment(source, fields)})
     wish = {"everybody": request, "people": people or {}, "track": track or TrackConfig()}
     with (
-        VideoReader(source, start_s=start_s, end_s=end_s) as first_pass,
-        VideoReader(source, start_s=start_s, end_s=end_s) as second_pass,
+        VideoReader(source, start_s=start_s, end_s=end_s, device=networks.device) as first_pass,
+        VideoReader(source, start_s=start_s, end_s=end_s, device=networks.device) as second_pass,
         locked(check_output(target, [source], overwrite=encode.overwrite)),
     ):
         # The writer is opened before the long scan, so that an output that cannot be written is known at once.
@@ -209,9 +209,15 @@ def _render_stretch(job: _Stretches, worker: Worker, stretch: tuple[int, int]) -
     timer = StageTimer()
     tracks = decide(worker.networks, plan, job.request, job.people, first=low, last=high)
     renderer = Renderer(worker.networks, plan, tracks, timer)
-    out = _SegmentSink(job, plan, renderer, stretch[0])
+    out = _SegmentSink(job, plan, renderer, stretch[0], worker.networks.device)
     try:
-        with VideoReader(job.source, start_s=job.start_s, end_s=job.end_s, threads=worker.threads) as reader:
+        with VideoReader(
+            job.source,
+            start_s=job.start_s,
+            end_s=job.end_s,
+            threads=worker.threads,
+            device=worker.networks.device,
+        ) as reader:
             for done in _render(plan, reader, renderer, low, high, out.write):
                 if done % KEY_EVERY_FRAMES == 0:
                     yield _Rendered(KEY_EVERY_FRAMES, {})
@@ -225,8 +231,8 @@ def _render_stretch(job: _Stretches, worker: Worker, stretch: tuple[int, int]) -
 class _SegmentSink:
     """Takes the frames of consecutive segments in order, and leaves each segment in the work folder."""
 
-    def __init__(self, job: _Stretches, plan: Plan, renderer: Renderer, first: int) -> None:
-        self._job, self._plan, self._renderer, self._index = job, plan, renderer, first
+    def __init__(self, job: _Stretches, plan: Plan, renderer: Renderer, first: int, device: str | None) -> None:
+        self._job, self._plan, self._renderer, self._index, self._device = job, plan, renderer, first, device
         self._encoder: SegmentEncoder | None = None
         self._out: SegmentWriter | None = None
 
@@ -234,7 +240,7 @@ class _SegmentSink:
         """Encode one frame."""
         low, high = (int(edge) for edge in self._plan.boundaries[self._index : self._index + 2])
         if self._encoder is None or self._out is None:
-            self._encoder = SegmentEncoder(self._job.form)
+            self._encoder = SegmentEncoder(self._job.form, device=self._device)
             self._out = SegmentWriter(segment_path(self._job.folder, self._index))
         self._out.write(self._encoder.encode(frame))
         if len(self._encoder.ticks) < high - low:

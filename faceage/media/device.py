@@ -1,0 +1,157 @@
+"""Frames on a GPU: decoded there where it can, brought there where it cannot, and taken from there by an encoder.
+
+NVDEC and NVENC know 4:2:0 as NV12 and P010, so all 4:2:0 frames on a GPU are of these formats, whoever decoded them.
+Whatever is missing (a driver, NVDEC's library, NVENC on an H100) alone goes over the host, which is said once a file.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import av
+from av.codec.hwaccel import HWAccel
+from av.container import InputContainer
+from av.video.frame import CudaContext, VideoFrame
+from av.video.stream import VideoStream
+
+from faceage.kernels import clone_planes, upload_planes, wait_for
+from faceage.media.planes import read_only_planes
+from faceage.media.probe import VideoInfo, frame_format
+from faceage.types import Frame
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_ON_DEVICE = {
+    **dict.fromkeys(("yuv420p", "yuvj420p", "nv12"), "nv12"),
+    **dict.fromkeys(("yuv420p10le", "p010le"), "p010le"),
+}
+"""Decoded formats that a GPU has under another name."""
+
+
+def is_gpu(device: str | None) -> bool:
+    """Return whether a device, as `VideoReader` is given one, is a GPU."""
+    return device is not None and device.startswith("cuda")
+
+
+def device_format(info: VideoInfo) -> str | None:
+    """Return the format that NVDEC and NVENC have for a video, or None if they have none."""
+    if info.width % 2 or info.height % 2:
+        return None
+    return _ON_DEVICE.get(info.pixel_format)
+
+
+def hardware(device: str) -> HWAccel:
+    """Return PyAV's setting that leaves frames on a device: "cuda" or "cuda:N"."""
+    return HWAccel("cuda", device=device.partition(":")[2] or "0", allow_software_fallback=True, is_hw_owned=True)
+
+
+def open_decoder(container: InputContainer, info: VideoInfo, device: str) -> InputContainer:
+    """Return the container opened again, with its video decoded on a GPU; or itself, saying once why not."""
+    reason = None
+    if device_format(info) is None:
+        reason = f"a GPU decodes 4:2:0 with even sides, not {info.pixel_format} {info.width}x{info.height}"
+    elif info.field_order > 1:
+        reason = "it is interlaced, and which frames are, only the CPU's decoder says"
+    else:
+        reason = _decoder_missing(info, device)
+    if reason is None:
+        again = _open_on_gpu(info, device)
+        again.flags = container.flags
+        container.close()
+        return again
+    _say_decoded_on_host(info.path, device, reason)
+    return container
+
+
+def _open_on_gpu(info: VideoInfo, device: str) -> InputContainer:
+    return av.open(str(info.path.absolute()), metadata_errors="replace", hwaccel=hardware(device))
+
+
+def _decoder_missing(info: VideoInfo, device: str) -> str | None:
+    """Return why a GPU does not decode a video, or None if it does: one frame is decoded."""
+    try:
+        with _open_on_gpu(info, device) as container:
+            stream = cast(VideoStream, container.streams[info.stream_index])
+            if not stream.codec_context.is_hwaccel:
+                return f"FFmpeg has no decoder of {info.codec} for a GPU"
+            first = next(container.decode(stream), None)
+    except (av.FFmpegError, RuntimeError) as error:
+        return f"FFmpeg cannot use the GPU: {error}; see `faceage doctor`"
+    if first is not None and is_on_device(first):
+        return None
+    return "NVDEC refused it: libnvcuvid.so.1 is missing, or this GPU does not decode such video"
+
+
+@lru_cache(maxsize=1024)
+def _say_decoded_on_host(path: Path, device: str, reason: str) -> None:
+    """Log once a file why its frames are decoded on the CPU."""
+    log.info("%s: decoded on the CPU and copied to %s: %s", path, device, reason)
+
+
+def is_on_device(native: VideoFrame) -> bool:
+    """Return whether a decoded frame lies on a GPU."""
+    return native.format.name == "cuda"
+
+
+def software_format(native: VideoFrame) -> str:
+    """Return the format of a decoded frame's samples, wherever they lie."""
+    if is_on_device(native):
+        assert native.sw_format is not None  # every hardware frame has one
+        return native.sw_format.name
+    return native.format.name
+
+
+def planes_on_device(native: VideoFrame) -> tuple[Tensor, ...]:
+    """Return a copy of the planes that the decoder left on the GPU: its own surfaces are few, and are used again.
+
+    The decoder writes a surface in the default stream of the GPU, in which the copy is ordered after it.
+    """
+    from torch.utils.dlpack import from_dlpack
+
+    # torch.from_dlpack(plane) would pass the stream, which PyAV refuses.
+    return clone_planes([from_dlpack(plane.__dlpack__()) for plane in native.planes])
+
+
+def planes_to_device(native: VideoFrame, device: str) -> tuple[tuple[Tensor, ...], str, VideoFrame]:
+    """Bring a frame that the CPU decoded to a device; return its planes there, their format, and the host's frame."""
+    name = _ON_DEVICE.get(native.format.name) if not (native.width % 2 or native.height % 2) else None
+    if name is not None and name != native.format.name:
+        native = native.reformat(format=name)  # U and V interleaved: no sample is changed
+    name = name or cast(str, frame_format(native.format.name))
+    return upload_planes(read_only_planes(native, name), device), name, native
+
+
+def device_frame(frame: Frame) -> VideoFrame:
+    """Return a PyAV frame of a frame's tensors, for an encoder on their device. No sample is copied."""
+    planes = cast("tuple[Tensor, ...]", frame.planes)
+    wait_for(planes)  # NVENC reads outside of torch's streams
+    index = planes[0].device.index
+    context = _cuda_context(index or 0) if is_gpu(frame.device) else None
+    return VideoFrame.from_dlpack(planes, format=frame.pixel_format, cuda_context=context)
+
+
+@lru_cache(maxsize=16)
+def _cuda_context(index: int) -> CudaContext:
+    """Return FFmpeg's side of torch's context of a GPU: one, as it keeps the pools of frames."""
+    return CudaContext(device_id=index, primary_ctx=True)
+
+
+@lru_cache(maxsize=64)
+def encoder_missing(name: str, pixel_format: str, device: str) -> str | None:
+    """Return why an encoder of NVENC does not work on a GPU, or None if it does: a small one is opened."""
+    try:
+        with av.open(io.BytesIO(), "w", format="matroska") as output:
+            stream = output.add_stream(name, rate=25, hwaccel=hardware(device))
+            assert isinstance(stream, VideoStream)
+            stream.width, stream.height, stream.pix_fmt = 256, 256, pixel_format
+            stream.codec_context.open()
+    except (av.FFmpegError, ValueError, NotImplementedError) as error:
+        return f"{error}"
+    return None
