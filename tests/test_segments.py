@@ -17,8 +17,9 @@ from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, transco
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import choose_boundaries, fingerprint, load_plan, save_plan
 from faceage.pipeline.render import Renderer, decide
-from faceage.pipeline.request import AgeRequest, StageTimer
+from faceage.pipeline.request import AgeRequest
 from faceage.pipeline.scan import scan
+from faceage.pipeline.timer import StageTimer
 from faceage.pipeline.video import age_video, read_planned
 from faceage.pipeline.work import locked, work_folder
 from faceage.track import Track

@@ -15,7 +15,8 @@ from faceage.bench.runs import Load, Notify, in_child, medians
 from faceage.errors import NoFaceError
 from faceage.media.image import read_image
 from faceage.pipeline.photos import age_photos
-from faceage.pipeline.request import AgeRequest, Networks, StageTimer
+from faceage.pipeline.request import AgeRequest, Networks
+from faceage.pipeline.timer import StageTimer
 from faceage.types import FloatArray
 
 PROBE_PHOTOS = 8

@@ -28,7 +28,8 @@ from faceage.errors import MediaError
 from faceage.media.image import LeftOut, find_images
 from faceage.pipeline.folder import Manifest, Skipped, age_folder, folder_options, locked_folder
 from faceage.pipeline.report import PhotoReport
-from faceage.pipeline.request import AgeRequest, StageTimer
+from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.timer import StageTimer
 
 _CONVERT = "convert it to JPEG, PNG, WebP or TIFF first"
 SKIPPED_SHOWN = 5

@@ -63,6 +63,10 @@ PEOPLE_SHOWN = 6
 @click.option(
     "--work", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Keep it in this folder instead."
 )
+@click.option(
+    "--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Write a trace of all stages, for chrome://tracing or Perfetto. One input.",
+)  # fmt: skip
 @overwrite_option
 @no_label_option
 @output_options
@@ -80,6 +84,7 @@ def command(
     encode: EncodeOptions,
     resume: bool,
     work: Path | None,
+    trace: Path | None,
     overwrite: bool,
     no_label: bool,
     out: Output,
@@ -89,8 +94,10 @@ def command(
     Codec, pixel format, timing, audio, subtitles and tags stay as they are. A video without a face passes through.
     """
     encode = replace(encode, overwrite=overwrite)
-    if len(inputs) > 1 and (wish.people or plan_folder):
-        raise click.UsageError("--person and --plan are about one video; give one input")
+    if len(inputs) > 1 and (wish.people or plan_folder or trace):
+        raise click.UsageError("--person, --plan and --trace are about one video; give one input")
+    if trace and not trace.absolute().parent.is_dir():
+        raise click.BadParameter(f"the folder {trace.parent} does not exist; make it first", param_hint="--trace")
     pairs = _pair(inputs, output)
     with out:
         plan = None if plan_folder is None else load_plan(plan_folder)
@@ -119,6 +126,7 @@ def command(
                         work=work,
                         workers=workers,
                         label=not no_label,
+                        trace=trace,
                         progress=functools.partial(out.progress, str(source)),
                     )
                 except KeyboardInterrupt:

@@ -24,7 +24,8 @@ from faceage.checkpoint import sha256_of
 from faceage.errors import MediaError
 from faceage.pipeline.photos import photo_reports
 from faceage.pipeline.report import PhotoReport
-from faceage.pipeline.request import AgeRequest, StageTimer
+from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.timer import StageTimer
 from faceage.pipeline.work import is_alive, locked_by
 from faceage.pipeline.workers import Workers
 

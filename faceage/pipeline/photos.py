@@ -22,8 +22,9 @@ from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.media.planes import writable
 from faceage.pipeline.label import describe_request, label_fields
 from faceage.pipeline.report import FaceReport, PhotoReport
-from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
+from faceage.pipeline.request import AgeRequest, Networks, resolve_ages
 from faceage.pipeline.threads import WriteBehind, map_ahead, read_ahead
+from faceage.pipeline.timer import StageTimer
 from faceage.pipeline.workers import Here, Worker, Workers
 from faceage.types import Change, Faces, FloatArray, Frame, IntArray
 
@@ -287,7 +288,7 @@ def _age_block(
                 out.put(done)
             yield from _drain(finished)
     yield from _drain(finished)
-    yield timer.seconds
+    yield timer.measured()[0]
 
 
 class _Job(NamedTuple):

@@ -20,7 +20,8 @@ from faceage.blend import blend_faces
 from faceage.errors import MediaError
 from faceage.media.video import writable
 from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, person_age
-from faceage.pipeline.request import AgeRequest, Networks, StageTimer, resolve_ages
+from faceage.pipeline.request import AgeRequest, Networks, resolve_ages
+from faceage.pipeline.timer import StageTimer
 from faceage.track import Track
 from faceage.types import Appearance, FloatArray, Frame
 

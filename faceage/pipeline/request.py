@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from threading import Lock
-from time import perf_counter
 from typing import Literal
 
 import cv2
@@ -85,33 +82,6 @@ def resolve_ages(estimated: FloatArray, request: AgeRequest) -> tuple[FloatArray
     source = np.clip(source, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
     target = source + request.by if request.by is not None else np.full(len(source), request.age)
     return source, np.clip(target, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
-
-
-@dataclass
-class StageTimer:
-    """Seconds spent in each stage, summed over threads."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _lock: Lock = field(default_factory=Lock, repr=False)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Count the time inside the `with` block toward a stage."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.add({stage: perf_counter() - start})
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Count what another timer measured."""
-        with self._lock:
-            for stage, value in seconds.items():
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + value
-
-    def ms_per(self, count: int) -> dict[str, float]:
-        """Return milliseconds per frame (or photo) of each stage."""
-        return {stage: round(1e3 * value / max(count, 1), 2) for stage, value in self.seconds.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from faceage.checkpoint import sha256_of
 from faceage.media.video import VideoReader
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import SEGMENT_FRAMES, Plan, PlannedTrack, choose_boundaries
-from faceage.pipeline.request import Networks, StageTimer, mean_appearance
+from faceage.pipeline.request import Networks, mean_appearance
 from faceage.pipeline.threads import read_ahead, timed
+from faceage.pipeline.timer import StageTimer
 from faceage.track import TrackConfig, Tracker, Window
 from faceage.types import Appearance, Frame
 

@@ -10,7 +10,7 @@ from queue import Empty, Full, Queue
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from faceage.pipeline.request import StageTimer
+from faceage.pipeline.timer import StageTimer
 
 T = TypeVar("T")
 R = TypeVar("R")

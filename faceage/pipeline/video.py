@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
@@ -23,9 +23,10 @@ from faceage.pipeline.label import describe_people, label_comment, label_fields
 from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, fingerprint, load_plan, person_age
 from faceage.pipeline.render import AgedTrack, People, Renderer, decide
 from faceage.pipeline.report import PersonReport, VideoReport
-from faceage.pipeline.request import AgeRequest, Networks, StageTimer
+from faceage.pipeline.request import AgeRequest, Networks
 from faceage.pipeline.scan import Progress, scan
 from faceage.pipeline.threads import WriteBehind, read_ahead, timed
+from faceage.pipeline.timer import Span, StageTimer
 from faceage.pipeline.work import WorkFolder, full, locked, segment_path, versions, work_folder
 from faceage.pipeline.workers import Here, Worker, Workers
 from faceage.track import TrackConfig
@@ -51,6 +52,7 @@ def age_video(
     work: Path | None = None,
     workers: Workers | None = None,
     label: bool = True,
+    trace: Path | None = None,
     progress: Progress | None = None,
 ) -> VideoReport:
     """Age the faces of a video and write it like the source was.
@@ -72,6 +74,7 @@ def age_video(
         work: the folder that the work folder lies in; None: the output's.
         workers: what renders the segments; None: this process.
         label: mark the output as partly synthetic, in its comment; a copy of the source is not marked.
+        trace: a file that gets a trace of all stages, in Chrome's format.
         progress: called now and then, from this thread.
 
     Raises:
@@ -80,7 +83,7 @@ def age_video(
         UnsupportedError: for a pixel format or container that cannot be used.
     """
     start = perf_counter()
-    timer = StageTimer()
+    timer = StageTimer(networks.device, traces=trace is not None)
     source, target = Path(source), Path(target)
     encode = encode or EncodeOptions()
     workers = workers or Here(networks)
@@ -123,6 +126,8 @@ def age_video(
                 raise
         if folder:
             folder.remove()
+    if trace is not None:
+        timer.write_trace(trace)
     return VideoReport(
         source=str(source),
         target=str(target),
@@ -187,6 +192,7 @@ class _Stretches:
     request: AgeRequest | None
     people: People
     form: SegmentFormat
+    traces: bool
 
 
 class _Rendered(NamedTuple):
@@ -195,6 +201,8 @@ class _Rendered(NamedTuple):
     frames: int
     seconds: Mapping[str, float]
     """By stage."""
+    spans: Sequence[Span] = ()
+    """For a trace."""
 
 
 def _render_stretch(job: _Stretches, worker: Worker, stretch: tuple[int, int]) -> Iterator[_Rendered]:
@@ -206,7 +214,7 @@ def _render_stretch(job: _Stretches, worker: Worker, stretch: tuple[int, int]) -
         )
     plan = load_plan(job.folder)
     low, high = (int(plan.boundaries[number]) for number in stretch)
-    timer = StageTimer()
+    timer = StageTimer(worker.networks.device, traces=job.traces)
     tracks = decide(worker.networks, plan, job.request, job.people, first=low, last=high)
     renderer = Renderer(worker.networks, plan, tracks, timer)
     out = _SegmentSink(job, plan, renderer, stretch[0], worker.networks.device)
@@ -221,7 +229,7 @@ def _render_stretch(job: _Stretches, worker: Worker, stretch: tuple[int, int]) -
             for done in _render(plan, reader, renderer, low, high, out.write):
                 if done % KEY_EVERY_FRAMES == 0:
                     yield _Rendered(KEY_EVERY_FRAMES, {})
-            yield _Rendered((high - low) % KEY_EVERY_FRAMES, timer.seconds)
+            yield _Rendered((high - low) % KEY_EVERY_FRAMES, *timer.measured())
     except OSError as error:
         raise full(job.folder, error) from error
     finally:
@@ -333,11 +341,12 @@ class _Job:
             request=request,
             people=people,
             form=self.writer.segment_format(),
+            traces=self.timer.traces,
         )
         with closing(workers.map(partial(_render_stretch, job), stretches)) as rendered:
             for part in rendered:
                 done += part.frames
-                self.timer.add(part.seconds)
+                self.timer.add(part.seconds, part.spans)
                 self.progress("render", done, self.plan.frame_count)
         identities: dict[int, float] = {}
         for number in range(count):
