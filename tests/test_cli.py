@@ -300,6 +300,13 @@ class TestEnvironment:
         assert result.exit_code == 4
         assert "runs on the CPU, not on cuda:9" in error_of(result)
 
+    def test_several_gpus_share_segments_and_photos_only(self, face_clip, face_photo, tmp_path):
+        options = ["-o", tmp_path / "out", "--device", "cuda:0,1"]
+        result = faceage("scan", face_clip, *options)
+        assert result.exit_code == 2
+        assert "--device cuda:0,1: only `faceage video` and `faceage images` use several GPUs" in result.output
+        assert faceage("images", face_photo, *options, "--age", 70).exit_code == 4
+
     def test_facenet_that_was_not_fetched(self, tiny_model, face_photo, tmp_path):
         result = faceage(
             "images", face_photo, "-o", tmp_path, "--model", tiny_model, "--identity", "facenet", "--age", 70

@@ -35,7 +35,7 @@ def test_each_item_is_done_once_whoever_does_it():
             taken.append(item)
             yield item
 
-    with Processes(SEVEN, 2) as processes:
+    with Processes([SEVEN], 2) as processes:
         results = processes.map(work.double, items())
         found = [next(results)]
         assert len(taken) <= 3  # they are taken when they are needed
@@ -45,15 +45,24 @@ def test_each_item_is_done_once_whoever_does_it():
 
 
 def test_the_work_of_processes_that_die_is_done_again(tmp_path):
-    with Processes(SEVEN, 2) as processes:
+    with Processes([SEVEN], 2) as processes:
         assert sorted(processes.map(functools.partial(work.die_once, tmp_path), range(5))) == list(range(5))
         assert sorted(os.listdir(tmp_path)) == ["1", "3"]
         with pytest.raises(EngineError, match="a worker process died 4 times over one piece of work"):
             list(processes.map(work.die, [1]))
 
 
+def test_processes_share_what_is_loaded(tmp_path):
+    """As with a GPU each: as many of one as of the other, also after one died."""
+    with Processes([SEVEN, functools.partial(int, 11)], 4) as processes:
+        for _ in range(2):
+            places = list(processes.map(work.show, range(4)))
+            assert sorted(places) == [7, 7, 11, 11]
+            list(processes.map(functools.partial(work.die_once, tmp_path), range(4)))
+
+
 def test_errors_and_warnings_come_from_where_the_work_is_done(caplog):
-    with Processes(SEVEN, 2) as processes:
+    with Processes([SEVEN], 2) as processes:
         with pytest.raises(MediaError, match="item 3 is too large"):
             list(processes.map(work.fail, [1, 3]))
         assert "item 1 is odd" in caplog.messages
@@ -65,7 +74,8 @@ def test_errors_and_warnings_come_from_where_the_work_is_done(caplog):
 def test_processes_end_with_the_one_that_began_them(tmp_path):
     code = (
         "import functools, sys; from pathlib import Path; import work; from faceage.pipeline.workers import Processes\n"
-        "list(Processes(functools.partial(int, 7), 2).map(functools.partial(work.sleep, Path(sys.argv[1])), range(2)))"
+        "load, sleep = functools.partial(int, 7), functools.partial(work.sleep, Path(sys.argv[1]))\n"
+        "list(Processes([load], 2).map(sleep, range(2)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
@@ -122,7 +132,7 @@ def here(networks, long_clip, long_plan, face_photo, tmp_path_factory):
 
 
 def test_processes_write_what_one_writes(networks, load, here, long_clip, long_plan, face_photo, tmp_path):
-    with Processes(load, 2) as processes:
+    with Processes([load], 2) as processes:
         assert outputs(processes, networks, long_clip, long_plan, face_photo, tmp_path / "out") == here
 
 
@@ -131,7 +141,7 @@ def test_nothing_is_kept_without_resume(networks, load, long_clip, long_plan, tm
         raise ZeroDivisionError
 
     options = {"plan": long_plan, "resume": False, "end_s": None}
-    with Processes(load, 2) as processes, pytest.raises(ZeroDivisionError):
+    with Processes([load], 2) as processes, pytest.raises(ZeroDivisionError):
         age_video(networks, long_clip, tmp_path / "out.mkv", REQUEST, workers=processes, progress=stop, **options)
     assert os.listdir(tmp_path) == []
 

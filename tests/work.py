@@ -20,6 +20,13 @@ def double(worker: Worker, item: int) -> Iterator[int]:
     yield item * worker.networks
 
 
+def show(worker: Worker, item: int) -> Iterator[int]:
+    """Give what the networks are, after a while in which others may begin."""
+    assert isinstance(worker.networks, int)
+    time.sleep(0.3)
+    yield worker.networks
+
+
 def die_once(folder: Path, worker: Worker, item: int) -> Iterator[int]:
     """Kill the process at the first try of odd items."""
     mark = folder / str(item)

@@ -100,14 +100,25 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         check_model(self.model)
         DetectConfig(min_face_px=self.min_face)
+        takes_several = any(parameter.name == "jobs" for parameter in click.get_current_context().command.params)
+        if len(self.devices) > 1 and not takes_several:
+            raise click.UsageError(
+                f"--device {self.device}: only `faceage video` and `faceage images` use several GPUs"
+            )
 
-    def loader(self) -> functools.partial[Networks]:
-        """Return what loads the networks; another process can be given it too."""
+    @property
+    def devices(self) -> list[str]:
+        """What --device names: "cuda:0,1" is two."""
+        kind, _, numbers = self.device.partition(":")
+        return [f"{kind}:{number}" for number in numbers.split(",")] if "," in numbers else [self.device]
+
+    def loader(self, device: str | None = None) -> functools.partial[Networks]:
+        """Return what loads the networks on a device, by default the first; another process can be given it too."""
         return functools.partial(
             load_networks,
             model=self.model,
             identity=self.identity,
-            runtime=choose_runtime(backend=self.backend, device=self.device, precision=self.precision),
+            runtime=choose_runtime(backend=self.backend, device=device or self.devices[0], precision=self.precision),
             detect=DetectConfig(min_face_px=self.min_face),
             composite=self.composite,
             hair=self.hair == "on",
@@ -133,7 +144,10 @@ network_options = group(
     NetworkOptions,
     model_option,
     backend_option,
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where they run."),
+    click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N,...]",
+        help="Where they run. Several GPUs share the segments of a video, or photos.",
+    ),
     click.option(
         "--precision", type=click.Choice(["auto", *get_args(Precision)]), default="auto", show_default=True,
         help="auto: bf16 on a CPU that has it, else fp32; fp16 on a GPU.",
@@ -198,12 +212,16 @@ class WorkerOptions:
             networks: the ones that are loaded here.
         """
         loader = network.loader()
+        devices = network.devices
         if self.ray is not None:
+            if len(devices) > 1:
+                raise click.UsageError("a Ray cluster gives each worker a GPU of its own; give --device cuda")
             on_gpu = loader.keywords["runtime"].device.startswith("cuda")
             with Cluster(loader, self.ray, gpus=int(on_gpu)) as cluster:
                 yield cluster
-        elif self.jobs > 1:
-            with Processes(loader, self.jobs) as processes:
+        elif self.jobs > 1 or len(devices) > 1:
+            loaders = [network.loader(device) for device in devices]
+            with Processes(loaders, max(self.jobs, len(devices))) as processes:
                 yield processes
         else:
             yield Here(networks)
@@ -214,7 +232,7 @@ worker_options = group(
     WorkerOptions,
     click.option(
         "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
-        help="Render in N processes of this machine.",
+        help="Render in N processes of this machine, at least one a GPU.",
     ),
     click.option(
         "--ray", metavar="ADDRESS|local", help="Render on a Ray cluster whose machines all see the same files.",

@@ -15,8 +15,8 @@ import signal
 import socket
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,9 +160,10 @@ def _end_with_parent() -> None:
 
 
 class _Process:
-    """A worker process, and the item that it works on."""
+    """A worker process. `place` is the number of what it loads."""
 
-    def __init__(self, load: bytes, threads: int) -> None:
+    def __init__(self, place: int, load: bytes, threads: int) -> None:
+        self.place = place
         context = multiprocessing.get_context("spawn")  # a copy of this process would have its locks, not its threads
         self.connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, load, threads), daemon=True)
@@ -180,13 +181,14 @@ class Processes:
     """Processes of this machine. Use it as a context manager: they stay until it ends.
 
     Args:
-        load: loads the networks, once in each.
+        loads: load the networks, one of them once in each process, each in as many: one a GPU.
         count: how many.
     """
 
-    def __init__(self, load: Load, count: int) -> None:
+    def __init__(self, loads: Sequence[Load], count: int) -> None:
         self.count = count
-        self._load, self._threads = pickle.dumps(load), max(1, (os.cpu_count() or 1) // count)
+        self._loads = [pickle.dumps(load) for load in loads]
+        self._threads = max(1, (os.cpu_count() or 1) // count)
         self._idle: list[_Process] = []
 
     def __enter__(self) -> Self:
@@ -197,6 +199,12 @@ class Processes:
     ) -> None:
         while self._idle:
             self._idle.pop().kill()
+
+    def _new(self, busy: Iterable[_Process]) -> _Process:
+        """Return a process that loads what the fewest have loaded; none is idle."""
+        taken = Counter(process.place for process in busy)
+        place = min(range(len(self._loads)), key=taken.__getitem__)
+        return _Process(place, self._loads[place], self._threads)
 
     def map(self, function: Function[T, R], items: Iterable[T]) -> Generator[R, None, None]:
         """Yield the results of each item; see `Workers.map`."""
@@ -213,7 +221,7 @@ class Processes:
                             item, deaths = next(source), 0
                         except StopIteration:
                             break
-                    process = self._idle.pop() if self._idle else _Process(self._load, self._threads)
+                    process = self._idle.pop() if self._idle else self._new(process for process, *_ in busy.values())
                     busy[process.connection] = process, item, deaths
                     with suppress(BrokenPipeError):  # it died idle, which shows below
                         process.connection.send((function, item))
