@@ -7,6 +7,7 @@ Two kills unless FACEAGE_CHAOS says how many; `make chaos` makes it 25. With it,
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,23 @@ def test_sigterm_is_an_interruption_that_loses_nothing(command, tmp_path):
     rest, _ = last.communicate()
     assert last.returncode == 0, rest
     assert '"scan"' not in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mkv"]
+
+
+def test_a_second_interruption_ends_the_run_at_once(command, tmp_path):
+    target = tmp_path / "out.mkv"
+    process = command(target)
+    rendering, lines = wait_for(process, '"render"')
+    assert rendering, lines
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
+    rest, _ = process.communicate()
+    assert process.returncode == 130, rest
+    assert "Traceback" not in rest
+    assert rest.count("faceage: error:") == 1
+    last = command(target)
+    rest, _ = last.communicate()
+    assert last.returncode == 0, rest
     assert [path.name for path in tmp_path.iterdir()] == ["out.mkv"]
 
 

@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -212,7 +214,7 @@ class TestVideo:
         shutil.copy(face_clip, second)
         result = video(face_clip, second, "-o", tmp_path / "out", "--end", 0.2, "--json")
         assert result.exit_code == 130
-        assert error_of(result) == "interrupted; what was finished stays"
+        assert error_of(result).startswith("interrupted; what was finished stays, and the same command goes on where")
         assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 130
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["face.mp4"]
 
@@ -424,6 +426,39 @@ class TestImages:
         result = images(face_photo, "-o", tmp_path / "file" / "out")
         assert result.exit_code == 3
         assert error_of(result).startswith(f"the folder {tmp_path}/file/out cannot be made (")
+
+    def test_a_full_disk_under_stdout_is_one_line(self, tmp_path):
+        program = "from faceage.cli import main; main()"
+        words = [sys.executable, "-c", program, "images", str(tmp_path / "none.png"), "-o", str(tmp_path)]
+        words += ["--json", "--age", "70"]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 3
+        assert done.stderr.splitlines() == [
+            "faceage: error: standard output cannot be written (No space left on device); free space where it goes to, "
+            "and run the command again"
+        ]
+
+    def test_kinds_of_pictures_that_are_not_read_are_failures(self, images, face_photo, tmp_path):
+        (tmp_path / "in").mkdir()
+        shutil.copy(face_photo, tmp_path / "in")
+        (tmp_path / "in" / "phone.HEIC").touch()
+        result = images(tmp_path / "in", "-o", tmp_path / "out", "--report", tmp_path / "report.json")
+        assert result.exit_code == 1
+        assert "1 pictures of a kind that is not read, left out: " in result.stderr
+        record = json.loads((tmp_path / "report.json").read_text())
+        assert record["failed"] == 1
+        assert "phone.HEIC: .HEIC is not read; convert it to JPEG" in record["items"][0]["error"]
+        assert images(tmp_path / "in", "-o", tmp_path / "out").exit_code == 1  # and what was done stays done
+
+    def test_the_first_failure_may_stop_the_run(self, images, face_photo, tmp_path):
+        (tmp_path / "in").mkdir()
+        for number in range(40):
+            (tmp_path / "in" / f"{number:02d}.png").write_text("x")
+        result = images(tmp_path / "in", "-o", tmp_path / "out", "--on-error", "stop")
+        assert result.exit_code == 3
+        assert result.stderr.count("faceage: error:") == 1
+        assert "stopped at the first photo that failed" in result.stderr
 
     def test_json(self, images, face_photo, tmp_path):
         result = images(face_photo, "-o", tmp_path / "out", "--json", "--report", tmp_path / "report.json")

@@ -1,9 +1,11 @@
 """Folders of photos over several runs: what is done stays, what failed is tried again, and nobody else interferes."""
 
+import errno
 import json
 import os
 import resource
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -107,7 +109,22 @@ def test_half_written_files_of_dead_runs_are_deleted(run, tmp_path, caplog):
     assert alive.exists()
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(run, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        MediaError, match=r"\(No space left on device\); free space there and run the same command again"
+    ):
+        run()
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert run()[0] == ["a.png", "sub/b.png"]
+
+
+def test_a_manifest_that_cannot_be_written_is_one_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     report = PhotoReport(source="a", target=str(tmp_path / "b"))
     with Manifest(tmp_path, {}) as manifest:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -332,6 +333,20 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(networks, long_clip, long
     assert os.listdir(tmp_path) == ["out.mkv.faceage-work"]
     age_video(networks, long_clip, target, REQUEST, **options)
     assert_same(decoded(target), uninterrupted[0])
+
+
+def test_room_is_looked_for_ahead(networks, long_clip, tmp_path, monkeypatch, caplog):
+    def disk(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
+
+    target, size = tmp_path / "out.mkv", long_clip.stat().st_size
+    disk(size // 10)
+    with pytest.raises(MediaError, match=r"has 0\.0 MB free, and about 0\.\d MB are to be written there; free space"):
+        age_video(networks, long_clip, target, REQUEST)
+    assert os.listdir(tmp_path) == []
+    disk(size)
+    age_video(networks, long_clip, target, REQUEST, end_s=8)
+    assert "are to be written there, if outputs are as large as their sources" in caplog.text
 
 
 def test_other_options_start_over_and_say_so(networks, long_clip, tmp_path, caplog):

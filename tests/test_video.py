@@ -623,6 +623,25 @@ def test_colour_tags_and_pixel_aspect_are_kept(tmp_path, codec, suffix):
             assert container.streams.video[0].codec_context.codec_tag == "hvc1"
 
 
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "suffix"),
+    [("v210", "yuv422p10le", ".mov"), ("ffv1", "yuv420p", ".mkv"), ("libx265", "yuv420p", ".mp4")],
+)
+def test_the_field_order_is_kept_where_the_encoder_knows_no_fields(tmp_path, codec, pixel_format, suffix):
+    options = {"field_order": "bb"}
+    clip = make_clip(tmp_path / f"in{suffix}", codec=codec, pixel_format=pixel_format, options=options)
+    transcode(clip, tmp_path / f"out{suffix}")
+    assert probe_video(tmp_path / f"out{suffix}").field_order == probe_video(clip).field_order == 3
+
+
+def test_hdr_is_not_written_in_eight_bits(tmp_path, caplog):
+    info = dataclasses.replace(probe_video(make_clip(tmp_path / "in.mp4")), codec="vp9", pixel_format="yuv420p10le")
+    assert choose_encoder(info, EncodeOptions()).name == "libvpx-vp9"
+    encoder = choose_encoder(dataclasses.replace(info, hdr="pq"), EncodeOptions())
+    assert (encoder.name, encoder.pixel_format) == ("libx264", "yuv420p10le")
+    assert "no encoder here writes vp9 yuv420p10le; writing libx264 yuv420p10le" in caplog.messages[-1]
+
+
 @pytest.mark.parametrize("siting", ["left", "center", "topleft", "top"])
 def test_the_chroma_siting_is_found(tmp_path, siting):
     clip = make_clip(tmp_path / "in.mp4", options={"chroma_sample_location": siting})
@@ -900,6 +919,16 @@ def test_folder_audio_and_still_are_no_videos(tmp_path):
     make_frame(0).save(tmp_path / "still.png")
     with pytest.raises(MediaError, match="is a still image"):
         probe_video(tmp_path / "still.png")
+
+
+def test_a_file_that_is_deleted_while_it_is_read(tmp_path):
+    clip = make_clip(tmp_path / "in.mp4")
+    with VideoReader(clip) as reader:
+        frames = iter(reader)
+        next(frames)
+        clip.unlink()
+        with pytest.raises(MediaError, match=r"is gone .*put it back and run the command"):
+            list(frames)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])

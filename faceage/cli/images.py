@@ -30,6 +30,7 @@ from faceage.pipeline.folder import Manifest, Skipped, age_folder, folder_option
 from faceage.pipeline.report import PhotoReport
 from faceage.pipeline.request import AgeRequest
 from faceage.pipeline.timer import StageTimer
+from faceage.pipeline.work import check_space
 
 _CONVERT = "convert it to JPEG, PNG, WebP or TIFF first"
 SKIPPED_SHOWN = 5
@@ -77,12 +78,14 @@ def command(
     Format, bit depth, orientation, colour profile and tags stay as they are. A photo without a face passes through.
     An interrupted run goes on by being repeated: the output folder keeps a list of what was done.
     """
+    out.can_go_on = resume
     with out:
         present = _present(inputs, output, out)
-        count = _survey(present, output, out)
+        count, size = _survey(present, output, out)
         if not count:
             return
         with locked_folder(output):
+            check_space({output: size})
             networks = network.load(out)
             options = folder_options(networks.fingerprints, request, label=not no_label)
             skipped: Counter[Skipped] = Counter()
@@ -136,8 +139,8 @@ def _closed(path: Path, out: Output) -> None:
     out.item({"source": str(path), "error": f"{path} is a folder that may not be read; check its permissions"})
 
 
-def _survey(inputs: list[Path], output: Path, out: Output) -> int:
-    """Return how many photos there are; report what is left out, and what cannot be done."""
+def _survey(inputs: list[Path], output: Path, out: Output) -> tuple[int, int]:
+    """Return how many photos there are, and the bytes of those without an output; report what is left out."""
     left_out: dict[LeftOut, list[str]] = {"no image": [], "kind": [], "closed": []}
     counts: Counter[LeftOut] = Counter()
 
@@ -150,11 +153,13 @@ def _survey(inputs: list[Path], output: Path, out: Output) -> int:
         elif why == "kind":
             out.item({"source": str(path), "error": f"{path}: {path.suffix} is not read; {_CONVERT}"}, say=False)
 
-    count = 0
+    count = size = 0
     for source, relative in find_images(inputs, exclude=output, left_out=note):
         count += 1
         target = output / relative
-        if target.exists() and target.samefile(source):
+        if not target.exists():
+            size += source.stat().st_size
+        elif target.samefile(source):
             message = f"the output {target} is the input; faceage does not edit in place, name another folder"
             out.item({"source": str(source), "target": str(target), "error": message})
     if counts["no image"]:
@@ -164,7 +169,7 @@ def _survey(inputs: list[Path], output: Path, out: Output) -> int:
         out.warn(f"{counts['kind']} pictures of a kind that is not read, left out: {names}; {_CONVERT}")
     if inputs and not count:
         raise MediaError(f"no image in {', '.join(map(str, inputs))}; faceage reads JPEG, PNG, WebP, TIFF and BMP")
-    return count
+    return count, size
 
 
 def _names(some: list[str], count: int) -> str:

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from faceage.errors import CheckpointError, EngineError, FaceAgeError
+from faceage.errors import CheckpointError, EngineError, FaceAgeError, MediaError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 EXIT_SOME_FAILED, EXIT_NOTHING_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 3, 4, 130
+_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GOES_ON = "the same command goes on where this one ended"
 PROGRESS_EVENT_S = 1.0
 """At least this long between two progress events of --json."""
 
@@ -88,12 +90,15 @@ class Output:
         self._logged: set[str] = set()
         self._handler = _Handler(self._log)
         self._signals: dict[int, Any] = {}
+        self._is_interrupted = False
+        self.can_go_on = False
+        """Whether the same command goes on where this one is interrupted."""
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._signals = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+            self._signals = {number: signal.signal(number, self._interrupt) for number in _INTERRUPTIONS}
         logger = logging.getLogger("faceage")
         self._level = logger.level
         logger.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}[self.verbosity])
@@ -104,43 +109,77 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._signals.items():
-            signal.signal(number, handler)
         logger = logging.getLogger("faceage")
         logger.removeHandler(self._handler)
         logger.setLevel(self._level)
         self.end_progress()
-        if error is None:
-            code = 0 if not self._failed else EXIT_SOME_FAILED if self._done or self._kept else EXIT_NOTHING_DONE
-        elif isinstance(error, KeyboardInterrupt):
+        if self._is_interrupted or isinstance(error, KeyboardInterrupt):
+            # Whatever the error is: a library that is being imported makes one of its own of an interruption.
             code = EXIT_INTERRUPTED
-            say_error("interrupted; what was finished stays")
+            say_error("interrupted; what was finished stays" + (f", and {GOES_ON}" if self.can_go_on else ""))
+        elif error is None:
+            code = 0 if not self._failed else EXIT_SOME_FAILED if self._done or self._kept else EXIT_NOTHING_DONE
         elif isinstance(error, FaceAgeError):
             code = exit_code(error)
+            if code == EXIT_NOTHING_DONE and (self._done or self._kept):
+                code = EXIT_SOME_FAILED
             self._record["error"] = str(error)
             self.event("error", message=str(error))
             say_error(str(error))
         else:
+            self._restore_signals()
             return
         seconds = round(monotonic() - self._started, 3)
         self._record |= {"seconds": seconds, "done": self._done, "failed": self._failed, "exit_code": code}
         if not self._write_report():
             code = code or EXIT_SOME_FAILED
         self.event("done", seconds=seconds, done=self._done, failed=self._failed, exit_code=code)
+        self._restore_signals()
         if code:
             raise click.exceptions.Exit(code) from error
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._signals.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        """End the run so that nothing half done is left; the second time, at once."""
+        if self._is_interrupted:
+            show_cursor = "\x1b[?25h" if self.is_interactive else ""
+            os.write(2, f"{show_cursor}faceage: error: stopped at once; the next run cleans up\n".encode())
+            os._exit(EXIT_INTERRUPTED)
+        self._is_interrupted = True
+        raise KeyboardInterrupt
 
     def event(self, kind: str, **fields: object) -> None:
         """Print one JSON event, if JSON is asked for."""
         if self.as_json:
             with self._lock:
-                click.echo(json.dumps({"event": kind, **fields}, default=str))
+                self._print(json.dumps({"event": kind, **fields}, default=str))
 
     def line(self, text: str) -> None:
         """Print a result on stdout."""
         if not self.as_json and self.verbosity >= 0:
             with self._lock:
-                click.echo(text)
+                self._print(text)
+
+    def _print(self, text: str) -> None:
+        """Print a line on stdout.
+
+        Raises:
+            MediaError: if the disk that it goes to is full.
+        """
+        try:
+            click.echo(text)
+        except BrokenPipeError:
+            raise  # nobody wants to read on, which Click knows
+        except OSError as error:
+            self.as_json, self.verbosity = False, -1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or what is left is tried again when Python ends
+            raise MediaError(
+                f"standard output cannot be written ({error.strerror}); free space where it goes to, and run the "
+                "command again"
+            ) from error
 
     def note(self, text: str) -> None:
         """Print something worth knowing on stderr."""
@@ -271,11 +310,6 @@ class Output:
             say_error(f"the report {self._report} cannot be written ({error.strerror}); name another file")
             return False
         return True
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """End the run as Ctrl-C does, so that nothing half done is left."""
-    raise KeyboardInterrupt
 
 
 class _Handler(logging.Handler):

@@ -99,6 +99,7 @@ def command(
     if trace and not trace.absolute().parent.is_dir():
         raise click.BadParameter(f"the folder {trace.parent} does not exist; make it first", param_hint="--trace")
     pairs = _pair(inputs, output)
+    out.can_go_on = resume
     with out:
         plan = None if plan_folder is None else load_plan(plan_folder)
         if plan:
@@ -129,10 +130,6 @@ def command(
                         trace=trace,
                         progress=functools.partial(out.progress, str(source)),
                     )
-                except KeyboardInterrupt:
-                    if resume:
-                        out.note("the same command goes on where this one ended")
-                    raise
                 except (EngineError, CheckpointError):
                     raise  # the next file would fail too
                 except FaceAgeError as error:

@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.device import device_format, encoder_missing, hardware, is_gpu
-from faceage.media.probe import VideoInfo, frame_format
+from faceage.media.probe import PROGRESSIVE, VideoInfo, frame_format
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ MPEG4_MAX_TICKS = 65_535
 _DNXHR_PROFILES = {f"DNXHR {name}": f"dnxhr_{name.lower()}" for name in ("LB", "SQ", "HQ", "HQX", "444")}
 _PRORES_PROFILES = {"Proxy": "0", "LT": "1", "Standard": "2", "HQ": "3", "4444": "4", "XQ": "5"}
 _INTERLACED_ENCODERS = ("libx264", "mpeg2video", "mpeg4", "prores_ks", "dnxhd")
+"""Encoders that code the two fields of a frame apart."""
 _PARAMS_OPTION = {"libx264": "x264-params", "libx265": "x265-params", "libsvtav1": "svtav1-params"}
 
 
@@ -162,7 +163,9 @@ def _host_encoder(info: VideoInfo, options: EncodeOptions, suffix: str) -> Encod
         pixel_format, loss = _pixel_format(name, info)
         if name == "libx264" and loss and frame_format(info.pixel_format) in ("rgb24", "rgba"):
             name, pixel_format, loss = "libx264rgb", "rgb24", PixFmtLoss.NONE
-        if loss and (codec != info.codec or loss & ~_TOLERABLE_LOSS):
+        # In eight bits, an HDR picture has steps that show.
+        tolerable = _TOLERABLE_LOSS & ~PixFmtLoss.DEPTH if info.hdr else _TOLERABLE_LOSS
+        if loss and (codec != info.codec or loss & ~tolerable):
             continue
         if codec != info.codec or loss:
             log.warning(
@@ -223,9 +226,10 @@ def _options(name: str, info: VideoInfo, options: EncodeOptions) -> dict[str, st
         result["profile"] = _DNXHR_PROFILES.get(info.profile or "", usual)
     if info.chroma_siting:
         result["chroma_sample_location"] = info.chroma_siting
-    if info.field_order > 1 and name in _INTERLACED_ENCODERS:
-        result["flags"] = result.get("flags", "") + "+ildct+ilme"
-        result["field_order"] = str(info.field_order)
+    if info.field_order > PROGRESSIVE:
+        result["field_order"] = str(info.field_order)  # the container says it, whatever the encoder does
+        if name in _INTERLACED_ENCODERS:
+            result["flags"] = result.get("flags", "") + "+ildct+ilme"
     result |= options.encoder_options
     if params := _params(name, info):
         key = _PARAMS_OPTION[name]

@@ -17,6 +17,7 @@ from typing import cast
 import av
 from av.container import InputContainer
 from av.sidedata.sidedata import SideData
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -30,6 +31,9 @@ HD_HEIGHT_PX = 720
 
 FIRST_FRAME_PACKETS = 500
 """Packets in which a first frame must decode; a stream cut into a group of pictures needs some."""
+
+PROGRESSIVE, _BOTTOM_FIRST = 1, 3
+"""AV_FIELD_PROGRESSIVE, AV_FIELD_BB."""
 
 FULL_RANGE = 2
 """AVCOL_RANGE_JPEG."""
@@ -275,7 +279,7 @@ def _describe(
         sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
         display_matrix=struct.unpack("=9i", matrix) if matrix else None,
         rotation=180 - frame.rotation if _is_mirrored(matrix) else frame.rotation,
-        field_order=context.field_order,
+        field_order=_field_order(context, frame),
         hdr=_HDR_TRANSFERS.get(context.color_trc),
         mastering_display=_mastering_display(side_data.get("MASTERING_DISPLAY_METADATA", b"")),
         content_light=_content_light(side_data.get("CONTENT_LIGHT_LEVEL", b"")),
@@ -283,6 +287,13 @@ def _describe(
         subtitle_streams=kinds.count("subtitle"),
         other_streams=len(kinds) - kinds.count("audio") - kinds.count("subtitle") - 1,
     )
+
+
+def _field_order(context: VideoCodecContext, frame: VideoFrame) -> int:
+    """Return AVFieldOrder; AVI does not say it, and DV has the bottom field first."""
+    if context.field_order < PROGRESSIVE + 1 and frame.interlaced_frame and context.name == "dvvideo":
+        return _BOTTOM_FIRST
+    return context.field_order
 
 
 def _is_mirrored(matrix: bytes) -> bool:

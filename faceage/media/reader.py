@@ -278,7 +278,13 @@ class VideoReader:
     def _examine(self, *, is_whole: bool) -> None:
         """Set `damage` from what went wrong on the way to the end of the file."""
         found = []
-        if missing := missing_bytes(self.info.path):
+        try:
+            missing = missing_bytes(self.info.path)
+        except OSError as error:
+            raise MediaError(
+                f"{self.info.path} is gone ({error.strerror}) since it was begun; put it back and run the command again"
+            ) from error
+        if missing:
             found.append(f"the file ends {missing:,} bytes early")
         if self._failed:
             found.append(f"packets that do not decode: {self._failed}")

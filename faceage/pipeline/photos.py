@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from faceage.agers.base import Look
 from faceage.align import choose_size, pose_weights, prepare_crops
 from faceage.blend import blend_faces
 from faceage.checkpoint import sha256_of
-from faceage.errors import FaceAgeError
+from faceage.errors import FaceAgeError, MediaError
 from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.media.planes import writable
 from faceage.pipeline.label import describe_request, label_fields
@@ -270,6 +271,9 @@ def _age_block(
                 else:  # what nothing was done to is copied, byte for byte, and carries no label
                     copy_image(job.source, job.target, overwrite=overwrite)
         except FaceAgeError as failure:
+            cause = failure.__cause__
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):  # no other would fare better
+                raise MediaError(f"{failure}; free space there and run the same command again") from cause
             error = str(failure)
         finished.put(
             PhotoReport(

@@ -27,7 +27,7 @@ from faceage.pipeline.request import AgeRequest, Networks
 from faceage.pipeline.scan import Progress, scan
 from faceage.pipeline.threads import WriteBehind, read_ahead, timed
 from faceage.pipeline.timer import Span, StageTimer
-from faceage.pipeline.work import WorkFolder, full, locked, segment_path, versions, work_folder
+from faceage.pipeline.work import WorkFolder, check_space, full, locked, segment_path, versions, work_folder
 from faceage.pipeline.workers import Here, Worker, Workers
 from faceage.track import TrackConfig
 from faceage.types import Frame
@@ -107,6 +107,7 @@ def age_video(
                 folder = WorkFolder(work_folder(target, work), manifest, fresh=not resume)
                 plan = plan or folder.plan()
             try:
+                _check_space(second_pass, target, folder)
                 if plan is None:
                     plan = scan(networks, first_pass, track, sha256=sha256, timer=timer, progress=progress)
                 if folder:
@@ -138,6 +139,21 @@ def age_video(
         stage_ms=timer.ms_per(plan.frame_count),
         damage=plan.damage,
     )
+
+
+def _check_space(reader: VideoReader, target: Path, folder: WorkFolder | None) -> None:
+    """Look ahead whether there is room for the output, and its segments, if it is as large as its source."""
+    size = float(reader.info.path.stat().st_size)
+    begin, end = reader.range_s
+    if reader.info.duration_s and (begin is not None or end is not None):
+        length = float((end or reader.info.duration_s) - (begin or 0))
+        size *= min(1.0, length / reader.info.duration_s)
+    sizes = {target.parent: size}
+    if folder and folder.path.parent.samefile(target.parent):
+        sizes[target.parent] += max(0.0, size - folder.size())
+    elif folder:
+        sizes[folder.path] = max(0.0, size - folder.size())
+    check_space(sizes)
 
 
 def _manifest(

@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -128,6 +130,35 @@ def is_alive(process: int) -> bool:
     return True
 
 
+def check_space(sizes: Mapping[Path, float]) -> None:
+    """Look ahead whether disks have room: warn if it looks short, and refuse if there is not a tenth of it.
+
+    Args:
+        sizes: folder that is there -> bytes that are to be written into it, as far as is known.
+
+    Raises:
+        MediaError: if there is far too little.
+    """
+    needed: Counter[int] = Counter()
+    places: dict[int, Path] = {}
+    for folder, size in sizes.items():
+        device = folder.stat().st_dev
+        places.setdefault(device, folder)
+        needed[device] += int(size)
+    for device, folder in places.items():
+        free = shutil.disk_usage(folder).free
+        if free >= needed[device]:
+            continue
+        found = f"{folder} has {_gigabytes(free)} free, and about {_gigabytes(needed[device])} are to be written there"
+        if free < needed[device] / 10:
+            raise MediaError(f"{found}; free space, or name another folder")
+        log.warning("%s, if outputs are as large as their sources", found)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def segment_path(folder: Path, number: int) -> Path:
     """Return the name of a segment's files in a work folder, for `media.segment`."""
     return folder / f"{number:06d}"
@@ -173,6 +204,10 @@ class WorkFolder:
         for path in self.path.iterdir():
             if re.fullmatch(r"((manifest|plan)\.(json|npz)|\d{6}\.(packets|npz))(\..*-\d+\.part)?", path.name):
                 path.unlink()
+
+    def size(self) -> int:
+        """Return how many bytes it holds."""
+        return sum(path.stat().st_size for path in self.path.iterdir())
 
     def plan(self) -> Plan | None:
         """Return the plan, if it was finished."""
