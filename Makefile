@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LEAN := .venv-lean/bin
 
-.PHONY: demo test lean chaos clean
+.PHONY: demo test lean pictures chaos clean
 
 .venv/installed .venv-lean/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "faceage needs Python 3.11 or newer; set PYTHON=")'
@@ -37,6 +37,11 @@ test: .venv/installed
 
 lean: .venv/installed
 	FACEAGE_LEAN=1 $(BIN)/python -m pytest -q -s tests/test_lean.py
+
+# After a change of the models: what examples/ shows of them.
+pictures: .venv/installed
+	$(BIN)/python examples/what_it_makes.py examples/what_it_makes.jpg
+	$(BIN)/jupyter execute --inplace examples/tour.ipynb
 
 chaos: .venv/installed
 	FACEAGE_CHAOS=25 $(BIN)/python -m pytest -q -s -o faulthandler_timeout=0 tests/test_chaos.py

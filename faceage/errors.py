@@ -25,6 +25,10 @@ class EngineError(FaceAgeError):
     """An engine cannot be built, loaded or run on this machine."""
 
 
+class UnfitEngineError(EngineError):
+    """An engine is whole, but for another GPU or driver: building it anew here would take it from those."""
+
+
 class UnsupportedError(FaceAgeError):
     """A valid input that faceage does not handle: a pixel format, an option that does not fit."""
 

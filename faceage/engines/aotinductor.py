@@ -36,9 +36,20 @@ class AOTInductor(Backend):
         """Return why it cannot build here, or None: it writes C++."""
         if reason := missing("torch", f"backend {self.name}"):
             return reason
-        if shutil.which("g++") or shutil.which("clang++"):
+        if not (shutil.which("g++") or shutil.which("clang++")):
+            return f"backend {self.name} needs a C++ compiler, found no g++; install one (Debian: apt install g++)"
+        return None if target == "cpu" else self._missing_toolkit()
+
+    def _missing_toolkit(self) -> str | None:
+        """Return that there is no CUDA toolkit, whose headers the generated code includes, or None."""
+        from torch.utils import cpp_extension
+
+        if cpp_extension.CUDA_HOME is not None:
             return None
-        return f"backend {self.name} needs a C++ compiler, found no g++; install one (Debian: apt install g++)"
+        return (
+            f"backend {self.name} needs the CUDA toolkit, found neither nvcc nor CUDA_HOME; install one (Debian: "
+            "apt install nvidia-cuda-toolkit) or set CUDA_HOME to it"
+        )
 
     def best_precision(self, device: str) -> Precision:
         """Return fp16 on a GPU; on a CPU it is no faster than fp32."""
@@ -46,11 +57,11 @@ class AOTInductor(Backend):
 
     def versions(self, spec: Spec) -> dict[str, str]:
         """Return the version of torch, and the processor that the code is for."""
-        return {"torch": version("torch"), "machine": cpu() if spec.target == "cpu" else gpu()}
+        return {"torch": version("torch"), "machine": cpu() if spec.target == "cpu" else gpu(spec.target)}
 
     def check(self, spec: Spec) -> None:
         """Raise EngineError unless `spec` is what it builds: for the processor or the GPU of this machine."""
-        if spec.target not in ("cpu", "cuda"):
+        if spec.kind not in ("cpu", "cuda"):
             raise EngineError(
                 f"backend {self.name} builds for cpu or cuda, not for {spec.target}; use --backend tensorrt"
             )
@@ -58,8 +69,8 @@ class AOTInductor(Backend):
             raise EngineError(
                 f"backend {self.name} builds nothing in bf16; use --backend openvino, or --precision fp32"
             )
-        if spec.target == "cuda":
-            eager.kind_of("cuda")
+        if spec.kind == "cuda":
+            eager.kind_of(spec.target)
 
     def build(self, program: Program, spec: Spec, path: Path) -> None:
         """Compile the network to a package at `path`."""
@@ -70,11 +81,18 @@ class AOTInductor(Backend):
         exported = export_for(program, spec)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_CONFIG)
+            try:
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_CONFIG)
+            except Exception as error:  # compilers fail in many ways: torch's errors, the C++ compiler's, the system's
+                raise EngineError(
+                    f"{program.name}: AOTInductor cannot compile it for {spec.target} "
+                    f"({type(error).__name__}: {error}); use --backend torch, or --device cpu"
+                ) from error
 
     def targets(self, device: str) -> list[str]:
-        """Return the kind of a device; see `Backend.targets`."""
-        return [eager.kind_of(device)]
+        """Return the device; see `Backend.targets`."""
+        eager.kind_of(device)
+        return [device]
 
     def load(self, program: Program, path: Path | None, runtime: Runtime) -> eager.TorchEngine:
         """Open the package at `path`; see `Backend.load`."""

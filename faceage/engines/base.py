@@ -40,11 +40,16 @@ class Spec:
     """What an engine is built for."""
 
     target: str = "cpu"
-    """A key of `TARGETS`."""
+    """A key of `TARGETS`, or "cuda:N"."""
     precision: Precision = "fp32"
 
+    @property
+    def kind(self) -> str:
+        """The target, without the number of a GPU: a key of `TARGETS`."""
+        return "cuda" if self.target.startswith("cuda:") else self.target
+
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
+        if self.kind not in TARGETS:
             raise EngineError(f'unknown target "{self.target}"; use one of: {", ".join(TARGETS)}')
         if self.precision not in get_args(Precision):
             raise EngineError(f'unknown precision "{self.precision}"; use one of: {", ".join(get_args(Precision))}')
@@ -272,7 +277,8 @@ class Backend(ABC):
             runtime: of this backend; its precision is the one that the file was built for.
 
         Raises:
-            EngineError: if the file cannot be opened here.
+            UnfitEngineError: if it is for another GPU or driver.
+            EngineError: if the file cannot be opened.
         """
 
 

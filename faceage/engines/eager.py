@@ -50,8 +50,14 @@ class TorchEngine:
             empty = self._program.empty_outputs(sizes)
             return tuple(torch.tensor(array, device=self._device) for array in empty) if are_tensors else empty
         with torch.inference_mode():
-            inputs = arrays if are_tensors else [torch.tensor(array, device=self._device) for array in arrays]
-            outputs = self._run(*inputs)
+            # Contiguous: compiled code takes the strides of its inputs for granted.
+            tensors = [
+                torch.tensor(np.ascontiguousarray(array), device=self._device)
+                if isinstance(array, np.ndarray)
+                else array.contiguous()
+                for array in arrays
+            ]
+            outputs = self._run(*tensors)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return tuple(outputs) if are_tensors else tuple(output.cpu().numpy() for output in outputs)
 
@@ -99,8 +105,9 @@ class Torch(Backend):
             )
 
     def targets(self, device: str) -> list[str]:
-        """Return the kind of a device, as a target; see `Backend.targets`."""
-        return [kind_of(device)]
+        """Return the device, as a target; see `Backend.targets`."""
+        kind_of(device)
+        return [device]
 
     def load(self, program: Program, path: Path | None, runtime: Runtime) -> TorchEngine:
         """Make the network on the device; `path` plays no part."""

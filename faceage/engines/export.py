@@ -75,7 +75,7 @@ def export_for(program: Program, spec: Spec) -> ExportedProgram:
     """Return torch's graph of a program for a target, on the GPU if that is "cuda", else on the CPU."""
     import torch
 
-    device = "cuda" if spec.target == "cuda" else "cpu"
+    device = spec.target if spec.kind == "cuda" else "cpu"
     examples = tuple(torch.from_numpy(array).to(device) for array in program.examples())
     return export(program, program.network(True).to(device), examples, spec.precision)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import threading
 from collections import deque
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +16,8 @@ import numpy as np
 
 from faceage.engines import ort
 from faceage.engines.aotinductor import cpu
-from faceage.engines.base import BATCH, Axis, Backend, Engine, Precision, Program, Runtime, Spec, fingerprint
+from faceage.engines.base import BATCH, Axis, Backend, Engine, Precision, Program, Runtime, Spec
+from faceage.engines.kept import keep, read_kept
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
@@ -78,10 +77,10 @@ class OpenVINOEngine:
         if size == 1:
             return _core().import_model(self._path.read_bytes(), "CPU", self._config).create_infer_request()
         kept = self._path.with_suffix(f".{size}.cache")
-        if compiled := _compiled(kept):
+        if compiled := read_kept(kept):
             return _core().import_model(compiled, "CPU", self._config).create_infer_request()
         model = _compile(self._program, size, self._config)
-        _keep(kept, model.export_model().getvalue())
+        keep(kept, model.export_model().getvalue())
         return model.create_infer_request()
 
 
@@ -90,30 +89,6 @@ def _compile(program: Program, size: int, config: dict[str, Any]) -> openvino.Co
     shapes = [[size if _is_batch(axis) else axis for axis in spec.shape] for spec in program.inputs]
     graph.reshape(dict(enumerate(shapes)))
     return _core().compile_model(graph, "CPU", config)
-
-
-def _compiled(path: Path) -> bytes | None:
-    """Return what `_keep` wrote, if it is whole."""
-    try:
-        digest, compiled = path.read_bytes().split(b"\n", 1)
-    except (OSError, ValueError):
-        return None
-    return compiled if digest == _digest(compiled) else None
-
-
-def _keep(path: Path, compiled: bytes) -> None:
-    """Write what was compiled, for the next process; in a folder that cannot be written it is compiled each time."""
-    part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
-    with suppress(OSError):
-        try:
-            part.write_bytes(_digest(compiled) + b"\n" + compiled)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def _digest(compiled: bytes) -> bytes:
-    return fingerprint(compiled).encode()
 
 
 class OpenVINO(Backend):

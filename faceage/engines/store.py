@@ -26,7 +26,7 @@ from faceage.engines import aotinductor, openvino, ort, tensorrt
 from faceage.engines.base import Backend, Engine, Precision, Program, Runtime, Spec, fingerprint
 from faceage.engines.parity import check_parity
 from faceage.engines.registry import DEFAULT_RUNTIME, backend_named
-from faceage.errors import EngineError
+from faceage.errors import EngineError, UnfitEngineError
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +90,17 @@ class EngineStore:
         path = self.path(program, backend, spec)
         try:
             engine = backend.load(program, path, runtime)
+        except UnfitEngineError:
+            raise  # another machine may use it
         except EngineError as error:
             logger.warning("rebuilding an engine that does not load: %s", error)
-            path.unlink()
-            path.with_suffix(".json").unlink()
-            self.build(program, backend, spec)
+            self.build(program, backend, spec, anew=True)
             engine = backend.load(program, path, runtime)
         self._check_first_run(program, engine, path, spec.precision)
         return engine
 
-    def build(self, program: Program, backend: Backend, spec: Spec) -> tuple[dict, bool]:
-        """Build and store an engine, unless the store has it.
+    def build(self, program: Program, backend: Backend, spec: Spec, *, anew: bool = False) -> tuple[dict, bool]:
+        """Build and store an engine, unless the store has it; `anew`: even then, in its place.
 
         Returns:
             Its sidecar, and whether it had to be built.
@@ -111,11 +111,11 @@ class EngineStore:
         path = self.path(program, backend, spec)
         identity = _identity(program, backend, spec)
         record, fault = _look(path, identity)
-        if record is not None:
+        if record is not None and not anew:
             return record, False
         with self._locked() as folder:
             record, fault = _look(path, identity)  # another process may have built it while this one waited
-            if record is not None:
+            if record is not None and not anew:
                 return record, False
             if fault or (fault := self._older(identity)):
                 logger.warning("rebuilding engine %s: %s", path.name, fault)
@@ -263,13 +263,13 @@ class EngineStore:
 def check_buildable(backend: Backend, spec: Spec) -> None:
     """Raise EngineError if a backend builds nothing for `spec`, or lacks a package or a device for it here."""
     backend.check(spec)
-    if reason := backend.missing(spec.target):
+    if reason := backend.missing(spec.kind):
         raise EngineError(reason)
 
 
 def _device_for(backend: Backend, spec: Spec) -> str | None:
     """Return where an engine for `spec` can be run on this machine, or None."""
-    device = "cpu" if spec.target == "cpu" else "cuda"
+    device = spec.target if spec.kind in ("cpu", "cuda") else "cuda"
     try:
         return device if spec.target in backend.targets(device) else None
     except EngineError:
@@ -289,7 +289,7 @@ def _identity(program: Program, backend: Backend, spec: Spec) -> dict:
         "fingerprint": program.fingerprint,
         "backend": backend.name,
         "versions": backend.versions(spec),
-        "target": spec.target,
+        "target": spec.kind,
         "precision": spec.precision,
         "shapes": {tensor.name: [list(tensor.sizes(which)) for which in ("min", "typical", "max")]
                    for tensor in program.inputs},

@@ -108,6 +108,9 @@ class UNet(nn.Module):
         self.decoder_ages = nn.ModuleList(nn.Linear(dims.ages, width) for width in reversed(W[:3]))
         self.head = _Conv(W[0] + 3, dims.head)
         self.to_luma = nn.Conv2d(dims.head, 1, 3, padding=1)
+        for size in dims.sizes_px:
+            # The template fits every face alike, so the mask of a size is a constant.
+            self.register_buffer(f"mask{size}", torch.from_numpy(face_mask(size).copy()), persistent=False)
         nn.init.zeros_(self.to_luma.weight)
         nn.init.zeros_(self.to_luma.bias)
 
@@ -115,7 +118,7 @@ class UNet(nn.Module):
         """Return what to add to the faces: RGB [N, 3, S, S] in units of their [-1, 1] range, not masked.
 
         Args:
-            x_N3SS: aligned faces, RGB in [-1, 1]; S is a multiple of `MULTIPLE_PX`.
+            x_N3SS: aligned faces, RGB in [-1, 1]; S is one of `sizes_px`.
             source_N: how old they are, in years.
             target_N: how old they are to be.
         """
@@ -132,7 +135,7 @@ class UNet(nn.Module):
             x = _double(up(x)) + skips.pop()
             x = F.leaky_relu(conv(x) + bias(ages)[:, :, None, None], 0.2)
         luma = self.to_luma(F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2))
-        mask = torch.from_numpy(face_mask(x_N3SS.shape[-1]).copy()).to(x_N3SS.device)
+        mask = self.get_buffer(f"mask{x_N3SS.shape[-1]}")
         luma = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum()
         soft = F.avg_pool2d(luma, luma.shape[-1] // _LIGHT_CELLS)
         side_light = (soft - soft.flip(3)) / 2
