@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from faceage.media.image import find_images
     from faceage.pipeline.photos import age_photos
     from faceage.pipeline.report import FaceReport, PersonReport, PhotoReport, VideoReport
-    from faceage.pipeline.request import AgeRequest, Networks, load_networks
+    from faceage.pipeline.request import AgeCurve, AgeRequest, Networks, load_networks
     from faceage.pipeline.sheet import make_sheet
     from faceage.pipeline.video import age_video
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AgeCurve": "faceage.pipeline.request",
     "AgeRequest": "faceage.pipeline.request",
     "DetectConfig": "faceage.detect",
     "EncodeOptions": "faceage.media.codecs",
@@ -44,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AgeCurve",
     "AgeRequest",
     "DetectConfig",
     "EncodeOptions",

@@ -208,6 +208,11 @@ class Change:
             return self
         return Change(delta=self.delta * weight, gain=None if self.gain is None else self.gain * weight)
 
+    def plus(self, other: Change) -> Change:
+        """Return the sum of two changes of one face."""
+        gains = [change.gain for change in (self, other) if change.gain is not None]
+        return Change(delta=self.delta + other.delta, gain=sum(gains[1:], gains[0]) if gains else None)
+
 
 @dataclass(frozen=True)
 class View:

@@ -71,8 +71,8 @@ class TestUsage:
         ("args", "message"),
         [
             (["--age", "400"], "Invalid value for '--age': 400.0 is not in the range 0.0<=x<=100.0."),
-            (["--age", "70", "--by", "20"], "give either --age N or --by +N"),
-            ([], "give either --age N or --by +N"),
+            (["--age", "70", "--by", "20"], "give one of --age N, --by +N and --age-curve"),
+            ([], "give one of --age N, --by +N and --age-curve"),
             (["--by", "+300"], "by is 300; it must be from -100 to 100 years"),
             (["--age", "70", "--strength", "2"], "Invalid value for '--strength': 2.0 is not in the range 0<=x<=1."),
             (["--age", "70", "--min-face", "3"], "min_face_px is 3.0, must be at least 12"),
@@ -597,8 +597,12 @@ class TestPeople:
             (["--person", "a=70"], "'a=70' is not NUMBER=AGE"),
             (["--person", "1=70", "--person", "1=60"], "'1=60' is not NUMBER=AGE"),
             (["--person", "1=170"], "(age is 170; it must be from 0 to 100 years)"),
-            ([], "give either --age N or --by +N, or --person for each who is to be aged"),
-            (["--age", "70", "--by", "10"], "give either --age N or --by +N"),
+            ([], "or --person for each who is to be aged"),
+            (["--age", "70", "--by", "10"], "give one of --age N, --by +N and --age-curve TIME:N,TIME:N"),
+            (["--age", "70", "--age-curve", "0:30,1:30:70"], "give one of --age N, --by +N and --age-curve"),
+            (["--age-curve", "30"], "'30' is not TIME:AGE, e.g. 0:30,1:30:70"),
+            (["--age-curve", "0:30"], "an age curve has two points at least"),
+            (["--age-curve", "5:30,1:70"], "each at a later time than the one before"),
         ],
     )
     def test_wishes_that_make_no_sense(self, video, face_clip, tmp_path, options, message):
@@ -609,4 +613,4 @@ class TestPeople:
     def test_numbers_are_of_one_video(self, video, face_clip, tmp_path):
         result = video(face_clip, face_clip, "-o", tmp_path, age=("--person", "1=70"))
         assert result.exit_code == 2
-        assert "--person and --plan are about one video; give one input" in result.stderr
+        assert "are about one video; give one input" in result.stderr

@@ -18,7 +18,7 @@ from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, transco
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import choose_boundaries, fingerprint, load_plan, save_plan
 from faceage.pipeline.render import Renderer, decide
-from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.request import AgeCurve, AgeRequest
 from faceage.pipeline.scan import scan
 from faceage.pipeline.timer import StageTimer
 from faceage.pipeline.video import age_video, read_planned
@@ -28,6 +28,7 @@ from faceage.types import Appearance
 
 LOSSLESS = EncodeOptions(codec="ffv1", overwrite=True)
 REQUEST = AgeRequest(age=70, source_age=30)
+CURVE = AgeRequest(curve=AgeCurve(((0, 40), (3, 70), (6, 70), (8, 20))), source_age=30)
 
 
 def planes_of(frame):
@@ -214,11 +215,12 @@ def test_a_video_without_faces_has_a_plan_too(networks, tmp_path):
     assert plan.pts.tolist() == [round(t * 1000) for t in frame_times(clip)]
 
 
+@pytest.mark.parametrize("wish", [REQUEST, CURVE], ids=["age", "curve"])
 @pytest.mark.parametrize("which", ["networks", "facegan"])
-def test_a_stretch_is_rendered_alike_however_the_video_is_cut(which, request, long_clip, long_plan):
+def test_a_stretch_is_rendered_alike_however_the_video_is_cut(which, wish, request, long_clip, long_plan):
     networks = request.getfixturevalue(which)
     plan = replace(long_plan, boundaries=np.array([0, 84, 156, 228]))
-    tracks = decide(networks, plan, REQUEST)
+    tracks = decide(networks, plan, wish)
 
     def render(first, last):
         low, high = (int(plan.boundaries[i]) for i in (first, last))
@@ -233,7 +235,26 @@ def test_a_stretch_is_rendered_alike_however_the_video_is_cut(which, request, lo
     assert identities == parts[0][1]
     assert_same(whole[84:], render(1, 3)[0])
     source = decoded(long_clip)
-    assert all((a[0] != b[0]).any() for a, b in zip(whole, source, strict=True))
+    changed = [(a[0] != b[0]).any() for a, b in zip(whole, source, strict=True)]
+    assert all(changed) if wish is REQUEST else sum(changed) > 200  # the curve crosses the present age
+
+
+def test_the_wanted_age_may_move_in_time(facegan, long_clip, long_plan, tmp_path):
+    """From the present age to another and back: the change grows from nothing, without steps, and goes again."""
+    curve = AgeCurve(((0, 30), (3, 30), (6, 80), (9, 30)))
+    target = tmp_path / "out.mkv"
+    wish = AgeRequest(curve=curve, source_age=30)
+    report = age_video(facegan, long_clip, target, wish, plan=long_plan, encode=LOSSLESS)
+    (person,) = report.people
+    assert (person.source_age, person.target_age_first) == (30, 30)
+    assert person.target_age == pytest.approx(float(curve.at(227 / 25)), abs=0.06)
+    pairs = zip(decoded(long_clip), decoded(target), strict=True)
+    change = np.array([np.abs(after[0].astype(int) - before[0]).mean() for before, after in pairs])
+    there = decide(facegan, long_plan, AgeRequest(age=80, source_age=30))
+    assert there[0].target_ages.tolist() == [80] * 228
+    assert change[150] > 1.5 * change[90]
+    assert change[150] > 1.5 * change[210]
+    assert np.abs(np.diff(change)).max() < 0.2 * np.ptp(change)
 
 
 def test_no_jump_is_seen_where_an_ager_that_remembers_begins_anew(networks, long_clip, long_plan, monkeypatch):

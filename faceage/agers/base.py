@@ -74,6 +74,15 @@ class Ager(Protocol):
         """
 
 
+def mix_changes(before: Sequence[Change | None], after: Sequence[Change | None], share: float) -> list[Change | None]:
+    """Mix the changes that two looks make of one face, view by view: (1 - share) of the one, `share` of the other."""
+    mixed: list[Change | None] = []
+    for first, second in zip(before, after, strict=True):
+        parts = [part.scaled(weight) for part, weight in ((first, 1 - share), (second, share)) if part is not None]
+        mixed.append(None if not parts else parts[0] if len(parts) == 1 else parts[0].plus(parts[1]))
+    return mixed
+
+
 class Ages(NamedTuple):
     """The `Look` of an ager that knows people only by their ages, in years."""
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 import click
 
-from faceage.cli.options import REQUEST_OPTIONS, group
-from faceage.pipeline.request import AgeRequest
+from faceage.cli.encoding import Time
+from faceage.cli.options import AGE, REQUEST_OPTIONS, group
+from faceage.pipeline.request import AgeCurve, AgeRequest
 
 KEEP = "keep"
 
@@ -30,13 +31,17 @@ def _wish(
     source_age: float | None,
     strength: float,
     faces: Literal["all", "largest"],
+    age_curve: AgeCurve | None,
     person: tuple[str, ...],
 ) -> Wish:
-    if (age is not None and by is not None) or (age is None and by is None and not person):
-        raise click.UsageError("give either --age N or --by +N, or --person for each who is to be aged")
+    given = 3 - [age, by, age_curve].count(None)
+    if given > 1 or (not given and not person):
+        raise click.UsageError(
+            "give one of --age N, --by +N and --age-curve TIME:N,TIME:N, or --person for each who is to be aged"
+        )
 
-    def request(age: float | None, by: float | None) -> AgeRequest:
-        return AgeRequest(age=age, by=by, source_age=source_age, strength=strength, faces=faces)
+    def request(age: float | None, by: float | None, curve: AgeCurve | None = None) -> AgeRequest:
+        return AgeRequest(age=age, by=by, curve=curve, source_age=source_age, strength=strength, faces=faces)
 
     people: dict[int, AgeRequest | None] = {}
     for text in person:
@@ -56,13 +61,36 @@ def _wish(
                 f"{text!r} is not NUMBER=AGE, NUMBER=+YEARS or NUMBER=keep, each number once{reason}",
                 param_hint="--person",
             ) from error
-    return Wish(everybody=None if age is None and by is None else request(age, by), people=people)
+    return Wish(everybody=request(age, by, age_curve) if given else None, people=people)
+
+
+class Curve(click.ParamType):
+    """Ages at times: "0:30,1:30:70" is 30 years at the start and 70 at a minute and a half."""
+
+    name = "curve"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> AgeCurve:
+        """Return the curve."""
+        points = []
+        for part in str(value).split(","):
+            time, colon, age = part.strip().rpartition(":")
+            if not colon:
+                self.fail(f"{part!r} is not TIME:AGE, e.g. 0:30,1:30:70", param, ctx)
+            points.append((Time()(time, param, ctx), AGE(age, param, ctx)))
+        try:
+            return AgeCurve(tuple(points))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 wish_options = group(
     "wish",
     _wish,
     *REQUEST_OPTIONS,
+    click.option(
+        "--age-curve", type=Curve(), metavar="TIME:AGE,...",
+        help="An age that moves in time, in straight lines: 0:30,1:30:70 is 30 at the start and 70 after 1 min 30 s.",
+    ),
     click.option(
         "--person", multiple=True, metavar="NUMBER=AGE|+YEARS|keep",
         help="How one person is aged, by the number that `faceage scan` shows; may be repeated. Without --age and --by "

@@ -178,7 +178,10 @@ def _report(report: VideoReport, out: Output) -> None:
 
 
 def _ages(person: PersonReport) -> str:
-    return f"{person.source_age:.0f} " + ("kept" if person.target_age is None else f"-> {person.target_age:.0f}")
+    if person.target_age is None:
+        return f"{person.source_age:.0f} kept"
+    moving = "" if person.target_age_first is None else f"{person.target_age_first:.0f} -> "
+    return f"{person.source_age:.0f} -> {moving}{person.target_age:.0f}"
 
 
 def _people(report: VideoReport) -> str:

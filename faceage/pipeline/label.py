@@ -23,7 +23,9 @@ def label_fields(networks: Networks, target_age: str) -> dict[str, str]:
 
 
 def describe_request(request: AgeRequest) -> str:
-    """Return the wanted age as a label says it: "70", "+20 years"."""
+    """Return the wanted age as a label says it: "70", "+20 years", "30 at 0 s, 70 at 90 s"."""
+    if request.curve is not None:
+        return ", ".join(f"{min(age, OLDEST_YEARS):g} at {time:g} s" for time, age in request.curve.points)
     return f"{request.by:+g} years" if request.age is None else f"{min(request.age, OLDEST_YEARS):g}"
 
 

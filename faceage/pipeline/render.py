@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from faceage.agers.base import Key, Look
+from faceage.agers.base import Ager, Key, Look, mix_changes
 from faceage.align import align_faces, choose_size, face_weights, prepare_crops
 from faceage.blend import blend_faces
 from faceage.errors import MediaError
 from faceage.media.video import writable
 from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, person_age
-from faceage.pipeline.request import AgeRequest, Networks, resolve_ages
+from faceage.pipeline.request import AgeRequest, Networks, source_ages, target_at
 from faceage.pipeline.timer import StageTimer
 from faceage.track import Track
-from faceage.types import Appearance, FloatArray, Frame
+from faceage.types import Appearance, Change, FloatArray, Frame
 
 People = Mapping[int, AgeRequest | None]
 """Number of a person -> how this one is aged; None: not at all."""
@@ -37,7 +37,8 @@ class AgedTrack:
     person: int
     appearance: Appearance
     source_age: float
-    target_age: float
+    target_ages: FloatArray
+    """float32 [T], years."""
     sizes_px: tuple[int, ...]
     """Sides of the crops that the face is aged in, one a view."""
     frame_to_crop: tuple[FloatArray, ...]
@@ -99,20 +100,17 @@ def decide(
     if request is not None and request.faces == "largest":
         prominent = _most_prominent([planned.track for planned in plan.tracks])
         chosen = [(p, r) for p, r in chosen if p.person in named or p.track.track_id in prominent]
-    if not chosen:
-        return []
-    read = np.array([person_age(everybody[planned.person]) for planned, _ in chosen], np.float32)
-    ages = [resolve_ages(age[None], mine) for age, (_, mine) in zip(read, chosen, strict=True)]
-    source, target = (np.concatenate(column) for column in zip(*ages, strict=True))
+    times_s = (plan.pts - plan.pts[0]) * float(plan.time_base) + (plan.start_s or 0.0)
+    ages = {number: person_age(tracks) for number, tracks in everybody.items()}
     return [
-        _aged(networks, plan, planned, mine.strength, float(now), float(wanted))
-        for (planned, mine), now, wanted in zip(chosen, source, target, strict=True)
+        _aged(networks, plan, planned, mine, ages[planned.person], times_s)
+        for planned, mine in chosen
         if planned.track.first_frame < last and planned.track.last_frame >= first
     ]
 
 
 def _aged(
-    networks: Networks, plan: Plan, planned: PlannedTrack, strength: float, source: float, target: float
+    networks: Networks, plan: Plan, planned: PlannedTrack, request: AgeRequest, read: float, times_s: FloatArray
 ) -> AgedTrack:
     track, views = planned.track, networks.ager.views
     sizes = tuple(choose_size(track.landmarks, view) for view in views)
@@ -124,13 +122,13 @@ def _aged(
         track=track,
         person=planned.person,
         appearance=planned.appearance,
-        source_age=source,
-        target_age=target,
+        source_age=float(source_ages(np.array([read], np.float32), request)[0]),
+        target_ages=target_at(read, request, times_s[track.first_frame : track.last_frame + 1]),
         sizes_px=sizes,
         frame_to_crop=tuple(
             align_faces(track.landmarks, size, view.template) for size, view in zip(sizes, views, strict=True)
         ),
-        weights=weights * strength,
+        weights=weights * request.strength,
     )
 
 
@@ -152,15 +150,24 @@ class _Keys:
     frames: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     """The ager's, one a frame."""
+    looks: list[tuple[float, Look]] = field(default_factory=list)
+    """The target age, and what the ager decided, one a frame."""
 
-    def around(self, frame: int) -> tuple[Key, Key, float]:
-        """Return the keys before and after a frame, and where it lies between them: the arguments of `Ager.draw`."""
+    def forget(self) -> None:
+        """Keep the newest key frame alone."""
+        self.frames, self.keys, self.looks = self.frames[-1:], self.keys[-1:], self.looks[-1:]
+
+    def draw(self, ager: Ager, frame: int) -> Sequence[Change | None]:
+        """Return the change in a frame between the first and the last key frame."""
         after = int(np.searchsorted(self.frames, frame))
-        if self.frames[after] == frame:
-            return self.keys[after], self.keys[after], 0.0
-        before = after - 1
-        share = (frame - self.frames[before]) / (self.frames[after] - self.frames[before])
-        return self.keys[before], self.keys[after], share
+        before = after if self.frames[after] == frame else after - 1
+        share = (frame - self.frames[before]) / (self.frames[after] - self.frames[before]) if before < after else 0.0
+        keys = self.keys[before], self.keys[after], share
+        (target_before, look_before), (target_after, look_after) = self.looks[before], self.looks[after]
+        drawn = ager.draw(look_before, *keys)
+        if target_after == target_before:
+            return drawn
+        return mix_changes(drawn, ager.draw(look_after, *keys), share)
 
 
 Chain = dict[int, _Keys]
@@ -175,7 +182,7 @@ class Renderer:
         self._tracks = sorted(tracks, key=lambda aged: (aged.track.first_frame, aged.track.track_id))
         self._key_frames = {aged.track.track_id: aged.key_frames() for aged in tracks}
         self._boundaries = {int(edge) for edge in plan.boundaries[:-1]}
-        self._looks: dict[int, Look] = {}  # track id -> what the ager decided, while the track is in view
+        self._looks: dict[int, tuple[float, Look]] = {}  # track in view -> the last target, what the ager decided
         self.identities: dict[int, float] = {}
         """Track id -> cosine of the embeddings before and after at its first key frame, if that was rendered."""
 
@@ -206,7 +213,7 @@ class Renderer:
             while waiting and waiting[0].track.first_frame < high:
                 in_view.append(waiting.popleft())
             in_view = [aged for aged in in_view if aged.track.last_frame >= low]
-            self._look(in_view)
+            self._looks = {t: look for t, look in self._looks.items() if t in {a.track.track_id for a in in_view}}
             if low in self._boundaries and low >= first:
                 chain, upcoming = upcoming, {}
             if low >= first:
@@ -220,16 +227,17 @@ class Renderer:
                     yield self._blend(chain, in_view, frame, index)
                 del frame
 
-    def _look(self, in_view: list[AgedTrack]) -> None:
-        """Let the ager decide about those who have come into view."""
+    def _look(self, aged: AgedTrack, frame: int) -> Look:
+        """Return what the ager decides about a person at a key frame; nothing new where the target has not moved."""
+        target = float(aged.target_ages[frame - aged.track.first_frame])
+        known = self._looks.get(aged.track.track_id)
+        if known and known[0] == target:
+            return known[1]
         ager = self._networks.ager
-        self._looks = {aged.track.track_id: self._looks.get(aged.track.track_id) for aged in in_view}
-        new = [aged for aged in in_view if self._looks[aged.track.track_id] is None]
-        source, target = (
-            np.array([getattr(aged, name) for aged in new], np.float32) for name in ("source_age", "target_age")
-        )
-        looks = ager.look([aged.appearance for aged in new] if ager.needs_appearance else [], source, target)
-        self._looks |= {aged.track.track_id: look for aged, look in zip(new, looks, strict=True)}
+        source, wanted = np.array([aged.source_age], np.float32), np.array([target], np.float32)
+        (look,) = ager.look([aged.appearance] if ager.needs_appearance else [], source, wanted)
+        self._looks[aged.track.track_id] = target, look
+        return look
 
     def _boundary_after(self, frame: int) -> int:
         edges = self._plan.boundaries
@@ -256,7 +264,7 @@ class Renderer:
         wanted: list[tuple[AgedTrack, list[int]]] = []
         for aged in in_view:
             mine = chain.setdefault(aged.track.track_id, _Keys())
-            mine.frames, mine.keys = mine.frames[-1:], mine.keys[-1:]
+            mine.forget()
             missing = [f for f in self._key_frames[aged.track.track_id] if first <= f <= last and f not in mine.frames]
             wanted.append((aged, missing))
         while wanted := [(aged, rest) for aged, rest in wanted if rest]:
@@ -281,7 +289,7 @@ class Renderer:
             ]
         known = [chain[aged.track.track_id] for aged, _ in batch]
         with self.timer("age"):
-            looks = [self._looks[aged.track.track_id] for aged, _ in batch]
+            looks = [self._look(aged, frame) for aged, frame in batch]
             keys = ager.observe(looks, crops, [mine.keys[-1] if mine.keys else None for mine in known])
             is_first = [frame == self._key_frames[aged.track.track_id][0] for aged, frame in batch]
             if is_shown and any(is_first):
@@ -290,9 +298,10 @@ class Renderer:
                 measured = self._networks.measure_identity(crops[0][np.array(rows)], changes)
                 for row, identity in zip(rows, measured, strict=True):
                     self.identities[batch[row][0].track.track_id] = float(identity)
-        for mine, key, (_, frame) in zip(known, keys, batch, strict=True):
+        for mine, key, look, (aged, frame) in zip(known, keys, looks, batch, strict=True):
             mine.frames.append(frame)
             mine.keys.append(key)
+            mine.looks.append((float(aged.target_ages[frame - aged.track.first_frame]), look))
 
     def _blend(self, chain: Chain, in_view: list[AgedTrack], frame: Frame, index: int) -> Frame:
         """Return the frame with everybody's change added."""
@@ -306,8 +315,7 @@ class Renderer:
         with self.timer("blend"):
             frame = writable(frame)
             for aged, at in present:
-                before, after, share = chain[aged.track.track_id].around(index)
-                changes = self._networks.ager.draw(self._looks[aged.track.track_id], before, after, share)
+                changes = chain[aged.track.track_id].draw(self._networks.ager, index)
                 matrices = [matrix[at] for matrix in aged.frame_to_crop]
                 blend_faces(frame, changes, [float(aged.weights[at])] * len(changes), matrices)
         return frame

@@ -51,7 +51,9 @@ class PersonReport:
     """The shots that the person is in."""
     source_age: float
     target_age: float | None
-    """None: the person stays as they are."""
+    """None: the person stays as they are. Where it moves in time, the last one."""
+    target_age_first: float | None
+    """Where it moves in time, the first one; else None."""
     identity: float | None
     """Cosine of the embeddings before and after the change, the mean over the shots."""
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -36,14 +37,37 @@ THUMBNAIL_PX = 16
 """Side of `Appearance.thumbnail`: it shows the light and the tone of the skin, and no feature."""
 
 
+@dataclass(frozen=True)
+class AgeCurve:
+    """A wanted age that moves in time, in straight lines from point to point; constant before and after them."""
+
+    points: tuple[tuple[float, float], ...]
+    """(time in seconds from the video's first frame, age in years) of each, by ascending time; two at least."""
+
+    def __post_init__(self) -> None:
+        low, high = AGE_LIMITS_YEARS
+        if len(self.points) < 2 or any(after[0] <= before[0] for before, after in pairwise(self.points)):
+            raise ValueError("an age curve has two points at least, each at a later time than the one before")
+        for _, age in self.points:
+            if not low <= age <= high:
+                raise ValueError(f"the curve has age {age:g}; it must be from {low:g} to {high:g} years")
+
+    def at(self, times_s: FloatArray) -> FloatArray:
+        """Return the ages at some times: float32 [N], years."""
+        times, ages = zip(*self.points, strict=True)
+        return np.interp(times_s, times, ages).astype(np.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AgeRequest:
-    """How faces are to be aged. Exactly one of `age` and `by` is given."""
+    """How faces are to be aged. Exactly one of `age`, `by` and `curve` is given."""
 
     age: float | None = None
     """Target age in years, 0 to 100; over 85 is made 85, the oldest that training has faces of."""
     by: float | None = None
     """Years to add to each person's source age, -100 to 100."""
+    curve: AgeCurve | None = None
+    """Target age in a video as a function of time; over 85 is made 85."""
     source_age: float | None = None
     """Everybody's age as they are now, in years, 0 to 100; over 85 is made 85, as the target's. None: estimated, once a
     person and shot."""
@@ -54,8 +78,8 @@ class AgeRequest:
 
     def __post_init__(self) -> None:
         low, high = AGE_LIMITS_YEARS
-        if (self.age is None) == (self.by is None):
-            raise ValueError("give either an age or a number of years to add")
+        if [self.age, self.by, self.curve].count(None) != 2:
+            raise ValueError("give either an age, a number of years to add, or a curve")
         for name in ("age", "source_age"):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -77,11 +101,38 @@ def resolve_ages(estimated: FloatArray, request: AgeRequest) -> tuple[FloatArray
 
     Returns:
         float32 [F] and float32 [F], years, from 0 to `OLDEST_YEARS`.
+
+    Raises:
+        UnsupportedError: for a curve, which `target_at` knows.
     """
-    source = estimated if request.source_age is None else np.full(len(estimated), request.source_age, np.float32)
-    source = np.clip(source, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
+    if request.curve is not None:
+        raise UnsupportedError("an age curve needs the time of a video; give photos an age or a number of years")
+    source = source_ages(estimated, request)
     target = source + request.by if request.by is not None else np.full(len(source), request.age)
     return source, np.clip(target, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
+
+
+def source_ages(estimated: FloatArray, request: AgeRequest) -> FloatArray:
+    """Return the source ages of people: float32 [F]; arguments as `resolve_ages`."""
+    source = estimated if request.source_age is None else np.full(len(estimated), request.source_age, np.float32)
+    return np.clip(source, AGE_LIMITS_YEARS[0], OLDEST_YEARS).astype(np.float32)
+
+
+def target_at(source_age: float, request: AgeRequest, times_s: FloatArray) -> FloatArray:
+    """Return the target age of one person at some times of a video.
+
+    Args:
+        source_age: years; the request's own goes before it.
+        request: see there.
+        times_s: float64 [N], seconds from the video's first frame.
+
+    Returns:
+        float32 [N], years, from 0 to `OLDEST_YEARS`.
+    """
+    if request.curve is None:
+        _, target = resolve_ages(np.array([source_age], np.float32), request)
+        return np.repeat(target, len(times_s))
+    return np.clip(request.curve.at(times_s), AGE_LIMITS_YEARS[0], OLDEST_YEARS)
 
 
 @dataclass(frozen=True, kw_only=True)

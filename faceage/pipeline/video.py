@@ -419,10 +419,13 @@ def _count_changed(plan: Plan, tracks: list[AgedTrack]) -> int:
 
 def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float]) -> tuple[PersonReport, ...]:
     """Return what was done to each person, in order of their numbers."""
-    aged = {track.person: track for track in tracks}
+    aged: dict[int, list[AgedTrack]] = {}
+    for track in tracks:
+        aged.setdefault(track.person, []).append(track)
     reports = []
     for number, planned in plan.people().items():
-        mine = aged.get(number)
+        mine = aged.get(number, [])
+        targets = np.concatenate([track.target_ages for track in mine]) if mine else np.zeros(0)
         measured = [identities[p.track.track_id] for p in planned if p.track.track_id in identities]
         reports.append(
             PersonReport(
@@ -430,8 +433,9 @@ def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float])
                 first_frame=min(p.track.first_frame for p in planned),
                 last_frame=max(p.track.last_frame for p in planned),
                 shots=tuple(sorted({p.track.shot for p in planned})),
-                source_age=round(mine.source_age if mine else person_age(planned), 1),
-                target_age=round(mine.target_age, 1) if mine else None,
+                source_age=round(mine[0].source_age if mine else person_age(planned), 1),
+                target_age=round(float(targets[-1]), 1) if mine else None,
+                target_age_first=round(float(targets[0]), 1) if mine and np.ptp(targets) else None,
                 identity=round(sum(measured) / len(measured), 3) if measured else None,
             )
         )
