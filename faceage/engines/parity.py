@@ -18,8 +18,18 @@ MIN_PSNR_DB = 45.0
 """An fp16 or bf16 engine that is less like its reference is refused."""
 
 
-def check_parity(program: Program, engine: Engine, reference: Engine, precision: Precision) -> dict[str, float]:
+def check_parity(
+    program: Program, engine: Engine, reference: Engine, precision: Precision, *, runs: int = 1
+) -> dict[str, float]:
     """Compare two engines on the program's example inputs, and on other sizes made of them.
+
+    Args:
+        program: theirs.
+        engine: what is compared.
+        reference: what with.
+        precision: that of `engine`.
+        runs: how often the example inputs are run before other sizes, once more after. Engines on GPUs compile on the
+            first run of a shape, capture on the second, and replay from then on.
 
     Returns:
         "max_abs_error", and "psnr_db" with each output's largest magnitude as its peak: the worst of all.
@@ -28,12 +38,13 @@ def check_parity(program: Program, engine: Engine, reference: Engine, precision:
         EngineError: if they differ by more than `precision` allows, or a value is not finite.
     """
     examples = program.examples()
-    # The typical size plus one step, so that an exporter which froze the typical size is found out. Engines for GPUs
-    # compile on the first run of a shape, capture on the second and replay from then on.
-    small, large = (_resized(program, examples, at_minimum) for at_minimum in (True, False))
+    # The typical size plus one step, so that an exporter which froze the typical size is found out.
+    others = [_resized(program, examples, at_minimum) for at_minimum in (True, False)]
+    cases = [*[examples] * runs, *others, *[examples] * (runs > 1)]
     worst = {"max_abs_error": 0.0, "psnr_db": EXACT_DB}
-    for inputs in (examples, examples, examples, small, large, examples):
-        for got, want in zip(engine(*inputs), reference(*inputs), strict=True):
+    wanted = {id(inputs): reference(*inputs) for inputs in (examples, *others)}
+    for inputs in cases:
+        for got, want in zip(engine(*inputs), wanted[id(inputs)], strict=True):
             if got.shape != want.shape or not np.isfinite(got).all():
                 raise EngineError(f"{program.name}: {engine.backend} gives {got.shape}, or values that are not finite")
             error = np.abs(got.astype(np.float64) - want)

@@ -36,6 +36,9 @@ OnBuild = Callable[[str], AbstractContextManager | None]
 FORMAT_VERSION = 2
 """Version of the files and their sidecars; a change makes all stored engines stale."""
 
+GPU_RUNS = 3
+"""See `parity.check_parity`."""
+
 KEY_DIGITS = 16
 """Hex digits of the key in a file name."""
 
@@ -131,7 +134,8 @@ class EngineStore:
                 if device is not None:
                     runtime = Runtime(backend=backend, device=device, precision=spec.precision)
                     engine = backend.load(program, draft, runtime)
-                    record["parity"] = check_parity(program, engine, reference, spec.precision)
+                    runs = 1 if spec.kind == "cpu" else GPU_RUNS
+                    record["parity"] = check_parity(program, engine, reference, spec.precision, runs=runs)
                 else:
                     parity = check_parity(program, backend.emulate(program, spec), reference, spec.precision)
                     record |= {"parity": None, "parity_missing_because": NOT_RUN, "graph_parity": parity}
@@ -249,7 +253,8 @@ class EngineStore:
             return
         logger.info("comparing %s with torch on this GPU, once", path.name)
         try:
-            record["parity"] = check_parity(program, engine, ort.open_graph(program, program.graph), precision)
+            reference = ort.open_graph(program, program.graph)
+            record["parity"] = check_parity(program, engine, reference, precision, runs=GPU_RUNS)
         except EngineError:
             path.unlink()
             sidecar.unlink()
