@@ -114,6 +114,14 @@ def pose_weights(landmarks: FloatArray, scores: FloatArray) -> FloatArray:
     return frontal * _smoothstep((scores - UNSURE_SCORE) / (SURE_SCORE - UNSURE_SCORE))
 
 
+def face_quality(landmarks: FloatArray, scores: FloatArray) -> FloatArray:
+    """Return how good each face is to look at, to choose one of several: float32 [F]; arguments as `pose_weights`.
+
+    Among those of equal weight, and where all are profiles, the detector's confidence decides.
+    """
+    return pose_weights(landmarks, scores) + 1e-3 * scores
+
+
 def face_weights(
     landmarks: FloatArray, scores: FloatArray, *, fade_in: bool, fade_out: bool, frame_rate: float
 ) -> FloatArray:

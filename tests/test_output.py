@@ -11,15 +11,20 @@ from faceage.cli import main
 from faceage.cli.output import EXIT_SOME_FAILED, Output
 
 
-@pytest.mark.parametrize("report", ["face.png", "new.mp4", "link.json", "none/r.json", "face.png/r.json"])
+@pytest.mark.parametrize("report", ["face.png", "new.mp4", "link.json", "link.html", "none/r.json", "face.png/r.json"])
 def test_a_report_replaces_no_picture_and_has_a_folder(face_photo, tmp_path, report):
     photo = shutil.copy(face_photo, tmp_path / "face.png")
     (tmp_path / "link.json").symlink_to(photo)
     args = ["images", str(photo), "-o", str(tmp_path / "out"), "--age", "70", "--report", str(tmp_path / report)]
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 2
-    wanted = "cannot be written; name a file in a folder" if report.endswith("/r.json") else "is JSON; name a file"
-    assert f"Error: Invalid value for --report: the report {tmp_path / report} {wanted}" in result.stderr
+    if report.startswith("link"):  # a page has a report in JSON beside it
+        wanted = f"the report {tmp_path}/link.json leads to {photo}; name another file"
+    elif report.endswith("/r.json"):
+        wanted = f"the report {tmp_path / report} cannot be written; name a file in a folder"
+    else:
+        wanted = f"the report {tmp_path / report} is JSON or a page; name a file that ends in .json or .html"
+    assert f"Error: Invalid value for --report: {wanted}" in result.stderr
     assert photo.read_bytes() == face_photo.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["face.png", "link.json"]
 

@@ -183,7 +183,10 @@ output_options = group(
         "--json", "as_json", is_flag=True, help="Print JSON events, one a line, on stdout and nothing else there."
     ),
     click.option(
-        "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a JSON report."
+        "--report",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE.json|.html",
+        help="Write a report: JSON, or also a page with each face before and after.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Say what is used and how long each stage takes."),
     click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),

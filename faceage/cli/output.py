@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import click
 
@@ -44,14 +44,19 @@ def say_error(message: str) -> None:
 
 def _check_report(path: Path) -> None:
     """Refuse, before anything is done, a report that could not be written or would replace a picture or a video."""
-    real = path.resolve()  # what a link leads to is what would be replaced
-    if real.suffix.lower() != ".json":
-        raise click.BadParameter(f"the report {path} is JSON; name a file that ends in .json", param_hint="--report")
-    if not (os.path.isdir(real.parent) and os.access(real if os.path.exists(real) else real.parent, os.W_OK)):
+    if path.suffix.lower() not in (".json", ".html"):
         raise click.BadParameter(
-            f"the report {path} cannot be written; name a file in a folder that is there and can be written",
-            param_hint="--report",
+            f"the report {path} is JSON or a page; name a file that ends in .json or .html", param_hint="--report"
         )
+    for file in [path] if path.suffix.lower() == ".json" else [path, path.with_suffix(".json")]:
+        real = file.resolve()  # what a link leads to is what would be replaced
+        if real.suffix.lower() not in (".json", ".html"):
+            raise click.BadParameter(f"the report {file} leads to {real}; name another file", param_hint="--report")
+        if not (os.path.isdir(real.parent) and os.access(real if os.path.exists(real) else real.parent, os.W_OK)):
+            raise click.BadParameter(
+                f"the report {file} cannot be written; name a file in a folder that is there and can be written",
+                param_hint="--report",
+            )
 
 
 class Output:
@@ -69,7 +74,7 @@ class Output:
             command: the command's name.
             options: its resolved options, for the report.
             as_json: print events on stdout, and nothing else there.
-            report: file that gets the whole record; it ends in .json, so that no picture or video is replaced.
+            report: file that gets the whole record, ends in .json; or in .html: a page, with the record beside it.
             verbosity: -1 only errors, 0, 1 also what was chosen and how long it took.
 
         Raises:
@@ -296,20 +301,34 @@ class Output:
         from faceage.cli.environment import machine, versions
 
         record = {"versions": versions(), "machine": machine(), **self._record}
-        head, end = json.dumps(record, indent=2, default=str).rsplit("\n", 1)
+        path = self._report.with_suffix(".json") if self._report.suffix.lower() == ".html" else self._report
         try:
-            self._items.seek(0)
-            with self._report.open("w") as file:
-                file.write(f'{head},\n  "items": [')
-                for number, item in enumerate(self._items):
-                    text = json.dumps(json.loads(item), indent=2)
-                    file.write(("," if number else "") + "\n" + textwrap.indent(text, "    "))
-                file.write(f"\n  ]\n{end}\n")
+            with path.open("w") as file:
+                self._write_json(file, record)
+            if path != self._report:
+                from faceage.pipeline.report_page import report_page
+
+                path = self._report
+                with path.open("w") as file:
+                    file.writelines(report_page(record, self._read_items()))
             self._items.close()
         except OSError as error:
-            say_error(f"the report {self._report} cannot be written ({error.strerror}); name another file")
+            say_error(f"the report {path} cannot be written ({error.strerror}); name another file")
             return False
         return True
+
+    def _write_json(self, file: IO[str], record: dict) -> None:
+        head, end = json.dumps(record, indent=2, default=str).rsplit("\n", 1)
+        file.write(f'{head},\n  "items": [')
+        for number, item in enumerate(self._read_items()):
+            file.write(("," if number else "") + "\n" + textwrap.indent(json.dumps(item, indent=2), "    "))
+        file.write(f"\n  ]\n{end}\n")
+
+    def _read_items(self) -> Iterator[dict]:
+        assert self._items is not None
+        self._items.seek(0)
+        for line in self._items:
+            yield json.loads(line)
 
 
 class _Handler(logging.Handler):

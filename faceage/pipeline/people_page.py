@@ -9,7 +9,7 @@ from html import escape
 import cv2
 import numpy as np
 
-from faceage.align import pose_weights, prepare_crops
+from faceage.align import face_quality, prepare_crops
 from faceage.geometry import TEMPLATE_5
 from faceage.media.video import VideoReader
 from faceage.pipeline.plan import Plan, PlannedTrack, person_age
@@ -73,8 +73,7 @@ def _best_places(tracks: list[PlannedTrack]) -> list[tuple[Track, int]]:
     longest = sorted((planned.track for planned in tracks), key=len, reverse=True)[:THUMBNAILS]
     places = []
     for track in longest:
-        quality = pose_weights(track.landmarks, track.scores) + 1e-3 * track.scores
-        places.append((track, track.first_frame + int(np.argmax(quality))))
+        places.append((track, track.first_frame + int(np.argmax(face_quality(track.landmarks, track.scores)))))
     return places
 
 

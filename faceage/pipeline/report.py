@@ -56,6 +56,10 @@ class PersonReport:
     """Where it moves in time, the first one; else None."""
     identity: float | None
     """Cosine of the embeddings before and after the change, the mean over the shots."""
+    best_time_s: float
+    """When the person is seen best, in seconds from the output's first frame."""
+    best_box: tuple[float, float, float, float]
+    """Where the face is then: left, top, right and bottom, in pixels of the upright picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,8 @@ class VideoReport:
     frames: int
     """Frames of the output. Where no face is to be changed, it is a copy of the source, byte for byte."""
     frames_with_faces: int
+    starts_at_s: float
+    """Where the output's first frame lies in the source, in seconds from its first one."""
     people: tuple[PersonReport, ...]
     seconds: float
     stage_ms: Mapping[str, float]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from faceage.align import pose_weights
+from faceage.align import face_quality
 from faceage.checkpoint import sha256_of
 from faceage.media.video import VideoReader
 from faceage.pipeline.people import join_tracks
@@ -117,7 +117,7 @@ class _Samples:
 def _sample(networks: Networks, window: Window, samples: dict[int, _Samples]) -> None:
     """Measure each track of the window on its best faces there."""
     faces, ids = window.faces, window.track_ids
-    quality = pose_weights(faces.landmarks, faces.scores) + 1e-3 * faces.scores
+    quality = face_quality(faces.landmarks, faces.scores)
     rows = [
         row
         for track_id in np.unique(ids)

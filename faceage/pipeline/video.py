@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from faceage.align import face_quality
 from faceage.checkpoint import sha256_of
 from faceage.errors import MediaError
 from faceage.media.segment import SegmentEncoder, SegmentFormat, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, check_output
 from faceage.pipeline.label import describe_people, label_comment, label_fields
-from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, fingerprint, load_plan, person_age
+from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, fingerprint, load_plan, person_age
 from faceage.pipeline.render import AgedTrack, People, Renderer, decide
 from faceage.pipeline.report import PersonReport, VideoReport
 from faceage.pipeline.request import AgeRequest, Networks
@@ -32,6 +33,8 @@ from faceage.pipeline.workers import Here, Worker, Workers
 from faceage.track import TrackConfig
 from faceage.types import Frame
 
+FACE_BOX = (1.15, 1.4)
+"""Half the width and height of a face's box, in the larger side of the box of its landmarks."""
 QUEUED_FRAMES = 4
 """Frames decoded ahead, and frames waiting for the encoder: enough to keep three threads busy."""
 
@@ -134,6 +137,7 @@ def age_video(
         target=str(target),
         frames=plan.frame_count,
         frames_with_faces=_count_changed(plan, tracks),
+        starts_at_s=round(float((int(plan.pts[0]) - first_pass.info.start_pts) * plan.time_base), 6),
         people=_describe(plan, tracks, identities),
         seconds=perf_counter() - start,
         stage_ms=timer.ms_per(plan.frame_count),
@@ -426,6 +430,7 @@ def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float])
     for number, planned in plan.people().items():
         mine = aged.get(number, [])
         targets = np.concatenate([track.target_ages for track in mine]) if mine else np.zeros(0)
+        best_frame, best_box = _best_face(planned)
         measured = [identities[p.track.track_id] for p in planned if p.track.track_id in identities]
         reports.append(
             PersonReport(
@@ -437,6 +442,19 @@ def _describe(plan: Plan, tracks: list[AgedTrack], identities: dict[int, float])
                 target_age=round(float(targets[-1]), 1) if mine else None,
                 target_age_first=round(float(targets[0]), 1) if mine and np.ptp(targets) else None,
                 identity=round(sum(measured) / len(measured), 3) if measured else None,
+                best_time_s=round(plan.time_s(best_frame), 6),
+                best_box=best_box,
             )
         )
     return tuple(reports)
+
+
+def _best_face(tracks: list[PlannedTrack]) -> tuple[int, tuple[float, float, float, float]]:
+    """Return the frame in which a person is seen best, on the longest track, and the box of the face there."""
+    track = max((planned.track for planned in tracks), key=len)
+    at = int(np.argmax(face_quality(track.landmarks, track.scores)))
+    points = track.landmarks[at]
+    (x, y), spread = points.mean(0), float(np.ptp(points, 0).max())
+    sides = (x - FACE_BOX[0] * spread, y - FACE_BOX[1] * spread, x + FACE_BOX[0] * spread, y + FACE_BOX[1] * spread)
+    left, top, right, bottom = (round(float(side), 1) for side in sides)
+    return track.first_frame + at, (left, top, right, bottom)
