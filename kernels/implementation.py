@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
@@ -16,11 +17,16 @@ Implementation = Literal["cpu", "ref", "triton"]
 
 
 def choose_implementation(frame: Frame, impl: Literal["auto"] | Implementation) -> Implementation:
-    """Return what runs for frames like this one: "auto" is the fastest that there is."""
+    """Return what runs for frames like this one: "auto" is the fastest that there is.
+
+    The environment variable FACEAGE_KERNELS=ref makes PyTorch the choice for tensors, to compare the kernels with it.
+    """
     if impl != "auto":
         return impl
     if frame.is_array:
         return "cpu"
+    if os.environ.get("FACEAGE_KERNELS") == "ref":
+        return "ref"
     return "triton" if frame.device.startswith("cuda") and has_triton() else "ref"
 
 

@@ -11,12 +11,16 @@ from time import perf_counter
 
 import av
 
+from faceage.bench.device import decode_alone, eager, encode_alone, whole_frames
 from faceage.bench.runs import Load, Notify, in_child, medians
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.probe import open_input, video_stream
 from faceage.media.video import EncodeOptions, transcode
 from faceage.pipeline.request import AgeRequest
 from faceage.pipeline.video import age_video
+
+ON_DEVICE = ("decode", "encode", "eager", "whole_frames")
+"""What else is measured on a GPU."""
 
 
 def bench_video(
@@ -28,9 +32,12 @@ def bench_video(
     repeats: int = 2,
     against: str | None = None,
     loops: int | None = None,
+    device: str | None = None,
     notify: Notify,
 ) -> dict:
     """Measure `age_video` against a bare transcode of the same clip with the same encoder settings.
+
+    On a GPU also against its decoder alone, its encoder alone, and two other ways to the same end; see `bench.device`.
 
     Args:
         load: its engines are built already.
@@ -40,17 +47,22 @@ def bench_video(
         repeats: runs of each side.
         against: a command with {in} and {out}, timed as a whole process, start included, like ours is then.
         loops: also age the clip this many times in a row, to compare the peaks of memory.
+        device: where the frames lie: a GPU; None: on the host.
         notify: told what runs.
     """
-    runs: dict[str, list[dict]] = {"transcode": [], "faceage": [], "against": []}
+    runs: dict[str, list[dict]] = {"transcode": [], "faceage": [], "against": [], **{name: [] for name in ON_DEVICE}}
     with tempfile.TemporaryDirectory(prefix="faceage-bench-") as folder:
         target = Path(folder) / f"out{clip.suffix}"
         encode = replace(encode, overwrite=True)
         for number in range(1, repeats + 1):
             notify(f"bare transcode, {number} of {repeats}")
-            runs["transcode"].append(in_child(_transcode, clip, target, encode))
+            runs["transcode"].append(in_child(_transcode, clip, target, encode, device))
             notify(f"faceage, {number} of {repeats}")
             runs["faceage"].append(in_child(_age, load, clip, target, request, encode))
+            if device is not None:
+                for name, (function, *arguments) in _on_device(load, clip, target, request, encode, device).items():
+                    notify(f"{name.replace('_', ' ')}, {number} of {repeats}")
+                    runs[name].append(in_child(function, *arguments))
             if against:
                 notify(f"{against}, {number} of {repeats}")
                 runs["against"].append(_command(against, clip, target.with_stem("against")))
@@ -65,8 +77,27 @@ def bench_video(
     return result
 
 
+def _on_device(
+    load: Load, clip: Path, target: Path, request: AgeRequest, encode: EncodeOptions, device: str
+) -> dict[str, tuple]:
+    """Return what else is run on a GPU: a function and its arguments, by name."""
+    baselines = (
+        (decode_alone, clip, device),
+        (encode_alone, clip, target, encode, device),
+        (eager, load, clip, target, request, encode),
+        (whole_frames, load, clip, target, encode, device),
+    )
+    return dict(zip(ON_DEVICE, baselines, strict=True))
+
+
 def _compare(runs: dict[str, list[dict]]) -> dict:
     result: dict = {name: medians(rows) for name, rows in runs.items() if rows}
+    if "decode" in result:
+        fps = {name: result[name]["fps"] for name in ("faceage", *ON_DEVICE)}
+        limit = min(fps["decode"], fps["encode"])
+        result["share_of_decode_and_encode"] = round(fps["faceage"] / limit, 3)
+        result["factor_over_eager"] = round(fps["faceage"] / fps["eager"], 2)
+        result["factor_over_whole_frames"] = round(fps["faceage"] / fps["whole_frames"], 2)
     result["ratio_to_transcode"] = round(result["faceage"]["fps"] / result["transcode"]["fps"], 3)
     if "against" in result:
         factor = result["against"]["process_seconds"] / result["faceage"]["process_seconds"]
@@ -75,9 +106,9 @@ def _compare(runs: dict[str, list[dict]]) -> dict:
     return result
 
 
-def _transcode(clip: Path, target: Path, encode: EncodeOptions) -> dict:
+def _transcode(clip: Path, target: Path, encode: EncodeOptions, device: str | None) -> dict:
     start = perf_counter()
-    frames = transcode(clip, target, encode)
+    frames = transcode(clip, target, encode, device=device)
     seconds = perf_counter() - start
     return {"frames": frames, "seconds": seconds, "fps": frames / seconds}
 

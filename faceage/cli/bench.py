@@ -9,22 +9,24 @@ from pathlib import Path
 import click
 
 from faceage.bench.engines import bench_engines
+from faceage.bench.kernels import bench_kernels
 from faceage.bench.latent import LATENT_FACES, age_cgan_of, bench_follow, bench_latent
 from faceage.bench.naive import generated_faces, generated_photos
 from faceage.bench.photos import bench_photos, faces_of
-from faceage.bench.video import bench_video
+from faceage.bench.video import ON_DEVICE, bench_video
 from faceage.cli.encoding import encode_options
 from faceage.cli.environment import machine, versions
 from faceage.cli.options import AGE, NetworkOptions, check_model, model_option, network_options, output_options
 from faceage.cli.output import Output
 from faceage.engines.base import Runtime
+from faceage.engines.eager import kind_of
 from faceage.engines.registry import BACKENDS, BackendName, backend_named, backends_for
 from faceage.engines.store import EngineStore
 from faceage.errors import UnsupportedError
 from faceage.extras import missing
 from faceage.media.image import find_images
 from faceage.media.video import EncodeOptions, probe_video
-from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.request import AgeRequest, Networks
 from faceage.types import Crops
 
 GENERATED_PHOTOS = 12
@@ -59,10 +61,10 @@ def video_command(
     """Age a clip, against decoding and encoding it with the same settings and nothing else."""
     with out:
         info = probe_video(clip)
-        _build_engines(network, out)
+        networks = _build_engines(network, out)
         result = bench_video(
             network.loader(), clip, AgeRequest(age=age), encode,
-            repeats=repeats, against=against, loops=repeat_clip, notify=out.note,
+            repeats=repeats, against=against, loops=repeat_clip, device=networks.device, notify=out.note,
         )  # fmt: skip
         _finish(out, result, clip)
         ours, bare = result["faceage"], result["transcode"]
@@ -73,6 +75,12 @@ def video_command(
         out.line(f"faceage           {ours['fps']:8.2f} fps   peak RSS {ours['peak_rss_mb']:6.0f} MB")
         out.line(f"ratio             {result['ratio_to_transcode']:8.3f}")
         out.line("ms a frame        " + ", ".join(f"{k} {v:g}" for k, v in ours["stage_ms"].items()) + " (overlapping)")
+        for name in ON_DEVICE if networks.device else ():
+            out.line(f"{name.replace('_', ' '):17} {result[name]['fps']:8.2f} fps")
+        if networks.device:
+            out.line(f"faceage is {result['share_of_decode_and_encode']:.3f} of the slower of decode and encode, "
+                     f"{result['factor_over_eager']:g} times as fast as eager, "
+                     f"{result['factor_over_whole_frames']:g} times as fast as whole frames")  # fmt: skip
         if against:
             seconds = result["against"]["process_seconds"], ours["process_seconds"]
             out.line(f"{against}: {seconds[0]:.1f} s; faceage as a whole process: {seconds[1]:.1f} s; "
@@ -204,18 +212,43 @@ def engines_command(*, model: str, backends: tuple[BackendName, ...], device: st
                      f"{speedup['mean']:.2f} in the geometric mean of the rows")  # fmt: skip
 
 
+@command.command("kernels")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where they run.")
+@output_options
+def kernels_command(*, device: str, out: Output) -> None:
+    """Read and change frames of 1080p, against the PyTorch references of the same operations.
+
+    On a GPU also frames of 4K, and the references are compiled by torch.compile.
+    """
+    with out:
+        _need_torch("bench kernels")
+        kind_of(device)  # or one line about what is there
+        result = bench_kernels(None if device == "cpu" else device, notify=out.note)
+        _finish(out, result)
+        out.line(f"{result['device']}: copies {result['copy_gb_per_s']:g} GB/s; the baseline is {result['baseline']}")
+        out.line(f"{'operation':14}{'frame':11}{'faces':>5}  {'by':10}{'p20 ms':>9}{'p50 ms':>9}{'p80 ms':>9}"
+                 f"{'GB/s':>8}  of copy  factor")  # fmt: skip
+        for row in result["rows"]:
+            factor = f"{row['factor']:8.2f}" if "factor" in row else ""
+            times = "".join(f"{row[key]:9.3f}" for key in ("p20_ms", "p50_ms", "p80_ms"))
+            out.line(f"{row['operation']:14}{row['frame']:11}{row['faces']:5}  {row['implementation']:10}{times}"
+                     f"{row['gb_per_s']:8.1f}  {row['share_of_copy']:7.3f}{factor}")  # fmt: skip
+
+
 def _need_torch(what: str) -> None:
     """Raise UnsupportedError without torch: what is measured is compared with it."""
     if reason := missing("torch", what):
         raise UnsupportedError(reason)
 
 
-def _build_engines(network: NetworkOptions, out: Output) -> None:
+def _build_engines(network: NetworkOptions, out: Output) -> Networks:
     """Build what is not built yet, also the engines of the sizes that no face has asked for: none is measured."""
-    ager = network.load(out).ager
+    networks = network.load(out)
+    ager = networks.ager
     for sizes in zip_longest(*(view.sizes_px for view in ager.views)):
         sides = [size or view.sizes_px[-1] for size, view in zip(sizes, ager.views, strict=True)]
         ager.observe([], [Crops.empty(side) for side in sides], [])
+    return networks
 
 
 def _finish(out: Output, result: dict, *inputs: Path) -> None:

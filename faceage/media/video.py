@@ -32,14 +32,23 @@ def transcode(
     *,
     start_s: float | None = None,
     end_s: float | None = None,
+    device: str | None = None,
 ) -> int:
     """Decode and encode a video and nothing else: what any editing of it costs at least.
+
+    Args:
+        source: the video.
+        target: the output.
+        options: how it is encoded.
+        start_s: frames before this time are left out.
+        end_s: frames from this time on are left out.
+        device: where the frames lie between; see `VideoReader`.
 
     Returns:
         The number of frames.
     """
     with (
-        VideoReader(source, start_s=start_s, end_s=end_s) as reader,
+        VideoReader(source, start_s=start_s, end_s=end_s, device=device) as reader,
         VideoWriter(target, reader, options) as writer,
     ):
         for frame in reader:
