@@ -14,6 +14,7 @@ from faceage.agers.base import Ages
 from faceage.bench.latent import EVALUATION_STEPS, bench_follow
 from faceage.bench.naive import _FaceGAN, generated_faces
 from faceage.bench.photos import faces_of
+from faceage.bench.scale import simulate
 from faceage.bench.video import loop_clip
 from faceage.cli import main
 from faceage.cli.environment import machine, versions
@@ -52,6 +53,33 @@ def test_video(networks, tiny_model, face_clip):
     assert ours["process_seconds"] > ours["seconds"]
     factor = item["against"]["process_seconds"] / ours["process_seconds"]
     assert item["factor_over_against"] == pytest.approx(factor, abs=0.01)
+
+
+def test_scale(networks, tiny_model, face_clip, monkeypatch):
+    monkeypatch.setattr("faceage.bench.scale.SEGMENT_FRAMES", 25)  # the clip twice is long enough
+    item = bench("scale", face_clip, "--repeats", 1, "--preset", "ultrafast", "--model", tiny_model)
+    assert item["frames"] == 100
+    assert [row["jobs"] for row in item["jobs"]] == [1, 2]
+    assert item["jobs"][0]["speedup"] == 1
+    one, two = item["jobs"]
+    assert two["speedup"] == pytest.approx(two["fps"] / one["fps"], abs=0.01)
+    assert sum(item["segment_seconds"]) + one["assemble_seconds"] == pytest.approx(one["seconds"], abs=0.01)
+    assert [row["ideal"] for row in item["simulated"]] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_the_simulated_schedule():
+    """Of three segments, two workers have 2 + 1 and 2; more than three have nothing to do."""
+    rows = {row["workers"]: row for row in simulate([2, 2, 1], 0.5)}
+    assert rows[1] == {"workers": 1, "render_seconds": 5, "seconds": 5.5, "speedup": 1, "ideal": 1}
+    assert (rows[2]["render_seconds"], rows[2]["speedup"]) == (3, 1.67)
+    assert rows[4]["render_seconds"] == rows[64]["render_seconds"] == 2
+
+
+def test_video_from_a_plan(networks, tiny_model, face_clip):
+    options = ["--plan", "--repeats", 1, "--preset", "ultrafast", "--model", tiny_model]
+    item = bench("video", face_clip, *options)
+    assert "detect and track" not in item["faceage"]["stage_ms"]
+    assert item["faceage"]["people"] == 1
 
 
 def test_a_failing_command_is_one_line(networks, tiny_model, face_clip):

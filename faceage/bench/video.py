@@ -15,8 +15,10 @@ from faceage.bench.device import decode_alone, eager, encode_alone, whole_frames
 from faceage.bench.runs import Load, Notify, in_child, medians
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.probe import open_input, video_stream
-from faceage.media.video import EncodeOptions, transcode
+from faceage.media.video import EncodeOptions, VideoReader, transcode
+from faceage.pipeline.plan import load_plan, save_plan
 from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.scan import scan
 from faceage.pipeline.video import age_video
 
 ON_DEVICE = ("decode", "encode", "eager", "whole_frames")
@@ -33,6 +35,7 @@ def bench_video(
     against: str | None = None,
     loops: int | None = None,
     device: str | None = None,
+    from_plan: bool = False,
     notify: Notify,
 ) -> dict:
     """Measure `age_video` against a bare transcode of the same clip with the same encoder settings.
@@ -48,17 +51,22 @@ def bench_video(
         against: a command with {in} and {out}, timed as a whole process, start included, like ours is then.
         loops: also age the clip this many times in a row, to compare the peaks of memory.
         device: where the frames lie: a GPU; None: on the host.
+        from_plan: scan the clip once before, and measure runs that need not.
         notify: told what runs.
     """
     runs: dict[str, list[dict]] = {"transcode": [], "faceage": [], "against": [], **{name: [] for name in ON_DEVICE}}
     with tempfile.TemporaryDirectory(prefix="faceage-bench-") as folder:
         target = Path(folder) / f"out{clip.suffix}"
         encode = replace(encode, overwrite=True)
+        plan = Path(folder) / "plan" if from_plan else None
+        if plan:
+            notify("scanning the clip")
+            in_child(scan_into, load, clip, plan)
         for number in range(1, repeats + 1):
             notify(f"bare transcode, {number} of {repeats}")
             runs["transcode"].append(in_child(_transcode, clip, target, encode, device))
             notify(f"faceage, {number} of {repeats}")
-            runs["faceage"].append(in_child(_age, load, clip, target, request, encode))
+            runs["faceage"].append(in_child(_age, load, clip, target, request, encode, plan))
             if device is not None:
                 for name, (function, *arguments) in _on_device(load, clip, target, request, encode, device).items():
                     notify(f"{name.replace('_', ' ')}, {number} of {repeats}")
@@ -113,9 +121,22 @@ def _transcode(clip: Path, target: Path, encode: EncodeOptions, device: str | No
     return {"frames": frames, "seconds": seconds, "fps": frames / seconds}
 
 
-def _age(load: Load, clip: Path, target: Path, request: AgeRequest, encode: EncodeOptions) -> dict:
+def scan_into(load: Load, clip: Path, folder: Path) -> dict:
+    """Scan a clip and save its plan in a folder."""
     networks = load()
-    report = age_video(networks, clip, target, request, encode=encode)
+    start = perf_counter()
+    with VideoReader(clip, device=networks.device) as reader:
+        plan = scan(networks, reader)
+    seconds = perf_counter() - start
+    save_plan(plan, folder)
+    return {"seconds": seconds, "duration_s": plan.time_s(plan.frame_count - 1) + 1 / plan.frame_rate}
+
+
+def _age(
+    load: Load, clip: Path, target: Path, request: AgeRequest, encode: EncodeOptions, plan: Path | None = None
+) -> dict:
+    networks = load()
+    report = age_video(networks, clip, target, request, plan=load_plan(plan) if plan else None, encode=encode)
     return {
         "frames": report.frames,
         "seconds": report.seconds,

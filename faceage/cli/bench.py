@@ -13,6 +13,7 @@ from faceage.bench.kernels import bench_kernels
 from faceage.bench.latent import LATENT_FACES, age_cgan_of, bench_follow, bench_latent
 from faceage.bench.naive import generated_faces, generated_photos
 from faceage.bench.photos import bench_photos, faces_of
+from faceage.bench.scale import bench_scale
 from faceage.bench.video import ON_DEVICE, bench_video
 from faceage.cli.encoding import encode_options
 from faceage.cli.environment import machine, versions
@@ -51,12 +52,13 @@ def command() -> None:
 @click.option(
     "--repeat-clip", type=click.IntRange(min=2), metavar="K", help="Compare memory on the clip K times in a row."
 )
+@click.option("--plan", is_flag=True, help="Measure runs from a plan: the clip is scanned once, before.")
 @network_options
 @encode_options
 @output_options
 def video_command(
-    *, clip: Path, age: float, repeats: int, against: str | None, repeat_clip: int | None, network: NetworkOptions,
-    encode: EncodeOptions, out: Output,
+    *, clip: Path, age: float, repeats: int, against: str | None, repeat_clip: int | None, plan: bool,
+    network: NetworkOptions, encode: EncodeOptions, out: Output,
 ) -> None:  # fmt: skip
     """Age a clip, against decoding and encoding it with the same settings and nothing else."""
     with out:
@@ -64,7 +66,8 @@ def video_command(
         networks = _build_engines(network, out)
         result = bench_video(
             network.loader(), clip, AgeRequest(age=age), encode,
-            repeats=repeats, against=against, loops=repeat_clip, device=networks.device, notify=out.note,
+            repeats=repeats, against=against, loops=repeat_clip, device=networks.device, from_plan=plan,
+            notify=out.note,
         )  # fmt: skip
         _finish(out, result, clip)
         ours, bare = result["faceage"], result["transcode"]
@@ -89,6 +92,36 @@ def video_command(
             looped = result["looped"]
             peak = f"{looped['peak_rss_mb']:6.0f} MB, {looped['peak_rss_ratio']:g} of the clip once"
             out.line(f"clip {repeat_clip} times    {looped['fps']:8.2f} fps   peak RSS {peak}")
+
+
+@command.command("scale")
+@click.argument("clip", type=click.Path(path_type=Path))
+@age_option
+@click.option(
+    "--jobs", type=click.IntRange(min=2), default=2, show_default=True, metavar="N", help="Processes beside one."
+)
+@repeats_option
+@network_options
+@encode_options
+@output_options
+def scale_command(
+    *, clip: Path, age: float, jobs: int, repeats: int, network: NetworkOptions, encode: EncodeOptions, out: Output
+) -> None:
+    """Age a clip by one process and by several, and simulate an hour of it by up to 64 workers.
+
+    `examples/plot_scale.py` draws the report.
+    """
+    with out:
+        _build_engines(network, out)
+        result = bench_scale(
+            network.loader(), clip, AgeRequest(age=age), encode, jobs=(1, jobs), repeats=repeats, notify=out.note
+        )
+        _finish(out, result, clip)
+        for row in result["jobs"]:
+            out.line(f"--jobs {row['jobs']:<3} {row['fps']:8.2f} fps   {row['speedup']:5.2f} times one")
+        out.line("simulated, an hour of video:")
+        for row in result["simulated"]:
+            out.line(f"{row['workers']:3} workers  {row['seconds']:9.1f} s   rendering {row['speedup']:5.2f} times one")
 
 
 @command.command("images", context_settings={"default_map": {"model": "facegan"}})
