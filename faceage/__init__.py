@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from faceage.pipeline.request import AgeCurve, AgeRequest, Networks, load_networks
     from faceage.pipeline.sheet import make_sheet
     from faceage.pipeline.video import age_video
+    from faceage.pipeline.workers import Cluster, Processes
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AgeCurve": "faceage.pipeline.request",
     "AgeRequest": "faceage.pipeline.request",
+    "Cluster": "faceage.pipeline.workers",
     "DetectConfig": "faceage.detect",
     "EncodeOptions": "faceage.media.codecs",
     "FaceAgeError": "faceage.errors",
@@ -35,6 +37,7 @@ _HOMES = {
     "Networks": "faceage.pipeline.request",
     "PersonReport": "faceage.pipeline.report",
     "PhotoReport": "faceage.pipeline.report",
+    "Processes": "faceage.pipeline.workers",
     "TrackConfig": "faceage.follow",
     "VideoReport": "faceage.pipeline.report",
     "age_photos": "faceage.pipeline.photos",
@@ -47,6 +50,7 @@ _HOMES = {
 __all__ = [
     "AgeCurve",
     "AgeRequest",
+    "Cluster",
     "DetectConfig",
     "EncodeOptions",
     "FaceAgeError",
@@ -54,6 +58,7 @@ __all__ = [
     "Networks",
     "PersonReport",
     "PhotoReport",
+    "Processes",
     "TrackConfig",
     "VideoReport",
     "age_photos",
