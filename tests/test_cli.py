@@ -20,6 +20,7 @@ from PIL import Image
 from faceage.checkpoint import sha256_of
 from faceage.cli import main
 from faceage.engines.registry import choose_runtime
+from faceage.extras import EXTRAS
 from faceage.media.xmp import SOURCE_TYPE
 
 FAST = ["--preset", "ultrafast"]
@@ -537,6 +538,7 @@ class TestModelsAndDoctor:
         assert error_of(result).startswith("http://127.0.0.1:9/facenet.pt cannot be downloaded (")
 
     def test_doctor(self, networks, tiny_model):
+        assert faceage("compile", "--target", "cpu", "--model", tiny_model).exit_code == 0
         result = faceage("doctor", "--json")
         checks = {check["name"]: check for check in json.loads(result.stdout)}
         assert checks["cache"]["state"] == checks["encoders"]["state"] == "ok"
@@ -544,7 +546,9 @@ class TestModelsAndDoctor:
         failed = [check for check in checks.values() if check["state"] == "fail"]
         assert all(check["remedy"] for check in failed)
         assert result.exit_code == (4 if failed else 0)
-        assert "model tiny" in faceage("doctor").stdout
+        shown = faceage("doctor").stdout
+        assert "model tiny" in shown
+        assert all(f"faceage[{extra}]" in shown for extra in EXTRAS)
 
     def test_doctor_names_what_mends_the_cache(self, tmp_path, monkeypatch):
         (tmp_path / "file").touch()

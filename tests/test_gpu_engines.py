@@ -239,6 +239,12 @@ def test_an_engine_for_another_gpu_stays_in_the_store(fake, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == files
 
 
+def test_an_engine_that_was_built_elsewhere_is_found():
+    """Its key has nothing of this machine in it but the builder's version, and nothing of the torch that exported."""
+    for target in ("portable", "sm_89"):
+        assert set(TENSORRT.versions(Spec(target, "fp16"))) == {"tensorrt-rtx"}
+
+
 def no_gpu(device):
     raise EngineError(f"device {device} is not there")
 

@@ -54,7 +54,17 @@ def main(runs: Path | None, archs: tuple[str, ...]) -> None:
     if runs:
         bundle_checkpoints(runs, chosen)
     if DETECTOR in chosen:
-        header = Header(arch=DETECTOR, dims={}, stage="facenet-pytorch", images_seen=0, input_spec="see networks.mtcnn")
+        header = Header(
+            arch=DETECTOR,
+            dims={},
+            stage="facenet-pytorch",
+            images_seen=0,
+            input_spec="RGB in about [-1, 1], NCHW; see networks.mtcnn",
+            dataset={
+                "name": "WIDER FACE, CelebA",
+                "licence": "MIT, as part of facenet-pytorch, Copyright (c) 2019 Timothy Esler",
+            },
+        )
         save(TARGET / f"{DETECTOR}.safetensors", facenet_pytorch_weights(), header)
     for program in bundled_programs():
         if {path.stem for path in program.checkpoints} & set(chosen):

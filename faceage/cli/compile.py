@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Literal, get_args
 
 import click
@@ -47,8 +46,9 @@ def command(
         programs = [program for program in all_programs(model) if builder.suffix(program, target) is not None]
         if not programs:
             raise EngineError(f"backend {builder.name} runs graphs as they are: there is nothing to build; just use it")
-        for precision, program in itertools.product(wanted, programs):
-            spec = program.spec(target, precision)
+        # What measures is in fp32 in any case, and is built once.
+        pairs = [(program, program.spec(target, precision)) for precision in wanted for program in programs]
+        for program, spec in {(program.name, spec): (program, spec) for program, spec in pairs}.values():
             try:
                 record, is_new = store.build(program, builder, spec)
             except EngineError as error:

@@ -16,6 +16,7 @@ from typing import Literal
 import av.codec
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from faceage.cache import cache_root
@@ -76,7 +77,8 @@ def command(as_json: bool, verbose: bool) -> None:
         table = Table("", "", "found", "to mend it", box=None, pad_edge=False)
         colours = {"ok": "green", "note": "yellow", "fail": "red"}
         for check in checks:
-            table.add_row(f"[{colours[check.state]}]{check.state}[/]", check.name, check.found, check.remedy)
+            texts = (escape(text) for text in (check.name, check.found, check.remedy))  # "faceage[torch]" is no markup
+            table.add_row(f"[{colours[check.state]}]{check.state}[/]", *texts)
         Console().print(table)
     if any(check.state == "fail" for check in checks):
         raise click.exceptions.Exit(EXIT_ENVIRONMENT)
