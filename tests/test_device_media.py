@@ -12,7 +12,7 @@ from frames import as_tensors, noise_frame
 
 from faceage.errors import UnsupportedError
 from faceage.kernels import clone_planes, download_planes, upload_planes
-from faceage.media import codecs, device
+from faceage.media import codecs, device, reader
 from faceage.media.codecs import Encoder, choose_encoder
 from faceage.media.segment import SegmentEncoder, SegmentFormat
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, probe_video, writable
@@ -314,6 +314,22 @@ def test_formats_that_a_gpu_does_not_decode(tmp_path, nvdec, caplog, pixel_forma
     assert decode_reasons(caplog, clip) == want
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"field_order": 2}, "it is interlaced, and which frames are, only the CPU's decoder says"),
+        ({"closed_captions": True}, "its closed captions come with frames of the CPU's decoder only"),
+    ],
+)
+def test_what_only_frames_of_the_cpu_carry_is_kept(tmp_path, nvdec, caplog, monkeypatch, changes, reason):
+    nvdec()
+    clip = make_clip(tmp_path / "in.mp4")
+    info = dataclasses.replace(probe_video(clip), **changes)
+    assert not probe_video(clip).closed_captions
+    monkeypatch.setattr(reader, "probe_video", lambda path: info)
+    assert decode_reasons(caplog, clip) == reason
+
+
 HDR = {"mastering_display": (0.3,) * 10}
 
 
@@ -324,6 +340,7 @@ HDR = {"mastering_display": (0.3,) * 10}
         ({"pixel_format": "yuv422p"}, {}, "NVENC takes 4:2:0 with even sides, not yuv422p 64x48"),
         ({"field_order": 2}, {}, "NVENC writes no interlaced video"),
         (HDR, {}, "h264_nvenc cannot carry the HDR mastering metadata"),
+        ({"closed_captions": True}, {}, "h264_nvenc would get the frames without their closed captions"),
         ({"codec": "prores", "pixel_format": "yuv422p10le"}, {}, "prores_ks runs on the CPU"),
         ({}, {"codec": "libx264"}, "libx264 was asked for"),
         ({}, {"codec": "ffv1"}, "ffv1 runs on the CPU"),

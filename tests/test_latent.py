@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_device_path import no_waiting
 
 from faceage.agers.age_cgan import latent_program
 from faceage.agers.latent import LatentConfig, first_state, optimize_latents
@@ -55,6 +56,32 @@ def test_finds_the_minimum_of_quadratics():
     fit = run(Quadratic(CURVATURE), minimum, LatentConfig(max_evaluations=150, tolerance=1e-5))
     assert np.abs(fit.latents - minimum).max() < 0.02
     assert (fit.losses < 1e-3 * fit.first_losses).all()
+
+
+@pytest.mark.parametrize("waves", [0.0, 2.0])
+def test_on_a_device_the_host_waits_once(waves):
+    """Faces that stop early and late, some whose budget is smaller."""
+    minimum, config = minima(7, 20), LatentConfig(max_evaluations=25, tolerance=0.02)
+    step, nothing = LatentStep(Quadratic(CURVATURE, waves=waves, least=1)), np.zeros((7, 1), np.float32)
+    problem, root = (nothing, minimum, nothing), np.eye(20, dtype=np.float32)
+
+    def arrays_in_and_out(*arrays):
+        return tuple(out.numpy() for out in step(*map(torch.from_numpy, arrays)))
+
+    options = {"root": root, "budget": np.array([25, 3, 25, 25, 1, 25, 25])}
+    want = optimize_latents(arrays_in_and_out, np.zeros_like(minimum), problem, config, **options)
+    with no_waiting() as waited:
+        got = optimize_latents(step, np.zeros_like(minimum), problem, config, **options, device="cpu")
+    assert waited == ["cpu", "numpy"]
+    np.testing.assert_array_equal(got.evaluations, want.evaluations)
+    assert len(set(want.evaluations.tolist())) > 2
+    np.testing.assert_allclose(got.latents, want.latents, atol=1e-5)
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
+    np.testing.assert_allclose(got.first_losses, want.first_losses, rtol=1e-5)
+    none = optimize_latents(
+        step, minimum[:0], tuple(p[:0] for p in problem), config, root=options["root"], device="cpu"
+    )
+    assert none.latents.shape == (0, 20)
 
 
 def test_knowing_the_curvature_saves_evaluations():

@@ -93,7 +93,8 @@ class AgeCGAN:
         budget = np.full(len(pixels), config.max_evaluations if latents is None else config.max_evaluations_known)
         root = np.eye(start.shape[1], dtype=np.float32) if self._root is None else self._root
         problem = age_to_classes(source_age), pixels, embeddings
-        return optimize_latents(self._latent, start, problem, config, root=root, budget=budget)
+        device = self._latent.device
+        return optimize_latents(self._latent, start, problem, config, root=root, budget=budget, device=device)
 
     def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Ages]:
         """Return the ages; see `base.Ager.look`."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from faceage.kernels import to_device, to_host
 from faceage.types import FloatArray, IntArray
 
 Step = Callable[..., tuple[FloatArray, ...]]
-"""Arrays in, arrays out, as `networks.latent.LatentStep.forward`: the engine of `agers.programs.latent_program`."""
+"""Arrays in, arrays out, or tensors in, tensors out, as `networks.latent.LatentStep.forward`: the engine of
+`agers.age_cgan.latent_program`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +79,12 @@ def optimize_latents(
     *,
     root: FloatArray,
     budget: IntArray | None = None,
+    device: str | None = None,
 ) -> Fit:
     """Minimise the objective of each face from `start`.
 
-    One call evaluates all faces that have not stopped; a face that has stopped costs nothing more.
+    One call evaluates all faces that have not stopped; a face that has stopped costs nothing more. On a GPU all faces
+    take part in every call, as nobody asks which of them have stopped: all calls are enqueued, and the host waits once.
 
     Args:
         step: see `Step`.
@@ -90,12 +94,15 @@ def optimize_latents(
         root: float32 [Z, Z], C with C C^T about the inverse of the objective's curvature (`train.age_cgan.curvature`),
             or the identity.
         budget: int64 [F], evaluations of each face at most; None: `config.max_evaluations` for all.
+        device: the GPU that the step runs on; it is given tensors there.
     """
     count, width = start.shape
     budget = np.full(count, config.max_evaluations) if budget is None else budget
     weights = config.identity_weight, config.pixel_weight, config.prior_weight
     settings = np.array([*weights, config.tolerance], np.float32)
     state = first_state(count, width, budget)
+    if device is not None and count:
+        return _optimize_on_device(step, state, (start, *problem, settings, root), budget, device)
     first = np.zeros(count, np.float32)
     evaluations = np.zeros(count, np.int64)
     rows = np.arange(count)
@@ -109,6 +116,29 @@ def optimize_latents(
         evaluations[rows] += 1
         rows = np.flatnonzero(left > 0)
     u, loss = state[:2]
+    return Fit(latents=_latents(start, u, root), first_losses=first, losses=loss, evaluations=evaluations)
+
+
+def _latents(start: FloatArray, u: FloatArray, root: FloatArray) -> FloatArray:
     # einsum, not a matrix product: BLAS threads wait for busy cores longer than this takes.
-    latents = start + np.einsum("fu,zu->fz", u, root)
-    return Fit(latents=latents, first_losses=first, losses=loss, evaluations=evaluations)
+    return start + np.einsum("fu,zu->fz", u, root)
+
+
+def _optimize_on_device(
+    step: Step, first_state: tuple[FloatArray, ...], fixed: tuple[FloatArray, ...], budget: IntArray, device: str
+) -> Fit:
+    """Do the same with tensors; a face that has stopped stays as it is (see `LatentStep`)."""
+    import torch
+
+    state, given = ([to_device(array, device) for array in arrays] for arrays in (first_state, fixed))
+    losses, going = [], [state[-1] > 0]
+    for _ in range(int(budget.max())):
+        state = list(step(*state, *given))
+        losses.append(state[1])
+        going.append(state[-1] > 0)
+    evaluations = torch.stack(going[:-1]).sum(0)
+    columns = torch.stack([losses[0], losses[-1], evaluations.float()], 1)
+    found = to_host(torch.cat([state[0], columns], 1))  # one way to the host for all
+    u, (first, loss, counts) = found[:, :-3], found[:, -3:].T
+    latents = _latents(fixed[0], u, fixed[-1])
+    return Fit(latents=latents, first_losses=first, losses=loss, evaluations=counts.astype(np.int64))

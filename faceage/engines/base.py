@@ -184,6 +184,8 @@ class Engine(Protocol):
     """The program's name."""
     backend: str
     """The backend's name, as in `registry.BACKENDS`."""
+    device: str | None
+    """The GPU that it runs on, "cuda:N"; None: the CPU."""
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network.

@@ -36,6 +36,7 @@ class TorchEngine:
         """Wrap `run`, whose inputs and outputs lie on `device`."""
         self.name = program.name
         self.backend = backend
+        self.device: str | None = None if device.type == "cpu" else str(device)
         self._program = program
         self._run = run
         self._device = device

@@ -39,6 +39,7 @@ class OpenVINOEngine:
     """A network that OpenVINO compiled, behind the engine protocol."""
 
     backend = "openvino"
+    device: str | None = None
 
     def __init__(self, program: Program, path: Path, config: dict[str, Any]) -> None:
         """Open what was compiled for single faces at `path`; what else is needed is compiled when it is."""

@@ -24,6 +24,7 @@ class OrtEngine:
     """An ONNX Runtime session behind the engine protocol."""
 
     backend = "onnxruntime"
+    device: str | None = None
 
     def __init__(self, program: Program, session: ort.InferenceSession) -> None:
         self.name = program.name

@@ -130,6 +130,8 @@ def choose_encoder(info: VideoInfo, options: EncodeOptions, suffix: str = "", de
         reason = "NVENC writes no interlaced video"
     elif info.mastering_display or info.content_light:
         reason = f"{name} cannot carry the HDR mastering metadata"
+    elif info.closed_captions:
+        reason = f"{name} would get the frames without their closed captions"
     elif options.codec in _NVENC and options.codec != name:
         reason = f"{options.codec} was asked for"
     elif options.codec != name and (options.preset is not None or options.encoder_options):

@@ -59,6 +59,8 @@ def open_decoder(container: InputContainer, info: VideoInfo, device: str) -> Inp
         reason = f"a GPU decodes 4:2:0 with even sides, not {info.pixel_format} {info.width}x{info.height}"
     elif info.field_order > 1:
         reason = "it is interlaced, and which frames are, only the CPU's decoder says"
+    elif info.closed_captions:
+        reason = "its closed captions come with frames of the CPU's decoder only"
     else:
         reason = _decoder_missing(info, device)
     if reason is None:

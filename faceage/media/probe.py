@@ -119,6 +119,8 @@ class VideoInfo:
     """Red x y, green x y, blue x y, white x y (CIE 1931), then minimum and maximum luminance in cd/m²."""
     content_light: tuple[int, int] | None
     """MaxCLL and MaxFALL in cd/m²."""
+    closed_captions: bool
+    """Whether frames carry them (CEA-608 and 708), as the first one does."""
     audio_streams: int
     subtitle_streams: int
     other_streams: int
@@ -283,6 +285,7 @@ def _describe(
         hdr=_HDR_TRANSFERS.get(context.color_trc),
         mastering_display=_mastering_display(side_data.get("MASTERING_DISPLAY_METADATA", b"")),
         content_light=_content_light(side_data.get("CONTENT_LIGHT_LEVEL", b"")),
+        closed_captions="A53_CC" in side_data,
         audio_streams=kinds.count("audio"),
         subtitle_streams=kinds.count("subtitle"),
         other_streams=len(kinds) - kinds.count("audio") - kinds.count("subtitle") - 1,
