@@ -319,6 +319,15 @@ class TestEnvironment:
 
 
 class TestImages:
+    def test_a_quality_is_what_it_was_asked_for(self, images, face_photo, tmp_path):
+        source = tmp_path / "a.jpg"
+        Image.open(face_photo).save(source, quality=95)
+        for quality in (20, 90):
+            result = images(source, "-o", tmp_path / str(quality), "--quality", quality)
+            assert result.exit_code == 0, result.stderr
+        small, large = (tmp_path / str(quality) / "a.jpg" for quality in (20, 90))
+        assert 2 * small.stat().st_size < large.stat().st_size < source.stat().st_size
+
     def test_a_tree_keeps_its_shape(self, images, face_photo, tmp_path):
         folder = tmp_path / "in"
         (folder / "sub").mkdir(parents=True)

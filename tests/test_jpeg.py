@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media import turbojpeg
@@ -390,6 +390,23 @@ def test_a_bug_in_an_edit_comes_out():
 
     with pytest.raises(RuntimeError, match="seen"):
         edit_coefficients(encode(), edit, progressive=False)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_quality_codes_the_whole_picture_anew(tmp_path, suffix):
+    source = tmp_path / f"photo{suffix}"
+    Image.fromarray(skimage.data.astronaut()[:96, :128]).save(source, quality=95)
+    still = read_image(source)
+    sizes = []
+    for quality in (30, 80):
+        target = tmp_path / f"{quality}{suffix}"
+        write_image(target, still, still.frame, quality=quality)
+        again = Image.open(target)
+        difference = np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(source))).mean()
+        assert 0.5 < difference < 12
+        assert suffix == ".webp" or JpegImagePlugin.get_sampling(again) == still.subsampling
+        sizes.append(target.stat().st_size)
+    assert sizes[0] < 0.7 * sizes[1] < 0.7 * source.stat().st_size
 
 
 def test_without_libjpeg_turbo_a_jpeg_is_coded_anew_and_a_warning_says_so(tmp_path, monkeypatch, caplog):

@@ -58,6 +58,10 @@ SKIPPED_SHOWN = 5
     "--on-error", type=click.Choice(["skip", "stop"]), default="skip", show_default=True,
     help="What a photo that fails does to the run.",
 )  # fmt: skip
+@click.option(
+    "--quality", type=click.IntRange(1, 100),
+    help="Code JPEG and WebP pictures anew, in this quality. Default: only the blocks that change, as they were coded.",
+)  # fmt: skip
 @no_label_option
 @output_options
 def command(
@@ -70,6 +74,7 @@ def command(
     overwrite: bool,
     resume: bool,
     on_error: Literal["skip", "stop"],
+    quality: int | None,
     no_label: bool,
     out: Output,
 ) -> None:
@@ -87,7 +92,7 @@ def command(
         with locked_folder(output):
             check_space({output: size})
             networks = network.load(out)
-            options = folder_options(networks.fingerprints, request, label=not no_label)
+            options = folder_options(networks.fingerprints, request, label=not no_label, quality=quality)
             skipped: Counter[Skipped] = Counter()
             timer, summary = StageTimer(), _Summary()
             with (
@@ -102,6 +107,7 @@ def command(
                         request,
                         overwrite=overwrite,
                         label=not no_label,
+                        quality=quality,
                         skipped=skipped,
                         timer=timer,
                     )

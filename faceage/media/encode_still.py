@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -76,10 +77,13 @@ def _planes_to_rgb(planes: list[Plane]) -> Plane:
     return cv2.cvtColor(np.dstack([luma, red, blue]), cv2.COLOR_YCrCb2RGB)
 
 
-def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None) -> bytes:
-    """Encode what Pillow writes whole; `kind` is JPEG, WEBP or BMP."""
+def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None, quality: int | None = None) -> bytes:
+    """Encode what Pillow writes whole; `kind` is JPEG, WEBP or BMP; `quality` as in `image.write_image`."""
+    options: dict[str, Any]
     if kind == "JPEG":
-        if still.quantization:
+        if quality is not None:
+            options = {"quality": quality, "subsampling": still.subsampling}
+        elif still.quantization:
             options = {"qtables": still.quantization, "subsampling": still.subsampling}
         else:
             options = {"quality": 95, "subsampling": 0}
@@ -87,7 +91,8 @@ def encode_pillow(samples: Plane, still: Still, kind: str, xmp: bytes | None) ->
         options |= {"progressive": still.progressive, "comment": still.comment, "extra": app13}
     elif kind == "WEBP":
         # A lossy WebP does not say its quality. `exact` keeps the colours under transparent pixels.
-        options = {"lossless": still.lossless or still.format != "WEBP", "quality": 90, "exact": True}
+        lossless = quality is None and (still.lossless or still.format != "WEBP")
+        options = {"lossless": lossless, "quality": quality or 90, "exact": True}
     else:
         options = {}
     tags = {"exif": still.exif, "icc_profile": still.icc_profile, "xmp": xmp, "dpi": still.dpi}

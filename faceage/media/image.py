@@ -44,6 +44,7 @@ def write_image(
     *,
     overwrite: bool = False,
     label: Mapping[str, str] | None = None,
+    quality: int | None = None,
 ) -> None:
     """Write a frame as the kind of file that its still was read from.
 
@@ -56,6 +57,8 @@ def write_image(
             its changed blocks are coded anew; metadata that a change makes untrue is left out, which a warning says.
         overwrite: whether an existing file may be replaced.
         label: fields for the XMP label (`xmp.label_xmp`), or None for no label. BMP can hold none.
+        quality: 1 to 100: code the whole of a JPEG or a WebP in this quality, chroma in the source's resolution; None:
+            as above. Other formats have none.
 
     Raises:
         MediaError: if the file exists, or cannot be written.
@@ -68,12 +71,12 @@ def write_image(
     _check_free(path, overwrite)
     xmp = label_xmp(still.xmp, label) if label is not None else still.xmp
     try:
-        if kind == "JPEG" and still.jpeg and _is_alike(frame, still.frame):
+        if kind == "JPEG" and still.jpeg and quality is None and _is_alike(frame, still.frame):
             data, dropped = edit_in_place(still.jpeg, still, frame, xmp)
             if dropped:
                 log.warning("%s: left out: %s", path, "; ".join(dropped))
         else:
-            data = _encode(path, kind, still, frame, xmp)
+            data = _encode(path, kind, still, frame, xmp, quality)
     except (OSError, ValueError, struct.error) as error:  # a side or a metadata block longer than the format allows
         raise MediaError(f"{path}: cannot be stored as {kind} ({error}); write .png or .tif") from error
     _write_whole(path, data)
@@ -83,7 +86,7 @@ def _is_alike(frame: Frame, other: Frame) -> bool:
     return (frame.pixel_format, frame.width, frame.height) == (other.pixel_format, other.width, other.height)
 
 
-def _encode(path: Path, kind: str, still: Still, frame: Frame, xmp: bytes | None) -> bytes:
+def _encode(path: Path, kind: str, still: Still, frame: Frame, xmp: bytes | None, quality: int | None) -> bytes:
     samples = as_stored(to_rgb(frame), still.orientation)
     if still.jpeg and _is_alike(frame, still.frame):  # padded, perhaps
         width, height = still.jpeg.size
@@ -97,7 +100,8 @@ def _encode(path: Path, kind: str, still: Still, frame: Frame, xmp: bytes | None
     if kind == "TIFF":
         return encode_tiff(samples, still, xmp)
     # A BMP has no tag for the orientation, so it is stored upright.
-    return encode_pillow(as_upright(samples, still.orientation) if kind == "BMP" else samples, still, kind, xmp)
+    samples = as_upright(samples, still.orientation) if kind == "BMP" else samples
+    return encode_pillow(samples, still, kind, xmp, quality)
 
 
 def copy_image(source: str | os.PathLike[str], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

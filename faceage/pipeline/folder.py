@@ -226,6 +226,7 @@ def age_folder(
     *,
     overwrite: bool = False,
     label: bool = True,
+    quality: int | None = None,
     skipped: Counter[Skipped] | None = None,
     timer: StageTimer | None = None,
 ) -> Generator[PhotoReport, None, None]:
@@ -239,6 +240,7 @@ def age_folder(
         request: whom to age, and how.
         overwrite: replace outputs that are there.
         label: mark what is changed as partly synthetic.
+        quality: as in `photos.age_photos`.
         skipped: counts the photos that are left alone.
         timer: counts the stages.
     """
@@ -252,11 +254,14 @@ def age_folder(
                 skipped[why] += 1
 
     # What the manifest lets through may be replaced: the work of a worker that died is done again.
-    for report in photo_reports(workers, wanted(), request, overwrite=True, label=label, timer=timer):
+    reports = photo_reports(workers, wanted(), request, overwrite=True, label=label, quality=quality, timer=timer)
+    for report in reports:
         manifest.add(report)
         yield report
 
 
-def folder_options(fingerprints: Mapping[str, str], request: AgeRequest, *, label: bool) -> dict:
+def folder_options(
+    fingerprints: Mapping[str, str], request: AgeRequest, *, label: bool, quality: int | None = None
+) -> dict:
     """Return all that outputs depend on beside their sources, for `Manifest`."""
-    return {"networks": dict(fingerprints), "request": asdict(request), "label": label}
+    return {"networks": dict(fingerprints), "request": asdict(request), "label": label, "quality": quality}

@@ -181,6 +181,7 @@ def age_photos(
     *,
     overwrite: bool = False,
     label: bool = True,
+    quality: int | None = None,
     timer: StageTimer | None = None,
 ) -> list[PhotoReport]:
     """Age the faces of photos. A photo that cannot be read or written is reported; the others are done.
@@ -191,13 +192,16 @@ def age_photos(
         request: whom to age, and how.
         overwrite: replace targets that exist.
         label: mark a photo that was changed as partly synthetic, in its XMP.
+        quality: 1 to 100, see `media.image.write_image`; None: changed blocks only, or as the source.
         timer: counts the stages.
 
     Returns:
         One report an item, in order.
     """
     places = {str(target): place for place, (_, target) in enumerate(items)}
-    reports = photo_reports(Here(networks), items, request, overwrite=overwrite, label=label, timer=timer)
+    reports = photo_reports(
+        Here(networks), items, request, overwrite=overwrite, label=label, quality=quality, timer=timer
+    )
     return sorted(reports, key=lambda report: places[report.target])
 
 
@@ -208,6 +212,7 @@ def photo_reports(
     *,
     overwrite: bool = False,
     label: bool = True,
+    quality: int | None = None,
     timer: StageTimer | None = None,
 ) -> Iterator[PhotoReport]:
     """Age the faces of any number of photos, and yield each one's report as soon as it is final, in any order.
@@ -218,11 +223,12 @@ def photo_reports(
         request: see there.
         overwrite: see there.
         label: see there.
+        quality: see there.
         timer: see there.
     """
     # One worker has more of one block: it reads on from photo to photo.
     blocks: Iterable[Iterable[tuple[Path, Path]]] = [items] if workers.count == 1 else _blocks(items)
-    with closing(workers.map(partial(_age_block, request, overwrite, label), blocks)) as results:
+    with closing(workers.map(partial(_age_block, request, overwrite, label, quality), blocks)) as results:
         for result in results:
             if isinstance(result, PhotoReport):
                 yield result
@@ -237,7 +243,12 @@ def _blocks(items: Iterable[tuple[Path, Path]]) -> Iterator[list[tuple[Path, Pat
 
 
 def _age_block(
-    request: AgeRequest, overwrite: bool, label: bool, worker: Worker, items: Iterable[tuple[Path, Path]]
+    request: AgeRequest,
+    overwrite: bool,
+    label: bool,
+    quality: int | None,
+    worker: Worker,
+    items: Iterable[tuple[Path, Path]],
 ) -> Iterator[PhotoReport | Mapping[str, float]]:
     """Yield the reports of photos, and the seconds of each stage at the end."""
     timer = StageTimer()
@@ -267,7 +278,7 @@ def _age_block(
         try:
             with timer("write"):
                 if aged.is_changed:
-                    write_image(job.target, job.still, frame, overwrite=overwrite, label=fields)
+                    write_image(job.target, job.still, frame, overwrite=overwrite, label=fields, quality=quality)
                 else:  # what nothing was done to is copied, byte for byte, and carries no label
                     copy_image(job.source, job.target, overwrite=overwrite)
         except FaceAgeError as failure:
