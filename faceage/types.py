@@ -190,6 +190,9 @@ class Change:
     """float32 [3, S, S], what is added to RGB in units of its [-1, 1] range (2 is black to white)."""
     gain: FloatArray | None = None
     """float32 [S, S], the relative change of the luma: -0.1 makes it a tenth darker; None: the luma is not scaled."""
+    dark: tuple[float, float] | None = None
+    """Lumas in [0, 1] of a sample up to which its luma changes in full, and from which on not at all; None: all samples
+    change. It needs a gain."""
 
     def __post_init__(self) -> None:
         size = self.delta.shape[-1]
@@ -206,7 +209,8 @@ class Change:
         """Return the share `weight` of the change, in [0, 1]."""
         if weight == 1:
             return self
-        return Change(delta=self.delta * weight, gain=None if self.gain is None else self.gain * weight)
+        gain = None if self.gain is None else self.gain * weight
+        return Change(delta=self.delta * weight, gain=gain, dark=self.dark)
 
     def plus(self, other: Change) -> Change:
         """Return the sum of two changes of one face."""

@@ -9,7 +9,8 @@ addition to R, G and B changes no chroma, so in YUV planes the same map is
 
     Y' = Y + gain (Y - black + b span) + deltaY,       C' = C + deltaC
 
-with black the code of E'Y = 0, and span the number of codes from E'Y = 0 to 1.
+with black the code of E'Y = 0, and span the number of codes from E'Y = 0 to 1. A change that is meant for dark samples
+is multiplied, in planes that have the luma (Y and packed RGB), by clip((none - E'Y) / (none - whole), 0, 1).
 
 For each plane, with p = crop pixels per plane sample along the crop's x, and likewise along its y:
 
@@ -90,6 +91,8 @@ class PlaneChange:
     black: float
     span: float
     """Codes of E'Y = 0, and of the range of E'Y."""
+    dark: tuple[float, float] | None
+    """`Change.dark`; None for chroma."""
 
 
 def enlarge_factor(crop_px_per_sample: float) -> int:
@@ -152,6 +155,13 @@ def code_max(layout: PixelLayout) -> int:
     return (2**layout.bit_depth - 1) << layout.shift
 
 
+def share_of_codes(part: PlaneChange) -> tuple[float, float]:
+    """Return the share of a change for dark samples at code 0, and how much it falls per code as it is stored."""
+    assert part.dark is not None
+    whole, none = (part.black + part.span * luma for luma in part.dark)
+    return none / (none - whole), 2.0**-part.layout.shift / (none - whole)
+
+
 def _filter_matrix_ref(size: int, step: float) -> tuple[FloatArray, int]:
     """Return the formula's second or third line along one axis as a [k * size, size] matrix, and k."""
     if step < 1:
@@ -198,6 +208,10 @@ def _change_ref(part: PlaneChange, rect: Rect) -> None:
         luma = codes @ to_device(RGB_LUMA, samples.device).double() if before.shape[2] == 3 else codes[..., 0]
         gain = _sample_ref(part.gain[..., None], part.matrix, rect, samples.device)
         change = change + gain * (luma - part.black + BLACK_OFFSET * part.span)[..., None]
+        if part.dark is not None:
+            whole, none = part.dark
+            share = (none - (luma - part.black) / part.span) / (none - whole)
+            change = change * share.clamp(0, 1)[..., None]
     rounded = change.round().long()
     after = (before + rounded * 2**layout.shift).clamp(0, code_max(layout))
     samples.copy_(torch.where(rounded == 0, before, after).reshape(samples.shape))
@@ -250,6 +264,7 @@ def _change_cpu(part: PlaneChange, rect: Rect) -> None:
     filtered, kx, ky = _filter_maps(offsets, *steps)
     x0, y0, x1, y1 = rect
     rows = max(1, STRIP_SAMPLES // ((x1 - x0) * offsets.shape[2]))
+    at_zero, per_code = (np.float32(v) for v in (share_of_codes(part) if part.dark is not None else (1, 0)))
     to_filtered = samples_to_filtered(matrix, rect, kx, ky)
     step = rows * to_filtered[:, 1]
     to_filtered[:, 2] -= step
@@ -261,13 +276,20 @@ def _change_cpu(part: PlaneChange, rect: Rect) -> None:
         change = warp_samples(filtered, to_filtered, size, cv2.BORDER_CONSTANT).reshape(samples.shape)
         if gains is not None:
             gain = warp_samples(gains, to_filtered, size, cv2.BORDER_CONSTANT)
+            luma = samples.astype(np.float32)
             if samples.ndim == 3:
-                luma = cv2.transform(samples.astype(np.float32), RGB_LUMA[None]).reshape(gain.shape)
-                grey = cv2.cvtColor(cv2.multiply(gain, luma, dst=gain), cv2.COLOR_GRAY2RGB)
-                change = cv2.add(change, grey, dst=change)
-            else:
-                change = cv2.add(change, cv2.multiply(gain, samples.astype(np.float32), dst=gain), dst=change)
+                luma = cv2.transform(luma, RGB_LUMA[None]).reshape(gain.shape)
+            added = cv2.multiply(gain, luma, dst=gain)
+            change = cv2.add(change, _spread(added, samples), dst=change)
+            if part.dark is not None:
+                share = np.clip(at_zero - per_code * luma, 0, 1)
+                change = cv2.multiply(change, _spread(share, samples), dst=change)
         _add_rounded(samples, change, layout)
+
+
+def _spread(values: FloatArray, samples: HostPlane) -> FloatArray:
+    """Return one value a sample [H, W] for each of its components."""
+    return cast(FloatArray, cv2.cvtColor(values, cv2.COLOR_GRAY2RGB)) if samples.ndim == 3 else values
 
 
 def _add_rounded(part: HostPlane, change: FloatArray, layout: PixelLayout) -> None:
@@ -339,6 +361,7 @@ def apply_change(
             gain=gain[inner] if gain is not None and spec.components[0] in "YR" else None,
             black=black,
             span=span,
+            dark=change.dark if gain is not None and spec.components[0] in "YR" else None,
         )
         parts.append((part, rect))
         x0, y0, x1, y1 = rect
@@ -369,4 +392,7 @@ def change_crop(pixels: FloatArray, change: Change) -> FloatArray:
     if change.gain is not None:
         luma = (np.einsum("c,chw->hw", RGB_LUMA, pixels) + 1) / 2
         after += 2 * change.gain * (luma + np.float32(BLACK_OFFSET))
+        if change.dark is not None:
+            whole, none = change.dark
+            after = pixels + (after - pixels) * np.clip((none - luma) / (none - whole), 0, 1)
     return np.clip(after, -1, 1, out=after)

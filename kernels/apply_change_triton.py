@@ -24,12 +24,13 @@ from faceage.kernels.apply_change import (
     enlarge_factor,
     plane_steps,
     samples_to_filtered,
+    share_of_codes,
 )
 from faceage.kernels.strided import code_type
 from faceage.kernels.transfer import as_tensor, to_device
 from faceage.types import FloatArray, Frame
 
-INTEGERS, REALS = 20, 13
+INTEGERS, REALS = 20, 15
 """Columns of the table: see `_row_of`."""
 BLOCK = 128
 """Samples of a plane a program."""
@@ -138,12 +139,15 @@ def _apply_change_kernel(
         code_2 = tl.load(samples + 2, mask=is_sample, other=0).to(tl.int32)
         luma = tl.load(m + 10).to(tl.float32) * luma + tl.load(m + 11).to(tl.float32) * code_1.to(tl.float32)
         luma += tl.load(m + 12).to(tl.float32) * code_2.to(tl.float32)
+    # What is brighter than the change is meant for changes less, down to nothing.
+    share = tl.load(m + 13).to(tl.float32) - tl.load(m + 14).to(tl.float32) * luma
+    share = tl.minimum(tl.maximum(share, 0.0), 1.0)
     divisor = tl.load(m + 8).to(tl.float32)
     added = tl.sum(relative, 1) * (luma / unit.to(tl.float32) + tl.load(m + 9).to(tl.float32))
-    _store_changed(samples, code_0, (tl.sum(change_0, 1) + added) / divisor, unit, largest, is_sample)
+    _store_changed(samples, code_0, (tl.sum(change_0, 1) + added) / divisor * share, unit, largest, is_sample)
     if IS_PACKED:
-        _store_changed(samples + 1, code_1, (tl.sum(change_1, 1) + added) / divisor, unit, largest, is_sample)
-        _store_changed(samples + 2, code_2, (tl.sum(change_2, 1) + added) / divisor, unit, largest, is_sample)
+        _store_changed(samples + 1, code_1, (tl.sum(change_1, 1) + added) / divisor * share, unit, largest, is_sample)
+        _store_changed(samples + 2, code_2, (tl.sum(change_2, 1) + added) / divisor * share, unit, largest, is_sample)
 
 
 @triton.jit
@@ -189,7 +193,8 @@ def _row_of(part: PlaneChange, rect: Rect, component: int) -> tuple[list[int], l
     Integers are address, row stride, column stride; the rectangle's x, y, width and height; the maps' width and height;
     k, reach and rim along x, then along y (see `_filter_position`); whether there is a gain; 2^shift; the largest code;
     and where the maps of delta and gain begin. Reals are the map from the rectangle's samples to D [6]; the steps along
-    x and y; what weights are divided by; what is added to the luma before it is multiplied; and its weights.
+    x and y; what weights are divided by; what is added to the luma before it is multiplied; its weights; and the share
+    of the change at code 0, and how much it falls per code.
     """
     plane = as_tensor(part.plane)
     x0, y0, x1, y1 = rect
@@ -208,7 +213,8 @@ def _row_of(part: PlaneChange, rect: Rect, component: int) -> tuple[list[int], l
         *(int(part.gain is not None), 2**layout.shift, code_max(layout)),
     ]
     added = BLACK_OFFSET * part.span - part.black
-    return integers, [*matrix.ravel().tolist(), *steps, divisor_x * divisor_y, added, *RGB_LUMA.tolist()]
+    share = share_of_codes(part) if part.dark is not None else (1.0, 0.0)
+    return integers, [*matrix.ravel().tolist(), *steps, divisor_x * divisor_y, added, *RGB_LUMA.tolist(), *share]
 
 
 def _axis(size: int, step: float) -> tuple[int, int, int, float]:

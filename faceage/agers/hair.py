@@ -52,8 +52,12 @@ FACE_CENTRE, REACH, OWN_REACH = 0.45, (0.36, 0.43), 0.2
 the crop, of which a face takes 0.29."""
 UPWARDS = 0.8
 """Distances above the face count less: heads are longer than wide."""
-ONE_KEY_FADE = 4.0
-"""Hair that is in one key frame only turns grey within 1 / this of the way to the other one, less and less."""
+DARK = (0.15, 0.5)
+"""On the way from the luma of the hair to that of the skin: what is darker than the first turns grey in full, what is
+brighter than the second not at all. A head moves between key frames: where hair was or will be, there is skin or
+background now."""
+MIN_CONTRAST = 0.1
+"""Least difference of the two that this is measured by."""
 RIM = 0.06
 """The mask falls to 0 over this share of the crop at its rims: long hair fades out there."""
 
@@ -73,6 +77,8 @@ class HairKey:
     """Added to luma in [0, 1]."""
     chroma: FloatArray
     """[S/2, S/2, 3], added to RGB in [0, 1]; without luma."""
+    dark: tuple[float, float]
+    """As `types.Change.dark`."""
     rows: tuple[int, int]
     """There is hair from the first to before the second, both even: drawing the others would cost as much."""
 
@@ -97,9 +103,7 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     mask = np.clip((_guided(probability, luma) - UNSURE) / (SURE - UNSURE), 0, 1)
     mask = mask * mask * (3 - 2 * mask) * _own_head(mask)
     calm = cv2.bilateralFilter(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
-    weight = cv2.GaussianBlur(mask, (0, 0), BASE_SIGMA * size)
-    base = cv2.GaussianBlur(calm * mask, (0, 0), BASE_SIGMA * size) / np.maximum(weight, 1e-3)
-    base = np.where(weight > 1e-3, base, luma).astype(np.float32)
+    base = _within(calm, mask, BASE_SIGMA * size)
     # What is far brighter than the strands around it is the background behind them. A margin is left to it: the head
     # moves between key frames, and a bright background that is taken for hair would shine.
     dark = _ramp((BRIGHTER[1] - (luma - base)) / (BRIGHTER[1] - BRIGHTER[0]))
@@ -112,25 +116,36 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands)
 
 
+def _within(x: FloatArray, mask: FloatArray, sigma: float) -> FloatArray:
+    """Return a blur of x that sees only what is in the mask; far from it, the mean of that."""
+    mean = float((x * mask).sum() / max(float(mask.sum()), 1e-6))
+    weight = cv2.GaussianBlur(mask, (0, 0), sigma)
+    return (cv2.GaussianBlur((x - mean) * mask, (0, 0), sigma) / (weight + np.float32(1e-3)) + mean).astype(np.float32)
+
+
 def _key(mask: FloatArray, base: FloatArray, chroma: FloatArray, skin_luma: float, lift: FloatArray | float) -> HairKey:
     """Put the module's formula together; chroma [S, S, 3] is RGB less luma, lift the formula's LIFT."""
     size = mask.shape[0]
     # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
     target = np.float32(np.clip(GREY_SHARE * skin_luma, min(GREY_RANGE[0], skin_luma), GREY_RANGE[1]))
     darker = np.maximum(target - base, 0)
+    hair_luma = float((base * mask).sum() / max(float(mask.sum()), 1e-6))
+    contrast = max(skin_luma - hair_luma, MIN_CONTRAST)
     gain = darker * (DETAIL / max(target, np.float32(1e-3)))
     return HairKey(
         mask=mask,
         gain=gain,
         lift=lift * darker - gain * (base + np.float32(BLACK_OFFSET)),
         chroma=np.float32(-FADE) * cv2.resize(chroma, (size // 2, size // 2), interpolation=cv2.INTER_AREA),
+        dark=(hair_luma + DARK[0] * contrast, hair_luma + DARK[1] * contrast),
         rows=_rows(mask),
     )
 
 
 def _rows(mask: FloatArray) -> tuple[int, int]:
     found = np.flatnonzero(mask.any(1))
-    return (found[0] // 2 * 2, found[-1] // 2 * 2 + 2) if len(found) else (0, 2)
+    # Two rows more on each side: half of the maps' side is enlarged, which reads the neighbouring rows.
+    return (max(found[0] // 2 * 2 - 2, 0), min(found[-1] // 2 * 2 + 4, len(mask))) if len(found) else (0, 2)
 
 
 def find_brows(rgb: FloatArray, area: FloatArray) -> HairKey:
@@ -157,7 +172,12 @@ def find_brows(rgb: FloatArray, area: FloatArray) -> HairKey:
 def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Change:
     """Return the change of a head's hair; `grey` in [0, 1], the rest as `agers.base.Ager.draw`."""
     size = before.mask.shape[0]
-    change = Change(delta=np.zeros((3, size, size), np.float32), gain=np.zeros((size, size), np.float32))
+    whole, none = ((1 - share) * a + share * b for a, b in zip(before.dark, after.dark, strict=True))
+    change = Change(
+        delta=np.zeros((3, size, size), np.float32),
+        gain=np.zeros((size, size), np.float32),
+        dark=None if before is after else (whole, none),  # a picture's own key frame shows its hair as it is
+    )
     add_hair(change, grey, before, after, share)
     return change
 
@@ -171,8 +191,7 @@ def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share
     def mix(a: FloatArray, b: FloatArray) -> FloatArray:
         return a if before is after else cv2.addWeighted(a, 1 - share, b, share, 0)
 
-    masks = before.mask[rows], after.mask[rows]
-    amount = np.float32(grey) * (masks[0] if before is after else _moving_mask(*masks, share))
+    amount = np.float32(grey) * mix(before.mask[rows], after.mask[rows])
     change.gain[rows] += amount * mix(before.gain[rows], after.gain[rows])
     chroma = mix(before.chroma[half_rows], after.chroma[half_rows])
     faded = cv2.resize(amount, chroma.shape[1::-1])[..., None] * chroma
@@ -180,17 +199,6 @@ def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share
     for plane, part in zip(change.delta[:, rows], cv2.split(cv2.resize(faded, amount.shape[::-1])), strict=True):
         plane += cv2.addWeighted(amount, 2, part, 2, 0)
     clear_rim(change.delta)
-
-
-def _moving_mask(before: FloatArray, after: FloatArray, share: float) -> FloatArray:
-    """Return where hair is between two key frames: where it is in both, and near one of them where it is in that one.
-
-    A head that nods moves its hair against its face. Where hair was, there is skin or background then: lit like hair,
-    it would shine. Hair that stays dark at its rim for some frames is hardly seen.
-    """
-    both = np.minimum(before, after)
-    leaving, arriving = (np.float32(max(0.0, 1 - ONE_KEY_FADE * s) ** 2) for s in (share, 1 - share))
-    return both + leaving * (before - both) + arriving * (after - both)
 
 
 def clear_rim(maps: FloatArray) -> FloatArray:

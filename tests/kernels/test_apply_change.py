@@ -69,11 +69,15 @@ MATRICES = {
 
 @pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES.keys())
-@pytest.mark.parametrize("has_gain", [False, True], ids=["delta", "gain and delta"])
-def test_cpu_equals_reference(pixel_format, matrix, has_gain):
+@pytest.mark.parametrize(
+    ("has_gain", "dark"),
+    [(False, None), (True, None), (True, (0.3, 0.7))],
+    ids=["delta", "gain and delta", "dark samples"],
+)
+def test_cpu_equals_reference(pixel_format, matrix, has_gain, dark):
     fast = make_frame(pixel_format)
     slow = copy_frame(fast)
-    change = Change(delta=rough_delta(), gain=rough_gain() if has_gain else None)
+    change = Change(delta=rough_delta(), gain=rough_gain() if has_gain else None, dark=dark)
     rect = apply_change(fast, change, matrix)
     assert rect == apply_change(slow, change, matrix, impl="ref")
     for a, b in zip(fast.planes, slow.planes, strict=True):

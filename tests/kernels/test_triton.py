@@ -228,6 +228,9 @@ def changed_by_formula(frame, change, frame_to_crop):
         added = sampled(maps[number])
         if change.gain is not None and (is_rgb or number == 0):
             added = added + sampled(change.gain.astype(np.float64)) * (luma - black + BLACK_OFFSET * span)
+            if change.dark is not None:
+                whole, none = change.dark
+                added = added * np.clip((none - (luma - black) / span) / (none - whole), 0, 1)
         after.append(np.clip(codes + added, 0, 2**layout.bit_depth - 1))
     return after
 
@@ -237,7 +240,7 @@ def rough_change(has_gain, seed=0):
     delta, gain = np.zeros((3, SIZE, SIZE), np.float32), np.zeros((SIZE, SIZE), np.float32)
     delta[:, 2:-2, 2:-2] = rng.normal(0, 0.4, (3, SIZE - 4, SIZE - 4))
     gain[2:-2, 2:-2] = rng.normal(0, 0.3, (SIZE - 4, SIZE - 4))
-    return Change(delta=delta, gain=gain if has_gain else None)
+    return Change(delta=delta, gain=gain if has_gain else None, dark=(0.3, 0.7) if has_gain and seed > 1 else None)
 
 
 def assert_nearly_equal(tensors, arrays, layout):
