@@ -280,8 +280,8 @@ def test_the_sheet_has_a_cell_for_each_age(either, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either an age or"),
-        ({"age": 70, "by": 10}, "either an age or"),
+        ({}, "either an age, a number"),
+        ({"age": 70, "by": 10}, "either an age, a number"),
         ({"age": 400}, "age is 400; it must be from 0 to 100"),
         ({"age": 70, "source_age": -1}, "source_age is -1"),
         ({"by": 101}, "by is 101"),

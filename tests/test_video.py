@@ -6,6 +6,7 @@ import dataclasses
 import io
 import logging
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -444,6 +445,27 @@ def test_chapters_tags_and_rotation_are_kept(tmp_path, suffix):
         ]
 
 
+def test_quicktime_has_its_chapter_track_whatever_the_time_scales(tmp_path):
+    """The streams' least common multiple has some 2^31 units in two seconds: too many for a chapter of six."""
+
+    def configure(output, stream):
+        base = Fraction(1, 1000)
+        chapter = {"id": 0, "start": 0, "end": 6000, "time_base": base, "metadata": {"title": "all"}}
+        output.set_chapters([chapter])
+
+    base = Fraction(1, 30_011)
+    clip = make_clip(
+        tmp_path / "in.mov", pts=[0, 3 * 30_011, 6 * 30_011], time_base=base, audio="aac", configure=configure,
+        container_options={"movie_timescale": "1000"},
+    )  # fmt: skip
+    transcode(clip, tmp_path / "out.mov")
+    assert b"chap" in clip.read_bytes()
+    assert b"chap" in (tmp_path / "out.mov").read_bytes()
+    with av.open(str(tmp_path / "out.mov")) as container:
+        (chapter,) = container.chapters()
+        assert chapter["end"] * chapter["time_base"] == 6
+
+
 @pytest.mark.parametrize(
     ("matrix", "rotation"),
     [
@@ -640,6 +662,43 @@ def test_hdr_is_not_written_in_eight_bits(tmp_path, caplog):
     encoder = choose_encoder(dataclasses.replace(info, hdr="pq"), EncodeOptions())
     assert (encoder.name, encoder.pixel_format) == ("libx264", "yuv420p10le")
     assert "no encoder here writes vp9 yuv420p10le; writing libx264 yuv420p10le" in caplog.messages[-1]
+
+
+def add_to_sample_entry(path, codec, box):
+    """Put a box at the end of the sample entry of an MP4 file whose moov is its last box."""
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(codec) - 4
+    end = entry + int.from_bytes(data[entry : entry + 4], "big")
+    for kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", codec):
+        at = (data.index(kind, data.index(b"moov")) if kind != codec else entry + 4) - 4
+        length = int.from_bytes(data[at : at + 4], "big") + len(box)
+        data[at : at + 4] = length.to_bytes(4, "big")
+    path.write_bytes(data[:end] + box + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (b"dvvC" + bytes([1, 0, 8 << 1, 0]) + bytes(20), r"its Dolby Vision metadata \(profile 8\) is left out"),
+        (b"st3d" + bytes(4) + b"\1", "that its picture is stereoscopic is left out"),
+    ],
+)
+def test_what_a_container_says_of_the_picture_and_no_encoder_writes_is_said(tmp_path, caplog, box, message):
+    clip = make_clip(tmp_path / "in.mp4")
+    transcode(clip, tmp_path / "out.mp4")
+    assert not caplog.messages
+    add_to_sample_entry(clip, b"avc1", (4 + len(box)).to_bytes(4, "big") + box)
+    transcode(clip, tmp_path / "out2.mp4")
+    assert re.search(message, caplog.text)
+    assert len(packets_of(tmp_path / "out2.mp4", "video")) == FRAMES
+
+
+def test_dolby_vision_of_profile_5_is_refused(tmp_path):
+    clip = make_clip(tmp_path / "in.mp4")
+    box = b"dvcC" + bytes([1, 0, 5 << 1, 0]) + bytes(20)
+    add_to_sample_entry(clip, b"avc1", (4 + len(box)).to_bytes(4, "big") + box)
+    with pytest.raises(UnsupportedError, match=r"is Dolby Vision of profile 5, .* convert it to HDR10 first"):
+        transcode(clip, tmp_path / "out.mp4")
 
 
 @pytest.mark.parametrize("siting", ["left", "center", "topleft", "top"])

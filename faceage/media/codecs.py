@@ -65,6 +65,9 @@ _NVENC |= {name: name for name in _NVENC.values()}
 _TOLERABLE_LOSS = PixFmtLoss.DEPTH | PixFmtLoss.COLORQUANT
 """A source keeps its codec at this price, with a warning: ProRes 4444 decodes to 12 bits, encodes from 10."""
 
+_DOLBY_VISION_ALONE = 5
+"""The profile whose base layer no plain decoder shows rightly."""
+
 _BT709 = 1
 """FFmpeg's number of the matrix."""
 
@@ -147,6 +150,7 @@ def choose_encoder(info: VideoInfo, options: EncodeOptions, suffix: str = "", de
 
 def _host_encoder(info: VideoInfo, options: EncodeOptions, suffix: str) -> Encoder:
     """Return the encoder for frames on the host."""
+    _check_kept(info)
     wanted = options.codec
     if wanted is None and suffix.lower() in (".wmv", ".asf"):
         wanted = "wmv2"
@@ -179,6 +183,25 @@ def _host_encoder(info: VideoInfo, options: EncodeOptions, suffix: str) -> Encod
         f"{info.path} is {info.codec} {info.pixel_format}, and no encoder here keeps that format; "
         "choose one with --codec (ffv1 keeps most)"
     )
+
+
+def _check_kept(info: VideoInfo) -> None:
+    """Say what of the picture's description no encoder here writes; refuse what would show wrong colours without it."""
+    if info.dolby_vision == _DOLBY_VISION_ALONE:
+        raise UnsupportedError(
+            f"{info.path} is Dolby Vision of profile 5, whose colours are wrong without its metadata, which no encoder "
+            "here writes; convert it to HDR10 first"
+        )
+    if info.dolby_vision is not None:
+        log.warning(
+            "%s: its Dolby Vision metadata (profile %d) is left out; its base layer is kept",
+            info.path,
+            info.dolby_vision,
+        )
+    if info.projection:
+        log.warning(
+            "%s: that its picture is %s is left out; say it again with a tool for it", info.path, info.projection
+        )
 
 
 def _encoder(name: str) -> Codec:

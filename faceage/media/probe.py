@@ -57,6 +57,22 @@ REPACKED = (
 )
 """Decoded formats that are copied, without loss, into one that faceage edits. Any other is refused."""
 
+_ISO_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
+"""What an ISO base media file begins with."""
+_MATROSKA_HEAD = 1 << 16
+"""Bytes of a Matroska file in which its streams are described."""
+_DOLBY_VISION = re.compile(rb"dv[cvw]C(?:\x41\xed.)?..(.)", re.DOTALL)
+"""In MP4 a box, in Matroska the type of a BlockAdditionMapping, whose data follows."""
+_LONGEST_STSD = 1 << 16
+_SPHERICAL_V1 = bytes.fromhex("ffcc8263f8554a938814587a02521fdd")
+_PROJECTIONS = {
+    b"sv3d": "spherical",
+    _SPHERICAL_V1: "spherical",
+    b"st3d": "stereoscopic",
+    b"vexu": "stereoscopic",
+}
+"""Boxes of MP4 -> what they say of the picture: Google's of spherical video, and Apple's of spatial video."""
+
 _SITING_ELEMENTS = re.compile(rb"\x55\xb7\x81(.)\x55\xb8\x81(.)", re.DOTALL)
 """ChromaSitingHorz and ChromaSitingVert of Matroska (RFC 9559, 5.1.4.1.28.23), a byte each."""
 _SITINGS = {(1, 2): "left", (2, 2): "center", (1, 1): "topleft", (2, 1): "top"}
@@ -117,6 +133,10 @@ class VideoInfo:
     """"pq" or "hlg"."""
     mastering_display: tuple[float, ...] | None
     """Red x y, green x y, blue x y, white x y (CIE 1931), then minimum and maximum luminance in cd/m²."""
+    dolby_vision: int | None
+    """Its profile, if there is Dolby Vision."""
+    projection: str | None
+    """"spherical" or "stereoscopic", if the container says that the picture is not a plain one."""
     content_light: tuple[int, int] | None
     """MaxCLL and MaxFALL in cd/m²."""
     closed_captions: bool
@@ -260,6 +280,7 @@ def _describe(
     duration = container.duration / av.time_base if container.duration else None
     count = len(stream.index_entries) if counts_frames(container) else stream.frames
     kinds = [s.type for s in container.streams]
+    boxes = _description_of(path)
     return VideoInfo(
         path=path,
         container=container.format.name,
@@ -284,6 +305,8 @@ def _describe(
         field_order=_field_order(context, frame),
         hdr=_HDR_TRANSFERS.get(context.color_trc),
         mastering_display=_mastering_display(side_data.get("MASTERING_DISPLAY_METADATA", b"")),
+        dolby_vision=_dolby_vision(boxes),
+        projection=next((kind for mark, kind in _PROJECTIONS.items() if mark in boxes), None),
         content_light=_content_light(side_data.get("CONTENT_LIGHT_LEVEL", b"")),
         closed_captions="A53_CC" in side_data,
         audio_streams=kinds.count("audio"),
@@ -354,13 +377,13 @@ def missing_bytes(path: Path) -> int:
             return max(0, _matroska_end(file.read(4096), head) - size)
         if head[:4] == b"RIFF":
             return max(0, 8 + struct.unpack("<I", head[4:8])[0] - size)
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-            return max(0, max(_box_ends(path), default=0) - size)
+        if head[4:8] in _ISO_BOXES:
+            return max(0, max((end for _, _, end in _boxes(path)), default=0) - size)
     return 0
 
 
-def _box_ends(path: Path) -> Iterator[int]:
-    """Yield where each outer box of an ISO base media file ends (ISO/IEC 14496-12, 4.2)."""
+def _boxes(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the type, the start and the end of each outer box of an ISO base media file (ISO/IEC 14496-12, 4.2)."""
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
         while offset + 8 <= size:
@@ -371,8 +394,39 @@ def _box_ends(path: Path) -> Iterator[int]:
                 length = int.from_bytes(head[8:16], "big")
             if length < 8:  # 0: to the end of the file
                 return
+            yield head[4:8], offset, offset + length
             offset += length
-            yield offset
+
+
+def _description_of(path: Path) -> bytes:
+    """Return the part of an MP4 or Matroska file that describes its streams; empty for others."""
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] == b"\x1aE\xdf\xa3":
+            return file.read(_MATROSKA_HEAD)
+        if head[4:8] not in _ISO_BOXES:
+            return b""
+        for kind, start, end in _boxes(path):
+            if kind == b"moov":
+                file.seek(start)
+                return b"".join(_sample_descriptions(file.read(end - start)))
+    return b""
+
+
+def _sample_descriptions(moov: bytes) -> Iterator[bytes]:
+    """Yield the stsd box of each track, and the box of old spherical videos, if it is there."""
+    for found in re.finditer(b"stsd", moov):
+        length = int.from_bytes(moov[found.start() - 4 : found.start()], "big")
+        if length < _LONGEST_STSD:  # else it is a number in a table
+            yield moov[found.start() : found.start() + length]
+    if _SPHERICAL_V1 in moov:
+        yield _SPHERICAL_V1
+
+
+def _dolby_vision(description: bytes) -> int | None:
+    """Return the profile of a Dolby Vision configuration record: it begins with two bytes of version, then 7 bits."""
+    found = _DOLBY_VISION.search(description)
+    return None if found is None else found[1][0] >> 1
 
 
 def _matroska_end(body: bytes, head: bytes) -> int:

@@ -212,10 +212,12 @@ def muxer_options(path: Path, source: InputContainer, tags: dict[str, str]) -> d
     suffix = path.suffix.lower()
     if suffix in (".mp4", ".m4v", ".mov"):
         scale = 1
+        # Chapters become a track whose samples, in these units, have 31 bits for their lengths.
+        length_s = (source.duration or 0) / av.time_base if source.chapters() else 1
         for stream in source.streams:
             assert stream.time_base is not None  # FFmpeg gives every stream that it demuxes one
             common = math.lcm(scale, stream.time_base.denominator)
-            scale = common if common < 2**31 else scale
+            scale = common if common * max(length_s, 1) < 2**31 else scale
         options = {"movie_timescale": str(scale)}
         if any(key.split("-")[0] not in _ITUNES_TAGS for key in tags):
             options["movflags"] = "use_metadata_tags"
