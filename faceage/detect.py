@@ -25,7 +25,7 @@ import numpy.typing as npt
 from faceage.engines.base import Engine, Program, Runtime
 from faceage.engines.registry import DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore
-from faceage.kernels import AreaMeans, gather_crops, select_candidates, to_host
+from faceage.kernels import AreaMeans, all_to_host, gather_crops, select_candidates
 from faceage.networks.mtcnn import (
     ONET_SIZE_PX,
     PNET_CELL_PX,
@@ -261,7 +261,8 @@ class Detector:
     def _in_batches(self, engine: Engine, count: int, crops: Callable[[slice], Samples]) -> list[FloatArray]:
         size = self.config.max_batch
         outputs = [engine(crops(slice(start, start + size))) for start in range(0, max(count, 1), size)]
-        return [np.concatenate([to_host(part) for part in parts]) for parts in zip(*outputs, strict=True)]
+        on_host = [all_to_host(parts) for parts in outputs]
+        return [np.concatenate(parts) for parts in zip(*on_host, strict=True)]
 
 
 def load_detector(

@@ -13,6 +13,7 @@ from faceage.kernels.gather import gather_crops
 from faceage.kernels.placement import cut_out
 from faceage.kernels.thumbnail import Thumbnail, luma_plane, thumbnail
 from faceage.kernels.transfer import (
+    all_to_host,
     clone_planes,
     download_planes,
     to_device,
@@ -28,6 +29,7 @@ __all__ = [
     "Candidates",
     "Rect",
     "Thumbnail",
+    "all_to_host",
     "apply_change",
     "change_crop",
     "clone_planes",

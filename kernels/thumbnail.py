@@ -12,15 +12,19 @@ OpenCV in another way; thumbnails are only compared with those of the same video
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import upright
 from faceage.kernels.transfer import as_tensor, to_device, to_host
 from faceage.types import FloatArray, Frame, HostPlane, Plane
+
+if TYPE_CHECKING:
+    import torch
 
 SUBSAMPLE = 8
 """n: 0.1 ms a 1080p frame."""
@@ -51,30 +55,40 @@ def _area_matrix(count: int, samples: int) -> npt.NDArray[np.float32]:
     return (np.diff(covered, axis=0) * count / samples).astype(np.float32)
 
 
-def thumbnail(frame: Frame, *, impl: Literal["auto", "ref", "cpu"] = "auto") -> Thumbnail:
+def thumbnail(frame: Frame, *, impl: Literal["auto"] | Implementation = "auto") -> Thumbnail:
     """Return what a frame looks like from afar, on the host.
 
     Args:
         frame: arrays or tensors.
-        impl: "cpu" is OpenCV, for arrays; "ref" PyTorch; "auto" is "cpu" for arrays, else "ref".
+        impl: "cpu" is OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a GPU; "auto"
+            what fits the frame.
     """
-    if impl == "auto":
-        impl = "cpu" if frame.is_array else "ref"
-    return _thumbnail_ref(frame) if impl == "ref" else _thumbnail_cpu(frame)
+    chosen = choose_implementation(frame, impl)
+    if chosen == "cpu":
+        return _thumbnail_cpu(frame)
+    luma = as_tensor(frame.planes[0])[::SUBSAMPLE, ::SUBSAMPLE]
+    luma = luma[..., 1] if luma.ndim == 3 else luma
+    shift = frame.layout.shift + frame.layout.bit_depth - 8
+    if chosen == "triton":
+        from faceage.kernels.thumbnail_triton import thumbnail_triton
+
+        values = thumbnail_triton(luma, shift, THUMBNAIL_PX, HISTOGRAM_BINS)
+    else:
+        values = _thumbnail_ref(luma, shift)
+    found = to_host(values)  # one way to the host for both
+    pixels, counts = found[:-HISTOGRAM_BINS], found[-HISTOGRAM_BINS:]
+    return Thumbnail(pixels.reshape(THUMBNAIL_PX[::-1]), counts / np.float32(luma.shape[0] * luma.shape[1]))
 
 
-def _thumbnail_ref(frame: Frame) -> Thumbnail:
+def _thumbnail_ref(luma: torch.Tensor, shift: int) -> torch.Tensor:
+    """Return the thumbnail's pixels and the counts of the bins in one piece, from samples [H, W]."""
     import torch
 
-    luma = as_tensor(frame.planes[0])[::SUBSAMPLE, ::SUBSAMPLE]
-    luma = (luma[..., 1] if luma.ndim == 3 else luma).int() >> (frame.layout.shift + frame.layout.bit_depth - 8)
-    height, width = luma.shape
-    rows, columns = (to_device(_area_matrix(*n), luma.device) for n in ((27, height), (48, width)))
-    small = (rows @ luma.float() @ columns.T).round()
-    counts = torch.histc(luma.float(), HISTOGRAM_BINS, 0, 256)
-    # One way to the host for both.
-    values = to_host(torch.cat([small.flatten(), counts / luma.numel()]))
-    return Thumbnail(values[:-HISTOGRAM_BINS].reshape(27, 48), values[-HISTOGRAM_BINS:])
+    codes = (luma.int() >> shift).float()
+    sides = zip(THUMBNAIL_PX[::-1], codes.shape, strict=True)
+    rows, columns = (to_device(_area_matrix(*side), luma.device) for side in sides)
+    small = (rows @ codes @ columns.T).round()
+    return torch.cat([small.flatten(), torch.histc(codes, HISTOGRAM_BINS, 0, 256)])
 
 
 def _thumbnail_cpu(frame: Frame) -> Thumbnail:

@@ -27,6 +27,18 @@ def to_host(samples: Samples) -> FloatArray:
     return samples if isinstance(samples, np.ndarray) else samples.cpu().numpy()
 
 
+def all_to_host(samples: Sequence[Samples]) -> list[FloatArray]:
+    """Return several values as arrays; those of a device go in one piece, for which it is waited once."""
+    if isinstance(samples[0], np.ndarray):
+        return [to_host(each) for each in samples]
+    import torch
+
+    tensors = [as_tensor(each) for each in samples]
+    together = to_host(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = np.split(together, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def to_device(array: npt.NDArray, device: torch.device | str) -> torch.Tensor:
     """Return an array as a tensor on a device, without waiting for it."""
     import torch
@@ -37,7 +49,7 @@ def to_device(array: npt.NDArray, device: torch.device | str) -> torch.Tensor:
     return tensor
 
 
-def as_tensor(plane: Plane) -> torch.Tensor:
+def as_tensor(plane: Plane | Samples) -> torch.Tensor:
     """Return a plane as a tensor over the same memory."""
     import torch
 

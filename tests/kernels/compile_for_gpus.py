@@ -16,10 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from faceage.kernels import AreaMeans, apply_change, gather_crops
+from faceage.kernels import AreaMeans, apply_change, gather_crops, thumbnail
 from faceage.types import Change
 
-TYPES = {torch.int64: "*i64", torch.float64: "*fp64", torch.float32: "*fp32"}
+TYPES = {
+    **{torch.int64: "*i64", torch.float64: "*fp64", torch.float32: "*fp32"},
+    **{torch.uint8: "*u8", torch.uint16: "*u16"},
+}
 done = set()
 
 
@@ -49,3 +52,4 @@ for pixel_format in ("nv12", "p010le", "gray", "rgb24", "rgb48"):
     means = AreaMeans([frame], impl="triton")
     means.pictures(40, 40)
     means.pictures(5, 5)
+    thumbnail(frame, impl="triton")

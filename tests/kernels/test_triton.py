@@ -12,7 +12,7 @@ import torch
 from frames import as_tensors, noise_frame
 from numerics import ADD_ATOL_CODES, KERNEL_ADD_MAX_TIES, KERNEL_ATOL
 
-from faceage.kernels import AreaMeans, apply_change, color_of, gather_crops, rgb_to_yuv_delta, yuv_to_rgb
+from faceage.kernels import AreaMeans, apply_change, color_of, gather_crops, rgb_to_yuv_delta, thumbnail, yuv_to_rgb
 from faceage.kernels import implementation as implementation_module
 from faceage.kernels.apply_change import BLACK_OFFSET, RGB_LUMA, enlarge_factor, luma_codes
 from faceage.kernels.gather import box_factors
@@ -318,6 +318,16 @@ def test_no_change_and_no_overlap_touch_nothing():
         np.testing.assert_array_equal(plane.cpu().numpy(), before)
 
 
+@pytest.mark.parametrize("size", [(400, 301), (96, 57)])
+@pytest.mark.parametrize("pixel_format", ["nv12", "p010le", "gray16", "rgb24", "rgba64"])
+def test_thumbnails(pixel_format, size):
+    frame = noise_frame(pixel_format, *size, padding=5, span=(0, 1))
+    got, want = thumbnail(on_device(frame), impl="triton"), thumbnail(frame, impl="ref")
+    assert np.abs(got.luma - want.luma).max() <= 1
+    assert (got.luma != want.luma).mean() < 0.04  # halves, of which few samples give many
+    np.testing.assert_allclose(got.histogram, want.histogram, atol=1e-6)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests with impl=triton compile them for the GPU that is here")
 def test_every_kernel_compiles_for_gpus():
     """Without a GPU a kernel can be compiled, if not run: to machine code of Turing and Hopper."""
@@ -328,7 +338,8 @@ def test_every_kernel_compiles_for_gpus():
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert {line[0] for line in lines} == {"_gather_kernel", "_area_means_kernel", "_apply_change_kernel"}
+    names = {"gather", "area_means", "apply_change", "thumbnail"}
+    assert {line[0] for line in lines} == {f"_{name}_kernel" for name in names}
     assert {line[1] for line in lines} == {"75", "90"}
     assert all(line[3] == "registers" for line in lines), "no kernel spills into memory"
 
