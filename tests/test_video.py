@@ -31,6 +31,7 @@ from PIL import Image
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import choose_encoder
 from faceage.media.planes import read_only_planes, to_native
+from faceage.media.remux import advance_timecode
 from faceage.media.video import (
     EncodeOptions,
     VideoReader,
@@ -600,6 +601,44 @@ def test_time_code_track_is_kept_once(tmp_path):
     transcode(clip, tmp_path / "out.mov", FAST)
     with av.open(str(tmp_path / "out.mov")) as container:
         assert [s.metadata.get("timecode") for s in container.streams] == ["01:02:03:04"] * 2
+
+
+def test_a_range_has_the_time_code_and_the_subtitle_of_its_first_frame(tmp_path):
+    clip = make_clip(
+        tmp_path / "in.mkv",
+        time_base=Fraction(1, 1000),
+        pts=range(0, 4000, 40),
+        draw=lambda index: make_frame(index % 16),
+        subtitles=[(0.2, 0.3, "gone"), (0.5, 1.0, "still there"), (2.0, 1.0, "later")],
+        configure=lambda _, stream: stream.metadata.update(timecode="01:02:58:24"),
+    )
+    with VideoReader(clip, start_s=1, end_s=3) as reader, VideoWriter(tmp_path / "out.mkv", reader) as writer:
+        for frame in reader:
+            writer.write(frame)
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        stream = container.streams.video[0]
+        assert {"TIMECODE": "01:02:59:24"}.items() <= {k.upper(): v for k, v in stream.metadata.items()}.items()
+    shown = [
+        (bytes(p), p.pts * p.time_base, p.duration * p.time_base) for p in packets_of(tmp_path / "out.mkv", "subtitle")
+    ]
+    assert shown == [(b"still there", 0, Fraction(1, 2)), (b"later", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("timecode", "frames", "rate", "expected"),
+    [
+        ("01:00:00:00", 25, Fraction(25), "01:00:01:00"),
+        ("23:59:59:24", 1, Fraction(25), "00:00:00:00"),
+        ("00:00:59;29", 1, Fraction(30000, 1001), "00:01:00;02"),
+        ("00:09:59;29", 1, Fraction(30000, 1001), "00:10:00;00"),
+        ("00:00:00;00", 17982, Fraction(30000, 1001), "00:10:00;00"),
+        ("00:00:00;00", 107892, Fraction(30000, 1001), "01:00:00;00"),
+        ("00:00:59;59", 1, Fraction(60000, 1001), "00:01:00;04"),
+        ("unknown", 1, Fraction(25), "unknown"),
+    ],
+)
+def test_time_codes_of_later_frames(timecode, frames, rate, expected):
+    assert advance_timecode(timecode, frames, rate) == expected
 
 
 def test_interlacing_is_kept(tmp_path):

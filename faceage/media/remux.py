@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -120,7 +121,17 @@ class StreamCopier:
                 picture = packet.stream.disposition & av.stream.Disposition.attached_pic
                 if stamp is not None and not picture:
                     time = stamp * packet.time_base
-                    if (begin is not None and time < begin) or (self._end is not None and time >= self._end):
+                    if begin is not None and time < begin:
+                        over = (
+                            packet.stream.type == "subtitle"
+                            and time + (packet.duration or 0) * packet.time_base - begin
+                        )
+                        if not over or over <= 0:
+                            continue
+                        # A subtitle that is still shown where the range begins is shown from there on.
+                        packet.pts = packet.dts = round(begin / packet.time_base)
+                        packet.duration = round(over / packet.time_base)
+                    if self._end is not None and time >= self._end:
                         continue
                     shift = round(self._origin / packet.time_base)
                     packet.pts = None if packet.pts is None else packet.pts - shift
@@ -193,6 +204,33 @@ def stream_tags(stream: Stream) -> dict[str, str]:
     """Return a stream's tags by the names that muxers take: FFmpeg reads the title of a track in MP4 as its "name"."""
     tags = stream.metadata
     return {"title": tags["name"]} | tags if "name" in tags else tags
+
+
+def advance_timecode(timecode: str, frames: int, rate: Fraction) -> str:
+    """Return the time code of a later frame (SMPTE ST 12-1).
+
+    A time code with a semicolon drops numbers, not frames: two of 30 (four of 60) at the start of each minute but every
+    tenth, so that it keeps to the clock at 29.97 frames a second.
+
+    Args:
+        timecode: "HH:MM:SS:FF" or "HH:MM:SS;FF"; any other text is returned as it is.
+        frames: how many frames later.
+        rate: frames a second.
+    """
+    found = re.fullmatch(r"(\d\d):(\d\d):(\d\d)([:;.])(\d\d)", timecode)
+    if not found:
+        return timecode
+    hours, minutes, seconds, separator, number = (*map(int, found.group(1, 2, 3)), found[4], int(found[5]))
+    base = round(rate)
+    drop = round(rate / 15) if separator != ":" else 0
+    passed = 60 * hours + minutes
+    count = (60 * passed + seconds) * base + number - drop * (passed - passed // 10) + frames
+    ten_minutes, minute = 600 * base - 9 * drop, 60 * base - drop
+    tens, rest = divmod(count % (144 * ten_minutes), ten_minutes)
+    # The first of ten minutes drops nothing, so it is the longest.
+    count = ten_minutes * tens + rest + drop * (9 * tens + max(0, (rest - drop) // minute) if drop else 0)
+    seconds, number = divmod(count, base)
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{separator}{number:02}"
 
 
 def copied_tags(source: InputContainer, label: dict[str, str]) -> dict[str, str]:

@@ -17,10 +17,10 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
-from faceage.media.codecs import EncodeOptions, add_encoder, choose_encoder
+from faceage.media.codecs import EncodeOptions, add_encoder, choose_encoder, frame_rate
 from faceage.media.probe import VideoInfo, open_input
 from faceage.media.reader import VideoReader
-from faceage.media.remux import StreamCopier, can_label, copied_tags, muxer_options, stream_tags
+from faceage.media.remux import StreamCopier, advance_timecode, can_label, copied_tags, muxer_options, stream_tags
 from faceage.media.segment import Segment, SegmentEncoder, SegmentFormat
 from faceage.types import Frame
 
@@ -163,6 +163,11 @@ class VideoWriter:
             log.warning("%s: its transparency is in a second VP8 or VP9 picture, which is left out", self.info.path)
             stale.append("alpha_mode")
         stream.metadata.update({k: v for k, v in stream_tags(source).items() if not k.startswith(tuple(stale))})
+        if self._range[0] is not None:
+            rate = frame_rate(self.info)
+            skipped = round((self._range[0] - self.info.start_pts * self.info.time_base) * rate)
+            for name in [name for name in stream.metadata if name.lower() == "timecode"]:
+                stream.metadata[name] = advance_timecode(stream.metadata[name], skipped, rate)
         stream.disposition = source.disposition
         stream.set_display_matrix(self.info.display_matrix)
         if self._output.format.name == "mpegts":
