@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from contextlib import contextmanager, nullcontext
 
 import av
 import numpy as np
@@ -221,7 +222,7 @@ def test_an_encoder_on_the_device_gets_the_tensors(tmp_path, nvdec, monkeypatch,
     nvdec()
     monkeypatch.setattr(codecs, "_NVENC", {source: name})
     monkeypatch.setattr(codecs, "encoder_missing", lambda *_: None)
-    monkeypatch.setattr(codecs, "hardware", lambda _: None)
+    monkeypatch.setattr(codecs, "hardware", lambda _: nullcontext())
     if name == "ffv1":
         monkeypatch.setattr(codecs, "device_format", lambda info: info.pixel_format)
     given = []
@@ -280,6 +281,32 @@ def decode_reasons(caplog, clip):
     lines = [record.message for record in caplog.records if "decoded on the CPU and copied to cuda:0" in record.message]
     assert len(lines) == 1, "once a file"
     return lines[0].partition("cuda:0: ")[2]
+
+
+def test_ffmpeg_gets_the_context_of_torch(monkeypatch):
+    """Its own way, the primary context, is refused once torch is at work; there was no GPU to see that."""
+    current = []
+
+    @contextmanager
+    def use(name):
+        current.append(name)
+        yield
+        current.remove(name)
+
+    def zeros(*_, device):
+        assert current == [device]
+
+    with device.hardware("cuda:1") as accelerator:
+        without = dict(accelerator.options)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", use)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with device.hardware("cuda:1") as accelerator:
+        assert current == ["cuda:1"]
+        assert (accelerator.device_id, accelerator.is_hw_owned) == (1, True)
+        assert accelerator.options == {"primary_ctx": "0", "current_ctx": "1"}
+    assert current == []
+    assert without in ({"primary_ctx": "1"}, accelerator.options)
 
 
 @without_gpu

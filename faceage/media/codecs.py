@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -323,10 +324,10 @@ def add_encoder(output: OutputContainer, encoder: Encoder, info: VideoInfo, devi
         MediaError: if the encoder refuses the picture or an option.
     """
     ticks = encoder_time_base(encoder.name, info)
-    accelerator = hardware(device) if encoder.on_device and device is not None else None
-    stream = output.add_stream(encoder.name, rate=frame_rate(info), time_base=ticks, hwaccel=accelerator)
-    assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
-    _open_encoder(stream, encoder, info)
+    with hardware(device) if encoder.on_device and device is not None else nullcontext() as accelerator:
+        stream = output.add_stream(encoder.name, rate=frame_rate(info), time_base=ticks, hwaccel=accelerator)
+        assert isinstance(stream, VideoStream)  # choose_encoder refuses everything else
+        _open_encoder(stream, encoder, info)
     return stream
 
 

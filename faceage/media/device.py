@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -47,9 +50,27 @@ def device_format(info: VideoInfo) -> str | None:
     return _ON_DEVICE.get(info.pixel_format)
 
 
-def hardware(device: str) -> HWAccel:
-    """Return PyAV's setting that leaves frames on a device: "cuda" or "cuda:N"."""
-    return HWAccel("cuda", device=device.partition(":")[2] or "0", allow_software_fallback=True, is_hw_owned=True)
+@contextmanager
+def hardware(device: str) -> Iterator[HWAccel]:
+    """Give PyAV's setting that leaves frames on a GPU; whatever is opened with it has to be opened inside the block.
+
+    FFmpeg is to use torch's context of the GPU. It takes the primary context only if that has its own flags, which it
+    has not once torch is at work; so it takes the one that is current in the thread, which is torch's inside the block.
+
+    Args:
+        device: "cuda" or "cuda:N".
+    """
+    options: dict[str, object] = {}
+    with ExitStack() as stack:
+        if find_spec("torch") is not None:
+            import torch
+
+            if torch.cuda.is_available():
+                stack.enter_context(torch.cuda.device(device))
+                torch.zeros(1, device=device)  # a thread has no context before its first call
+                options = {"primary_ctx": "0", "current_ctx": "1"}
+        number = device.partition(":")[2] or "0"
+        yield HWAccel("cuda", device=number, allow_software_fallback=True, options=options, is_hw_owned=True)
 
 
 def open_decoder(container: InputContainer, info: VideoInfo, device: str) -> InputContainer:
@@ -73,7 +94,8 @@ def open_decoder(container: InputContainer, info: VideoInfo, device: str) -> Inp
 
 
 def _open_on_gpu(info: VideoInfo, device: str) -> InputContainer:
-    return av.open(str(info.path.absolute()), metadata_errors="replace", hwaccel=hardware(device))
+    with hardware(device) as accelerator:
+        return av.open(str(info.path.absolute()), metadata_errors="replace", hwaccel=accelerator)
 
 
 def _decoder_missing(info: VideoInfo, device: str) -> str | None:
@@ -132,25 +154,27 @@ def planes_to_device(native: VideoFrame, device: str) -> tuple[tuple[Tensor, ...
 
 def device_frame(frame: Frame) -> VideoFrame:
     """Return a PyAV frame of a frame's tensors, for an encoder on their device. No sample is copied."""
+    import torch
+
     planes = cast("tuple[Tensor, ...]", frame.planes)
     wait_for(planes)  # NVENC reads outside of torch's streams
-    index = planes[0].device.index
-    context = _cuda_context(index or 0) if is_gpu(frame.device) else None
-    return VideoFrame.from_dlpack(planes, format=frame.pixel_format, cuda_context=context)
+    context = _cuda_context(planes[0].device.index) if is_gpu(frame.device) else None
+    with torch.cuda.device_of(planes[0]):
+        return VideoFrame.from_dlpack(planes, format=frame.pixel_format, cuda_context=context)
 
 
 @lru_cache(maxsize=16)
 def _cuda_context(index: int) -> CudaContext:
-    """Return FFmpeg's side of torch's context of a GPU: one, as it keeps the pools of frames."""
-    return CudaContext(device_id=index, primary_ctx=True)
+    """Return FFmpeg's side of torch's context of a GPU, see `hardware`: one, as it keeps the pools of frames."""
+    return CudaContext(device_id=index, primary_ctx=False, current_ctx=True)
 
 
 @lru_cache(maxsize=64)
 def encoder_missing(name: str, pixel_format: str, device: str) -> str | None:
     """Return why an encoder of NVENC does not work on a GPU, or None if it does: a small one is opened."""
     try:
-        with av.open(io.BytesIO(), "w", format="matroska") as output:
-            stream = output.add_stream(name, rate=25, hwaccel=hardware(device))
+        with hardware(device) as accelerator, av.open(io.BytesIO(), "w", format="matroska") as output:
+            stream = output.add_stream(name, rate=25, hwaccel=accelerator)
             assert isinstance(stream, VideoStream)
             stream.width, stream.height, stream.pix_fmt = 256, 256, pixel_format
             stream.codec_context.open()
