@@ -11,13 +11,14 @@ import pytest
 import torch
 import triton.runtime.interpreter
 from frames import as_tensors
+from PIL import Image
 from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
 
 from faceage.detect import DetectConfig, Detector
 from faceage.kernels import transfer
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
-from faceage.pipeline.photos import age_frames
+from faceage.pipeline.photos import age_frames, age_photos
 from faceage.pipeline.request import AgeRequest
 from faceage.pipeline.video import age_video
 from faceage.types import RGB, Frame
@@ -178,3 +179,19 @@ def test_photos_of_tensors_are_those_of_arrays(facegan, on_device):
     for frame, other, photo in zip(arrays, tensors, photos, strict=True):
         assert (frame.planes[0] != photo.planes[0]).any()
         assert_alike([np.from_dlpack(plane) for plane in other.planes], frame.planes)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_photos_go_to_the_device_and_come_back(facegan, on_device, face_picture, tmp_path, suffix):
+    Image.fromarray(face_picture).save(tmp_path / f"in.{suffix}")
+    written = []
+    for networks in (facegan, on_device):
+        items = [(tmp_path / f"in.{suffix}", tmp_path / f"{len(written)}.{suffix}")]
+        (report,) = age_photos(networks, items, AgeRequest(age=70))
+        assert len(report.aged) == 1
+        written.append(np.asarray(Image.open(items[0][1])).astype(int))
+    assert on_device.detector._onet.calls_with_tensors
+    assert np.abs(written[0] - face_picture).mean() > 0.2
+    apart = np.abs(written[0] - written[1])
+    assert apart.max() <= (1 if suffix == "png" else 8)  # a code of a sample is up to 8 after JPEG's transform
+    assert (apart > 0).mean() < 0.02

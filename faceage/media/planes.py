@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from av.video.frame import VideoFrame
 
-from faceage.kernels import clone_planes, download_planes
+from faceage.kernels import clone_planes, download_planes, upload_planes
 from faceage.types import PIXEL_LAYOUTS, Frame, HostPlane, Plane
 
 if TYPE_CHECKING:
@@ -62,6 +62,18 @@ def writable(frame: Frame) -> Frame:
     if frame.is_array:
         return replace(frame, planes=tuple(cast(HostPlane, plane).copy() for plane in frame.planes))
     return replace(frame, planes=clone_planes(cast("tuple[Tensor, ...]", frame.planes)))
+
+
+def to_device(frame: Frame, device: str | None) -> Frame:
+    """Return a frame whose planes may be changed: tensors on a device, or, if that is None, as `writable` gives it."""
+    if device is None:
+        return writable(frame)
+    return replace(frame, planes=upload_planes(cast(tuple[HostPlane, ...], frame.planes), device))
+
+
+def to_host(frame: Frame) -> Frame:
+    """Return a frame with its planes as arrays. If they are on a GPU, the calling thread waits for them."""
+    return frame if frame.is_array else replace(frame, planes=host_planes(frame))
 
 
 def host_planes(frame: Frame) -> tuple[HostPlane, ...]:

@@ -20,7 +20,7 @@ from faceage.blend import blend_faces
 from faceage.checkpoint import sha256_of
 from faceage.errors import FaceAgeError, MediaError
 from faceage.media.image import Still, copy_image, read_image, write_image
-from faceage.media.planes import writable
+from faceage.media.planes import to_device, to_host
 from faceage.pipeline.label import describe_request, label_fields
 from faceage.pipeline.report import FaceReport, PhotoReport
 from faceage.pipeline.request import AgeRequest, Networks, resolve_ages
@@ -269,8 +269,12 @@ def _age_block(
             yield _Job(source, target, still, sha256)
 
     def age(batch: list[_Job]) -> list[tuple[_Job, Frame, AgedPhoto]]:
-        frames = [writable(job.still.frame) for job in batch]
-        return list(zip(batch, frames, age_frames(networks, frames, request, timer), strict=True))
+        frames = [to_device(job.still.frame, networks.device) for job in batch]
+        aged = age_frames(networks, frames, request, timer)
+        return [
+            (job, to_host(frame) if photo.is_changed else frame, photo)
+            for job, frame, photo in zip(batch, frames, aged, strict=True)
+        ]
 
     def write(done: tuple[_Job, Frame, AgedPhoto]) -> None:
         job, frame, aged = done

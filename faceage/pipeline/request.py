@@ -153,7 +153,7 @@ class Networks:
     """What tells the results of these networks from those of others: role -> SHA-256 of its checkpoint, and the options
     that they were loaded with."""
     device: str | None = None
-    """Where the frames of videos are to lie for them: "cuda" or "cuda:N"; None: they are arrays."""
+    """Where frames are to lie for them: "cuda" or "cuda:N"; None: they are arrays."""
 
     @property
     def estimators(self) -> dict[str, str]:
