@@ -41,11 +41,12 @@ TRAIN_MAY_USE = {name for name, layer in LAYERS.items() if layer <= 2} | {
     "agers.facegan",
     "agers.canonical",
     "detect",
+    "agers.base",
+    "agers.programs",
     "agers.registry",
     "engines.base",
     "engines.export",
     "engines.store",
-    "models",
     "engines.registry",
 }
 HEAVY = ("torch", "cv2", "av", "onnxruntime", "openvino", "numpy", "rich")

@@ -10,18 +10,20 @@ it is from torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from faceage.agers.registry import model_programs
+from faceage.agers.base import ModelFiles
+from faceage.agers.programs import reader_program
+from faceage.agers.registry import ARCHITECTURES, SHARED_ROLES
 from faceage.checkpoint import Header, load, save, sha256_of
 from faceage.detect import detector_programs
 from faceage.engines.base import Program
 from faceage.engines.export import write_graph
-from faceage.models import BUNDLED_MODELS, find_model
-from faceage.networks.mtcnn import facenet_pytorch_weights
+from faceage.networks.mtcnn import CHECKPOINT, facenet_pytorch_weights
 from train.run import Script
 
 FILES = {
@@ -88,9 +90,17 @@ def bundle_checkpoints(runs: Path, archs: tuple[str, ...]) -> None:
 
 
 def bundled_programs() -> list[Program]:
-    """Return the programs of all bundled models, and the detector's, each once."""
-    programs = [program for name in BUNDLED_MODELS for program in model_programs(find_model(name)).values()]
-    return list({program.name: program for program in (*programs, *detector_programs())}.values())
+    """Return the programs, each once, whose checkpoints are in the package."""
+
+    def here(roles: Mapping[str, str]) -> dict[str, Path]:
+        return {role: TARGET / f"{arch}.safetensors" for role, arch in roles.items()}
+
+    programs = [reader_program(path) for path in here(SHARED_ROLES).values() if path.exists()]
+    for architecture in ARCHITECTURES:
+        files = ModelFiles(architecture.name, architecture.name, here({**architecture.roles, **SHARED_ROLES}))
+        if all(path.exists() for path in here(architecture.roles).values()):
+            programs += architecture.programs(files, files.identity).values()
+    return programs + (detector_programs() if CHECKPOINT.parent == TARGET else [])
 
 
 if __name__ == "__main__":

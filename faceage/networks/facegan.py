@@ -118,7 +118,7 @@ class UNet(nn.Module):
         """Return what to add to the faces: RGB [N, 3, S, S] in units of their [-1, 1] range, not masked.
 
         Args:
-            x_N3SS: aligned faces, RGB in [-1, 1]; S is one of `sizes_px`.
+            x_N3SS: aligned faces, RGB in [-1, 1]; S is a multiple of `MULTIPLE_PX`, and one of `sizes_px` in a graph.
             source_N: how old they are, in years.
             target_N: how old they are to be.
         """
@@ -135,7 +135,7 @@ class UNet(nn.Module):
             x = _double(up(x)) + skips.pop()
             x = F.leaky_relu(conv(x) + bias(ages)[:, :, None, None], 0.2)
         luma = self.to_luma(F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2))
-        mask = self.get_buffer(f"mask{x_N3SS.shape[-1]}")
+        mask = self._mask(x_N3SS)
         luma = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum()
         soft = F.avg_pool2d(luma, luma.shape[-1] // _LIGHT_CELLS)
         side_light = (soft - soft.flip(3)) / 2
@@ -144,6 +144,12 @@ class UNet(nn.Module):
         usual = luma.clamp(-_USUAL, _USUAL)
         luma = usual + _BEYOND * torch.tanh((luma - usual) / _BEYOND)
         return luma.expand(-1, 3, -1, -1)
+
+    def _mask(self, x_N3SS: Tensor) -> Tensor:
+        """Return the blend mask [S, S] of the faces' size; for one that is not of `sizes_px` it is made here."""
+        size = x_N3SS.shape[-1]
+        kept = getattr(self, f"mask{size}", None)
+        return torch.from_numpy(face_mask(size).copy()).to(x_N3SS.device) if kept is None else kept
 
 
 class PatchDiscriminator(nn.Module):

@@ -374,8 +374,12 @@ def test_bundle_halves_weights_and_renames_parents(finished, tmp_path, monkeypat
     result = invoke("bundle", "--runs", finished)
     models = tmp_path / "models"
     archs = {"facegan", *(arch for arch, *_ in SCRIPTS.values())}
-    assert len(result.stdout.splitlines()) == len(archs)
-    assert {file.name for file in models.iterdir()} == {f"{arch}.safetensors" for arch in archs}
+    graphs = {"age-cgan-encoder", "age-cgan-generator", "age-cgan-latent", "age-estimator", "identity"}
+    graphs |= {"facegan-128", "facegan-192"}
+    assert len(result.stdout.splitlines()) == len(archs) + len(graphs)
+    assert {file.name for file in models.iterdir()} == {
+        *(f"{arch}.safetensors" for arch in archs), *(f"{name}.{end}" for name in graphs for end in ("onnx", "json")),
+    }  # fmt: skip
     folders = FOLDERS | {"gan": "aging", "encoder": "curvature"}
     for script, (arch, *_) in SCRIPTS.items():
         original, bundled = finished / folders[script] / FILES[script], models / f"{arch}.safetensors"
@@ -401,7 +405,8 @@ def test_one_network_is_bundled_alone(facegan_checkpoint, tmp_path, monkeypatch)
     shutil.copy(facegan_checkpoint, tmp_path / "facegan")
     result = invoke("bundle", "--runs", tmp_path, "facegan")
     assert result.stdout.startswith("facegan.safetensors: ")
-    assert [file.name for file in (tmp_path / "models").iterdir()] == ["facegan.safetensors"]
+    names = {"facegan.safetensors", *(f"facegan-{px}.{end}" for px in (128, 192) for end in ("onnx", "json"))}
+    assert {file.name for file in (tmp_path / "models").iterdir()} == names
     _, halved = load(tmp_path / "models" / "facegan.safetensors", "facegan")
     assert halved["to_luma.weight"].abs().max() > 0
 
