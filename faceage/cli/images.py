@@ -185,7 +185,7 @@ def _names(some: list[str], count: int) -> str:
 def _say_skipped(skipped: Counter[Skipped], output: Path, out: Output) -> None:
     out.keep(skipped["done"])
     if skipped["done"]:
-        out.note(f"{skipped['done']} were done before with the same options (--no-resume does them again)")
+        out.note(f"{skipped['done']} were done before with the same options (--no-resume --overwrite does them again)")
     if skipped["there"]:
         out.note(f"{skipped['there']} already there (--overwrite replaces them)")
     if skipped["other"]:
