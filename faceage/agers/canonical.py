@@ -33,9 +33,9 @@ COVARIATE_LIMIT = 2.5
 """Covariates are cut here, in standard deviations: beyond it there are hardly any faces to learn from."""
 OLDER_REACH_YEARS, YOUNGER_REACH_YEARS, REACH_OVER_YEARS = 14.0, 6.0, 25.0
 """A mean is milder than most of its faces: prototypes are read this far beyond the target, less for small steps."""
-OLDER_GAIN, YOUNGER_GAIN = 1.4, 3.0
+OLDER_GAIN, YOUNGER_GAIN = 1.4, 2.6
 """For the same reason, what the change of the prototypes is multiplied by."""
-OLDER_LIMITS, YOUNGER_LIMITS = (0.24, 0.06), (0.24, 0.16)
+OLDER_LIMITS, YOUNGER_LIMITS = (0.24, 0.06), (0.24, 0.14)
 """Largest darkening and brightening, as log ratios; approached softly. Ageing is mostly shade, rejuvenation light."""
 OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
 """Largest change of chroma, as a log ratio."""
@@ -53,7 +53,7 @@ OVEREXPOSED, OVEREXPOSED_SHARE, OVEREXPOSED_CREASES = 0.85, 0.4, 0.4
 this much of them is left."""
 LIGHT_COVARIATES = 7
 """Of the covariates, the first are light and colours."""
-SMOOTHED = 0.42
+SMOOTHED = 0.38
 """Largest share of fine detail that is taken away from younger skin."""
 
 
