@@ -86,8 +86,8 @@ class Output:
         self.is_interactive = sys.stderr.isatty() and not as_json and verbosity >= 0
         self._report = report
         self._record: dict = {"command": command, "options": options}
-        # Of a folder of any size nothing is kept in memory.
-        self._items = tempfile.TemporaryFile("w+") if report is not None else None  # noqa: SIM115  closed by __exit__
+        self._items: IO[str] | None = None
+        """Of a folder of any size nothing is kept in memory."""
         self._done = self._failed = self._kept = 0
         self._lock = threading.RLock()  # photos are reported from worker threads
         self._started = monotonic()
@@ -102,6 +102,8 @@ class Output:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
+        if self._report is not None:
+            self._items = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by __exit__
         if threading.current_thread() is threading.main_thread():
             self._signals = {number: signal.signal(number, self._interrupt) for number in _INTERRUPTIONS}
         logger = logging.getLogger("faceage")
@@ -132,6 +134,8 @@ class Output:
             self.event("error", message=str(error))
             say_error(str(error))
         else:
+            if self._items is not None:
+                self._items.close()
             self._restore_signals()
             return
         seconds = round(monotonic() - self._started, 3)
