@@ -103,7 +103,7 @@ class Output:
 
     def __enter__(self) -> Self:
         if self._report is not None:
-            self._items = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by __exit__
+            self._items = tempfile.TemporaryFile("w+")
         if threading.current_thread() is threading.main_thread():
             self._signals = {number: signal.signal(number, self._interrupt) for number in _INTERRUPTIONS}
         logger = logging.getLogger("faceage")
