@@ -213,9 +213,11 @@ class Change:
         return Change(delta=self.delta * weight, gain=gain, dark=self.dark)
 
     def plus(self, other: Change) -> Change:
-        """Return the sum of two changes of one face."""
+        """Return the sum of two changes of one face, which are meant for the same samples."""
+        assert self.dark == other.dark, f"changes for other samples: {self.dark} and {other.dark}"
         gains = [change.gain for change in (self, other) if change.gain is not None]
-        return Change(delta=self.delta + other.delta, gain=sum(gains[1:], gains[0]) if gains else None)
+        gain = sum(gains[1:], gains[0]) if gains else None
+        return Change(delta=self.delta + other.delta, gain=gain, dark=self.dark)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from skimage.data import astronaut
 
+from faceage.agers.base import mix_changes
 from faceage.agers.canonical import CANONICAL_PX, SMOOTHED, hats, limit, read_canonical
 from faceage.agers.hair import draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.space import FACE_SIZES_PX, HEAD_SIZES_PX, SpaceAger
@@ -208,6 +209,15 @@ def test_hair_moves_from_key_frame_to_key_frame():
     ends, half = [draw_hair(1.0, one, one, 0.0) for one in (key, moved)], draw_hair(1.0, key, moved, 0.5)
     np.testing.assert_allclose(draw_hair(1.0, key, moved, 0.0).delta, ends[0].delta, atol=1e-6)
     np.testing.assert_allclose(half.gain, (ends[0].gain + ends[1].gain) / 2, atol=1e-6)
+
+
+def test_two_looks_of_moving_hair_are_mixed_for_the_same_samples():
+    key = find_hair(*head(0.15))
+    looks = [draw_hair(grey, key, replace(key), 0.5) for grey in (0.4, 0.8)]
+    (mixed,) = mix_changes(looks[:1], looks[1:], 0.5)
+    want = draw_hair(0.6, key, replace(key), 0.5)
+    assert mixed.dark == want.dark is not None
+    np.testing.assert_allclose(mixed.gain, want.gain, atol=1e-6)
 
 
 def test_what_is_bright_where_hair_was_is_not_lit():

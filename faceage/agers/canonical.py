@@ -36,7 +36,8 @@ OLDER_REACH_YEARS, YOUNGER_REACH_YEARS, REACH_OVER_YEARS = 14.0, 6.0, 25.0
 OLDER_GAIN, YOUNGER_GAIN = 1.4, 2.6
 """For the same reason, what the change of the prototypes is multiplied by."""
 OLDER_LIMITS, YOUNGER_LIMITS = (0.24, 0.06), (0.24, 0.14)
-"""Largest darkening and brightening, as log ratios; approached softly. Ageing is mostly shade, rejuvenation light."""
+"""Largest darkening and brightening, as log ratios; approached softly. Older faces get darker
+folds; younger ones lose them, and so get brighter."""
 OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
 """Largest change of chroma, as a log ratio."""
 CREASE_GAIN, CREASE_LIMITS = 1.8, (0.26, 0.12)

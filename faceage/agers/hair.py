@@ -7,6 +7,7 @@ on the face:
 
 with d = DETAIL max(1 - base / L, 0): dark hair shows its strands least. It is linear in Y, so the picture's own strands
 are scaled at its own resolution. Working in the signal, not in its logarithm, leaves the noise of dark hair alone.
+Where black hair shows no strands, some are drawn: they are added to LIFT. Brows turn grey in the same way.
 
 Reference: Panhard, Lozano, Loussouarn, Br. J. Dermatol. 2012 (how grey people are by age).
 """
@@ -57,7 +58,7 @@ DARK = (0.15, 0.5)
 brighter than the second not at all. A head moves between key frames: where hair was or will be, there is skin or
 background now."""
 MIN_CONTRAST = 0.1
-"""Least difference of the two that this is measured by."""
+"""Least difference of the two lumas that `DARK` is a share of."""
 RIM = 0.06
 """The mask falls to 0 over this share of the crop at its rims: long hair fades out there."""
 
@@ -143,6 +144,7 @@ def _key(mask: FloatArray, base: FloatArray, chroma: FloatArray, skin_luma: floa
 
 
 def _rows(mask: FloatArray) -> tuple[int, int]:
+    """Return `HairKey.rows` of a mask [S, S]."""
     found = np.flatnonzero(mask.any(1))
     # Two rows more on each side: half of the maps' side is enlarged, which reads the neighbouring rows.
     return (max(found[0] // 2 * 2 - 2, 0), min(found[-1] // 2 * 2 + 4, len(mask))) if len(found) else (0, 2)

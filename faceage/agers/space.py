@@ -42,7 +42,7 @@ SHARP, BLURRED, BLUR_SIGMA = 0.22, 0.17, 0.0125
 """Fineness (see `_fineness`) of a face from which on creases are drawn as they are, that at which they are blurred in
 full, and the blur's width in sides of the crop: sharp creases on a blurred face would be seen at once."""
 BRIGHT = (0.75, 0.95)
-"""Luma from which on a face gets less bright, and from which on not at all: it would be white, and its creases bars."""
+"""Luma above which a face is brightened less than the change says, then not at all: skin would turn white."""
 MIN_BLUR_PX = 0.3
 COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
@@ -137,7 +137,9 @@ class SpaceAger:
                     smooth=_smooth(rgb @ RGB_LUMA) if look.tone[..., 3].any() else None,
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
-                    brows=find_brows(rgb, self._brows(coordinates, faces.size_px)) if found and look.grey else None,
+                    brows=find_brows(rgb, self._brows(coordinates, faces.size_px))
+                    if found is not None and look.grey
+                    else None,
                 )
             )
         return keys
