@@ -57,7 +57,8 @@ def test_segments_have_the_times_of_one_encoder(tmp_path, suffix, codec, cut):
     if (suffix, codec) in ((".ts", "ffv1"), (".mp4", "ffv1")):
         pytest.skip("the container does not hold it")
     pts = irregular_pts(40, start=90_000) if codec != "mpeg4" else regular_pts(40, start=90_000)
-    clip = make_clip(tmp_path / f"in{suffix}", pts=pts, draw=lambda i: make_frame(i % 16), audio="aac")
+    # Steps of 4: a lossy encoder may move a flat area by a code or two, another on each CPU.
+    clip = make_clip(tmp_path / f"in{suffix}", pts=pts, draw=lambda i: make_frame(4 * (i % 16)), audio="aac")
     options = EncodeOptions(codec=codec)
     transcode(clip, tmp_path / f"whole{suffix}", options)
     target = tmp_path / f"cut{suffix}"
@@ -73,7 +74,7 @@ def test_segments_have_the_times_of_one_encoder(tmp_path, suffix, codec, cut):
         assert all(dts <= pts for dts, pts in stamps)
         assert [dts for dts, _ in stamps] == [p.dts for p in packets_of(tmp_path / f"whole{suffix}", "video")]
     with VideoReader(target) as reader:
-        assert [index_of(frame.planes[0]) for frame in reader] == [i % 16 for i in range(40)]
+        assert [round(index_of(frame.planes[0]) / 4) for frame in reader] == [i % 16 for i in range(40)]
     assert [bytes(p) for p in packets_of(target, "audio")] == [bytes(p) for p in packets_of(clip, "audio")]
 
 

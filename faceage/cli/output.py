@@ -110,15 +110,27 @@ class Output:
         self._level = logger.level
         logger.setLevel({-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}[self.verbosity])
         logger.addHandler(self._handler)
-        self.event("start", command=self._record["command"], options=self._record["options"])
+        try:
+            self.event("start", command=self._record["command"], options=self._record["options"])
+        except BaseException:
+            self._release()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        logger = logging.getLogger("faceage")
-        logger.removeHandler(self._handler)
-        logger.setLevel(self._level)
+        try:
+            self._end(error)
+        finally:
+            self._release()
+
+    def _end(self, error: BaseException | None) -> None:
+        """Say how the run ended and write the report.
+
+        Raises:
+            click.exceptions.Exit: with the code, if that is not 0.
+        """
         self.end_progress()
         if self._is_interrupted or isinstance(error, KeyboardInterrupt):
             # Whatever the error is: a library that is being imported makes one of its own of an interruption.
@@ -134,20 +146,22 @@ class Output:
             self.event("error", message=str(error))
             say_error(str(error))
         else:
-            if self._items is not None:
-                self._items.close()
-            self._restore_signals()
             return
         seconds = round(monotonic() - self._started, 3)
         self._record |= {"seconds": seconds, "done": self._done, "failed": self._failed, "exit_code": code}
         if not self._write_report():
             code = code or EXIT_SOME_FAILED
         self.event("done", seconds=seconds, done=self._done, failed=self._failed, exit_code=code)
-        self._restore_signals()
         if code:
             raise click.exceptions.Exit(code) from error
 
-    def _restore_signals(self) -> None:
+    def _release(self) -> None:
+        """Give back what a run holds of the process, however it ended."""
+        logger = logging.getLogger("faceage")
+        logger.removeHandler(self._handler)
+        logger.setLevel(self._level)
+        if self._items is not None:
+            self._items.close()
         for number, handler in self._signals.items():
             signal.signal(number, handler)
 
@@ -315,7 +329,6 @@ class Output:
                 path = self._report
                 with path.open("w") as file:
                     file.writelines(report_page(record, self._read_items()))
-            self._items.close()
         except OSError as error:
             say_error(f"the report {path} cannot be written ({error.strerror}); name another file")
             return False
