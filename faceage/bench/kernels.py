@@ -90,7 +90,7 @@ def bench_kernels(
                 fast: clock.measure(functools.partial(operation.call, frame, fast)),
             }
             for name, milliseconds in times.items():
-                p20, p50, p80 = (quantiles(milliseconds, n=10)[at] for at in (1, 4, 7))
+                p20, p50, p80 = (quantiles(milliseconds, n=10, method="inclusive")[at] for at in (1, 4, 7))
                 speed = operation.bytes_moved / 1e6 / p50
                 row = {
                     "operation": operation.name, "frame": operation.frame, "faces": operation.faces,
@@ -186,12 +186,12 @@ def _copy_ms(device: str | None, clock: _Clock) -> float:
     if device is None:
         source = np.ones(COPIED_BYTES, np.uint8)
         target = np.empty_like(source)
-        return quantiles(clock.measure(lambda: np.copyto(target, source)), n=10)[4]
+        return quantiles(clock.measure(lambda: np.copyto(target, source)), n=10, method="inclusive")[4]
     import torch
 
     there = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     copy = torch.empty_like(there)
-    return quantiles(clock.measure(lambda: copy.copy_(there)), n=10)[4]
+    return quantiles(clock.measure(lambda: copy.copy_(there)), n=10, method="inclusive")[4]
 
 
 class _Clock:
