@@ -10,10 +10,10 @@ from skimage.data import astronaut
 from faceage.agers.base import mix_changes
 from faceage.agers.canonical import CANONICAL_PX, SMOOTHED, hats, limit, read_canonical
 from faceage.agers.hair import draw_hair, find_brows, find_hair, grey_amount
-from faceage.agers.space import FACE_SIZES_PX, HEAD_SIZES_PX, SpaceAger
+from faceage.agers.space import COARSENED, FACE_SIZES_PX, HEAD_SIZES_PX, SpaceAger
 from faceage.errors import UnsupportedError
 from faceage.geometry import TEMPLATES, template_5
-from faceage.kernels import RGB_LUMA, change_crop
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA, change_crop
 from faceage.models import find_model
 from faceage.pipeline.photos import age_frames
 from faceage.pipeline.request import AgeRequest, load_networks
@@ -58,7 +58,8 @@ def test_older_faces_get_creases_and_younger_ones_lose_detail(canonical, appeara
     assert older.shape == (CANONICAL_PX, CANONICAL_PX, 4)
     fine = [np.abs(tone[..., 0] - cv2.GaussianBlur(tone[..., 0], (0, 0), 4)).mean() for tone in (older, younger)]
     assert fine[0] > 1.4 * fine[1]
-    assert not older[..., 3].any()
+    assert older[..., 3].min() == pytest.approx(-1)
+    assert older[..., 3].max() == 0
     assert younger[..., 3].max() == pytest.approx(SMOOTHED)
 
 
@@ -252,9 +253,11 @@ def test_the_change_is_drawn_where_the_coordinates_say(canonical, appearance, si
         ager = canned(np.stack([x + shift, y]), canonical)
         (look,) = ager.look([appearance], np.array([30], np.float32), np.array([75], np.float32))
         (key,) = ager.observe([look], [crops], [None])
+        key = replace(key, coarsening=0.0)
         (change,) = ager.draw(look, key, key, 0.0)
         gains.append(change.gain)
-    expected = np.expm1(cv2.resize(look.tone[..., 0], (size, size), interpolation=cv2.INTER_AREA))
+    tone = look.tone if size == FACE_SIZES_PX[0] else look.close
+    expected = np.expm1(cv2.resize(tone[..., 0], (size, size), interpolation=cv2.INTER_AREA))
     inner = slice(size // 8, -size // 8)
     assert np.corrcoef(gains[0][inner, inner].ravel(), expected[inner, inner].ravel())[0, 1] > 0.95
     moved = np.roll(gains[0], -size // 8, 1)
@@ -306,6 +309,45 @@ def test_younger_skin_is_smoother(space):
         for luma in ((picture[inside] @ RGB_LUMA).astype(np.float32) for picture in (before, younger))
     ]
     assert detail[1] < detail[0]
+
+
+def test_creases_are_sharper_in_close_ups(canonical, appearance):
+    ager = canned(np.zeros((2, 64, 64), np.float32), canonical)
+    ages = np.array([30, 60], np.float32)
+    older, younger = ager.look([appearance] * 2, ages, np.array([75, 25], np.float32))
+    fine = [
+        np.abs(tone[..., 0] - cv2.GaussianBlur(tone[..., 0], (0, 0), 2)).mean() for tone in (older.tone, older.close)
+    ]
+    assert 1.3 * fine[0] < fine[1] < 2.5 * fine[0]
+    assert (younger.close == younger.tone).all()
+
+
+def test_old_skin_is_rougher_and_smooth_skin_gains_most(canonical, appearance):
+    axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
+    ager = canned(np.stack(np.meshgrid(axis, axis)), canonical)
+    (look,) = ager.look([appearance], np.array([30], np.float32), np.array([75], np.float32))
+    noise = np.random.default_rng(0).standard_normal((1, 1, 128, 128)).astype(np.float32)
+    keys, added = [], []
+    for roughness in (0.002, 0.032, 0.08):
+        luma = np.float32(0.5) * (1 + roughness * noise)
+        crops = Crops(
+            pixels=np.repeat(2 * luma - 1, 3, 1),
+            landmarks=template_5(128, TEMPLATES["whole face"])[None],
+            frame_to_crop=np.zeros((1, 2, 3), np.float32),
+        )
+        (key,) = ager.observe([look], [crops], [None])
+        keys.append(key)
+        with_it, without = (ager.draw(look, k, k, 0.0)[0] for k in (key, replace(key, coarsening=0.0)))
+        assert with_it is not None
+        assert without is not None
+        change = (with_it.gain - without.gain) * (luma[0, 0] + BLACK_OFFSET) + (with_it.delta - without.delta)[0] / 2
+        cheek = (slice(72, 84), slice(40, 50))
+        detail = (luma[0, 0] - key.smooth)[cheek]
+        added.append(float((change[cheek] * detail).sum() / np.square(detail).sum()))
+    assert [keys[0].coarsening, keys[2].coarsening] == [COARSENED[1], COARSENED[0]]
+    assert COARSENED[0] < keys[1].coarsening < COARSENED[1]
+    # What is added is the face's own detail, at the key's share but for the change of tone and the mask.
+    assert added == pytest.approx([key.coarsening for key in keys], rel=0.35)
 
 
 def test_keys_mix_linearly_in_time(space):

@@ -40,7 +40,7 @@ OLDER_LIMITS, YOUNGER_LIMITS = (0.24, 0.06), (0.24, 0.14)
 folds; younger ones lose them, and so get brighter."""
 OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
 """Largest change of chroma, as a log ratio."""
-CREASE_GAIN, CREASE_LIMITS = 1.8, (0.26, 0.12)
+CREASE_GAIN, CREASE_LIMITS = 1.4, (0.26, 0.12)
 """What creases are multiplied by, and their limits: in 200-pixel pictures they are milder than on faces."""
 CREASE_SHARES = (0.8, 0.5, 0.3)
 """Of the creases of the most similar old face, and of the next: one face alone often has bare places; more clutter."""
@@ -151,7 +151,7 @@ class CanonicalModel:
 
         Returns:
             float32 [256, 256, 4]: log ratio of luma, changes of log R/G and of log B/G, and the share of fine detail
-            that is taken away; all 0 outside the face.
+            that is taken away; below 0, what part is added of what old skin has more of; all 0 outside the face.
         """
         covariates = self.basis(appearance.thumbnail[None], appearance.embedding[None], np.array([source], np.float32))[
             0
@@ -173,7 +173,8 @@ class CanonicalModel:
             luma = luma + self._creases(covariates, source, target) * _contrast_left(appearance.thumbnail)
         skin = (1 - feature)[..., None]
         chroma = chroma + skin * luma[..., None] * np.array([DETAIL_REDNESS, DETAIL_BLUENESS], np.float32)
-        smoothed = SMOOTHED * np.clip(-years / 30, 0, 1) * np.clip(1 - feature - areas.eyes, 0, 1)
+        smoothed = SMOOTHED * np.clip(-years / 30, 0, 1) - np.clip(years / WRINKLED_BY_YEARS, 0, 1)
+        smoothed = smoothed * np.clip(1 - feature - areas.eyes, 0, 1)
         tone = np.concatenate([luma[..., None], chroma, smoothed[..., None]], -1)
         return (tone * areas.mask[..., None]).astype(np.float32)
 

@@ -36,9 +36,11 @@ BROW_DARKER = (0.1, 0.3)
 """By what share brows are darker than the skin."""
 BROW_CHROMA = 0.4
 """How much of the chroma around them brows have."""
-STRANDS, STRANDS_SEEN = 0.16, 0.045
+STRANDS, STRANDS_SEEN = 0.42, 0.045
 """Deviation of the strands that are drawn on black hair without any, beside `LIFT`; and the deviation of luma among the
 picture's own from which on none are drawn."""
+STRAND_SIGMAS, STRAND_SHARES = (0.9, 2.5, 7.0), (1.0, 1.0, 0.8)
+"""Widths of strands and of locks in pixels, and how much each counts."""
 BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
 """Widths of the base's blur, in sides of the crop, and of the filter that takes out noise before it."""
 GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
@@ -266,8 +268,8 @@ def _strands(size_px: int) -> FloatArray:
     along = 0.25 * np.arctan2(beside, -np.minimum(y, 0) + 1e-6) + np.sign(beside) * np.maximum(y, 0)
     random = np.random.default_rng(7)
     noise = random.standard_normal((2 * size_px, size_px)).astype(np.float32)
-    fine, wide = (cv2.GaussianBlur(noise, (0, 0), sigma, sigmaY=0.07 * size_px) for sigma in (0.9, 2.5))
-    noise = fine / fine.std() + wide / wide.std()
+    scales = [cv2.GaussianBlur(noise, (0, 0), sigma, sigmaY=0.07 * size_px) for sigma in STRAND_SIGMAS]
+    noise = np.sum([part * scale / scale.std() for part, scale in zip(STRAND_SHARES, scales, strict=True)], axis=0)
     wave = cv2.GaussianBlur(random.standard_normal((size_px, size_px)).astype(np.float32), (0, 0), 0.06 * size_px)
     across = across + 0.012 * wave / wave.std()
     strands = cv2.remap(noise, across * size_px, (along + 1) * size_px, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)

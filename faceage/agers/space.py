@@ -49,7 +49,13 @@ COLOUR_PX = 32
 UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
-"""Younger skin: the bilateral filter's width in sides of the crop, and in luma."""
+"""Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
+CLOSE_SIGMA, CLOSE_DARKER, CLOSE_BRIGHTER = 2.0, 1.2, 0.3
+"""The pictures that creases are from are smaller than close-ups and have lost their sharpness: how wide the detail is
+that gets stronger, in canonical pixels, and by how much what of it is dark, and bright (which soon looks like wax)."""
+ROUGHNESS, COARSENED = 0.03, (0.3, 0.8)
+"""Old skin is rougher: the median of its fine detail as a share of its luma; how much more of their own detail faces
+that are to be old get at least, which have that already, and at most, or noise would be seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,9 @@ class Look:
     """What was decided for one person: the canonical change, and how grey the hair gets."""
 
     tone: FloatArray
-    """float32 [256, 256, 4]: log ratio of luma, changes of log R/G and of log B/G, share of fine detail taken away."""
+    """float32 [256, 256, 4], as `CanonicalModel.mix` returns it."""
+    close: FloatArray
+    """The same with sharper creases, for the larger of `FACE_SIZES_PX`."""
     grey: float
     """0 to 1."""
 
@@ -73,7 +81,9 @@ class FaceKey:
     colours: FloatArray
     """float32 [32, 32, 3], RGB in [0, 1]."""
     smooth: FloatArray | None
-    """float32 [S, S], luma in [0, 1] without fine detail; None where none is taken away."""
+    """float32 [S, S], luma in [0, 1] without fine detail; None where that stays as it is."""
+    coarsening: float
+    """See `_coarsening`."""
     blur: float
     """Width of the blur that creases get, in sides of the crop."""
     uncovered: FloatArray | None
@@ -108,7 +118,8 @@ class SpaceAger:
         looks = []
         for appearance, source, target in zip(appearances, source_age, target_age, strict=True):
             tone = self._canonical.mix(appearance, float(source), float(target))
-            looks.append(Look(tone=tone, grey=grey_amount(float(source), float(target))))
+            close = _sharpened(tone) if target > source else tone
+            looks.append(Look(tone=tone, close=close, grey=grey_amount(float(source), float(target))))
         return looks
 
     def observe(
@@ -128,13 +139,16 @@ class SpaceAger:
         keys = []
         for look, pixels, face, coordinates, found in zip(looks, faces.pixels, small, where, hair, strict=True):
             rgb = (pixels.transpose(1, 2, 0) + 1) / 2
+            luma = rgb @ RGB_LUMA
+            smooth = _smooth(luma) if look.tone[..., 3].any() else None
             keys.append(
                 FaceKey(
                     size_px=faces.size_px,
                     coordinates=coordinates,
                     colours=cv2.resize(rgb, (COLOUR_PX, COLOUR_PX), interpolation=cv2.INTER_AREA),
                     blur=BLUR_SIGMA * float(np.clip((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1)),
-                    smooth=_smooth(rgb @ RGB_LUMA) if look.tone[..., 3].any() else None,
+                    smooth=smooth,
+                    coarsening=0.0 if smooth is None else _coarsening(luma, smooth),
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
                     brows=find_brows(rgb, self._brows(coordinates, faces.size_px))
@@ -168,7 +182,8 @@ class SpaceAger:
 
     def _draw_face(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> Change:
         size, half = before.size_px, (before.size_px // 2,) * 2
-        tone = self._read(look.tone, _mix(before.coordinates, after.coordinates, share), size)
+        seen = look.close if size > FACE_SIZES_PX[0] else look.tone
+        tone = self._read(seen, _mix(before.coordinates, after.coordinates, share), size)
         blur = (1 - share) * before.blur + share * after.blur
         if blur * size > MIN_BLUR_PX:
             tone = cv2.GaussianBlur(tone, (0, 0), blur * size)
@@ -185,7 +200,10 @@ class SpaceAger:
         delta = self._chroma(small, colours, size)
         gain = ratio - 1
         if before.smooth is not None and after.smooth is not None:
-            taken = ratio * cv2.resize(cv2.extractChannel(small, 3), (size, size))
+            coarsening = (1 - share) * before.coarsening + share * after.coarsening
+            detail = cv2.extractChannel(small, 3)
+            detail = cv2.max(detail, 0) + cv2.min(detail, 0) * np.float32(coarsening)
+            taken = ratio * cv2.resize(detail, (size, size))
             gain -= taken
             delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + np.float32(BLACK_OFFSET))
         change = Change(delta=clear_rim(delta), gain=clear_rim(gain[None])[0])
@@ -238,6 +256,28 @@ def _fineness(face: FloatArray) -> float:
     luma = np.tensordot(RGB_LUMA, face[:, middle, middle], 1)
     fine, coarse = (cv2.GaussianBlur(luma, (0, 0), sigma * side / 128) for sigma in (0.8, 3.2))
     return float((luma - fine).std() / max(float((fine - coarse).std()), 1e-6))
+
+
+def _sharpened(tone: FloatArray) -> FloatArray:
+    """Return a canonical change with sharper creases; see `CLOSE_SIGMA`."""
+    luma = cv2.extractChannel(tone, 0)
+    detail = luma - cv2.GaussianBlur(luma, (0, 0), CLOSE_SIGMA)
+    sharp = tone.copy()
+    sharp[..., 0] += CLOSE_DARKER * np.minimum(detail, 0) + CLOSE_BRIGHTER * np.maximum(detail, 0)
+    return sharp
+
+
+def _coarsening(luma: FloatArray, smooth: FloatArray) -> float:
+    """Return what share of its own fine detail is added to skin that gets old; see `ROUGHNESS`.
+
+    Args:
+        luma: float32 [S, S] in [0, 1].
+        smooth: the same without fine detail.
+    """
+    side = len(luma)
+    middle = (slice(side // 4, 3 * side // 4),) * 2
+    detail = np.abs(luma[middle] - smooth[middle]) / (luma[middle] + np.float32(BLACK_OFFSET))
+    return float(np.clip(ROUGHNESS / max(float(np.median(detail)), 1e-4) - 1, *COARSENED))
 
 
 def _smooth(luma: FloatArray) -> FloatArray:
