@@ -29,4 +29,4 @@ def blend_faces(
     """
     for change, weight, matrix in zip(changes, weights, frame_to_crop, strict=True):
         if change is not None and weight > 0:
-            apply_change(frame, change.scaled(weight), matrix)
+            apply_change(frame, change, matrix, float(weight))

@@ -193,6 +193,8 @@ class Change:
     dark: tuple[float, float] | None = None
     """Lumas in [0, 1] of a sample up to which its luma changes in full, and from which on not at all; None: all samples
     change. It needs a gain."""
+    kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `kernels.apply_change` made of it, for the next time that it is applied."""
 
     def __post_init__(self) -> None:
         size = self.delta.shape[-1]

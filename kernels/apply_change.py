@@ -12,7 +12,8 @@ addition to R, G and B changes no chroma, so in YUV planes the same map is
 with black the code of E'Y = 0, and span the number of codes from E'Y = 0 to 1. A change that is meant for dark samples
 is multiplied, in planes that have the luma (Y and packed RGB), by clip((none - E'Y) / (none - whole), 0, 1).
 
-For each plane, with p = crop pixels per plane sample along the crop's x, and likewise along its y:
+For each plane, with p = crop pixels per plane sample along the crop's x, in sixteenths from 1 on, and likewise along
+its y:
 
     maps     = gain, and rgb_to_yuv_delta @ delta      small: [S, S, C]
     p >= 1   : D = maps filtered by a tent of half-width p   (antialiasing; the identity at p = 1)
@@ -28,7 +29,8 @@ on a flat, grainless picture its contours are steps of one code, as in any gradi
 
 Convention: as in `gather`; D's sample i lies at crop pixel (i + 0.5) / k - 0.5. The luma is that of the frame's own
 matrix; packed RGB has none and takes Rec. 601's, as JPEG files do.
-Bytes moved: the crop's rectangle of each plane, read and written once.
+Bytes moved: the crop's rectangle of each plane, read and written once. The CPU keeps D with the change: a video's next
+frame has the face elsewhere, but mostly the same p.
 Tolerance: the implementations round differently only at ties, so they differ by at most 1 code.
 Reference: Keys, "Cubic convolution interpolation", IEEE TASSP 1981, eq. 15 (a = -1/2).
 """
@@ -36,6 +38,7 @@ Reference: Keys, "Cubic convolution interpolation", IEEE TASSP 1981, eq. 15 (a =
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast
@@ -48,9 +51,9 @@ from faceage.errors import ShapeError
 from faceage.kernels.color import LUMA_WEIGHTS, color_of, luma_codes, rgb_to_yuv_delta
 from faceage.kernels.gather import warp_samples
 from faceage.kernels.implementation import Implementation, choose_implementation
-from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane
+from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane, invert_affine
 from faceage.kernels.transfer import as_tensor, to_device
-from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout
+from faceage.types import Change, ColorSpec, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +71,14 @@ _KR, _KB = LUMA_WEIGHTS["bt601"]
 RGB_LUMA = np.array([_KR, 1 - _KR - _KB, _KB], np.float32)
 """Weights of R, G and B in the luma of packed RGB."""
 
+STEPS_PER_PX = 16
+"""A tent whose half-width differs by less than a sixteenth of a crop pixel gives the same picture."""
+
 MAX_PART = 0.8
 """A crop of which less than this changes is cut to what changes: hair is a small part of a head's crop."""
 
-STRIP_SAMPLES = 65536
-"""Samples changed at a time: the float32 strip (256 KiB) stays in the cache."""
+STRIP_SAMPLES = 32768
+"""Samples changed at a time: a strip of four float32 maps (512 KiB) stays in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,8 @@ class PlaneChange:
 
     plane: Plane
     """[H, W] or [H, W, C], without alpha."""
+    components: str
+    """As `PlaneLayout.components`."""
     layout: PixelLayout
     matrix: Matrix23
     """Pixels of that part to samples of the plane."""
@@ -109,21 +117,50 @@ def _cubic(x: npt.NDArray[np.float64]) -> FloatArray:
 
 
 def plane_steps(crop_to_samples: Matrix23) -> tuple[float, float]:
-    """Return how far one plane sample reaches along the crop's x and y, in crop pixels."""
-    step_x, step_y = (math.hypot(*row) for row in np.linalg.inv(crop_to_samples[:, :2]))
+    """Return p of the module's formula along the crop's x and y: how far one plane sample reaches, in crop pixels."""
+    (a, b, _), (c, d, _) = crop_to_samples.tolist()
+    size = abs(a * d - b * c)
+    steps = math.hypot(d, b) / size, math.hypot(c, a) / size
+    step_x, step_y = (step if step < 1 else round(STEPS_PER_PX * step) / STEPS_PER_PX for step in steps)
     return step_x, step_y
 
 
-def _changing_part(change: Change) -> Rect:
-    """Return the pixels of the crop outside which the change is 0."""
+def _changing_part(change: Change) -> Rect | None:
+    """Return the pixels of the crop outside which the change is 0; None if it is 0 everywhere."""
     size = change.size_px
-    changes = (change.delta != 0).any(axis=0)
+    bits = np.bitwise_or.reduce(change.delta.view(np.uint32))
     if change.gain is not None:
-        changes |= change.gain != 0
-    rows, columns = np.flatnonzero(changes.any(1)), np.flatnonzero(changes.any(0))
+        bits |= change.gain.view(np.uint32)
+    rows, columns = np.flatnonzero(bits.any(1)), np.flatnonzero(bits.any(0))
+    if not len(rows):
+        return None
     box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
     is_small = (box[2] - box[0]) * (box[3] - box[1]) < MAX_PART * size * size
     return box if is_small else (0, 0, size, size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Codes:
+    """A change in the codes of a kind of frames."""
+
+    delta: FloatArray
+    """float32 [S, S, 3], in the order of the frame's components."""
+    gain: FloatArray | None
+    changing: Rect
+    """The pixels of the crop outside which it is 0."""
+
+
+def _in_codes(change: Change, color: ColorSpec, bit_depth: int) -> _Codes | None:
+    """Return a change in codes; None if it changes nothing."""
+    changing = _changing_part(change)
+    if changing is None:
+        return None
+    # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
+    return _Codes(
+        delta=cv2.transform(cv2.merge(list(change.delta)), rgb_to_yuv_delta(color, bit_depth)),
+        gain=change.gain if change.gain is not None and change.gain.any() else None,
+        changing=changing,
+    )
 
 
 def _grown(part: Rect, crop_to_samples: Matrix23, size_px: int) -> Rect:
@@ -135,16 +172,18 @@ def _grown(part: Rect, crop_to_samples: Matrix23, size_px: int) -> Rect:
 
 def _covered_rect(crop_to_samples: Matrix23, shape: tuple[int, int], width: int, height: int) -> Rect | None:
     """Return the samples of a plane that can change: between the centres of the corner pixels of maps [H', W']."""
-    corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * (shape[1] - 1.0, shape[0] - 1.0)
-    corners = corners @ crop_to_samples[:, :2].T + crop_to_samples[:, 2]
-    x0, y0 = (max(math.floor(v), 0) for v in corners.min(0))
-    x1, y1 = (min(math.ceil(v) + 1, n) for v, n in zip(corners.max(0), (width, height), strict=True))
+    (a, b, left), (c, d, top) = crop_to_samples.tolist()
+    right, bottom = shape[1] - 1.0, shape[0] - 1.0
+    xs = [left + a * x + b * y for x in (0, right) for y in (0, bottom)]
+    ys = [top + c * x + d * y for x in (0, right) for y in (0, bottom)]
+    x0, y0 = max(math.floor(min(xs)), 0), max(math.floor(min(ys)), 0)
+    x1, y1 = min(math.ceil(max(xs)) + 1, width), min(math.ceil(max(ys)) + 1, height)
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
 def samples_to_filtered(crop_to_samples: Matrix23, rect: Rect, kx: int, ky: int) -> Matrix23:
     """Return the map from samples of `rect` (its own corner the origin) to samples of D."""
-    to_crop = np.linalg.inv(np.vstack([crop_to_samples, [0, 0, 1]]))[:2]
+    to_crop = invert_affine(crop_to_samples)
     from_rect = np.array([[1.0, 0, rect[0]], [0, 1, rect[1]]])
     to_filtered = np.array([[kx, 0, (kx - 1) / 2], [0, ky, (ky - 1) / 2]])
     return compose_affine(to_filtered, compose_affine(to_crop, from_rect))
@@ -218,73 +257,106 @@ def _change_ref(part: PlaneChange, rect: Rect) -> None:
 
 
 @lru_cache(maxsize=16)
-def _enlarge_kernel(k: int) -> tuple[FloatArray, int]:
-    """Return Catmull-Rom's kernel for a signal with k - 1 zeros after each sample, and its anchor."""
-    anchor = (5 * k - 2) // 2
-    return _cubic((np.arange(4 * k) - anchor - 0.5 + k / 2) / k), anchor
+def _enlarging_kernels(k: int) -> tuple[FloatArray, ...]:
+    """Return Catmull-Rom's weights of five pixels for each of the k samples of D in the middle one, float32 [5]."""
+    return tuple(_cubic(np.arange(-2.0, 3) - ((phase + 0.5) / k - 0.5)) for phase in range(k))
 
 
-def _axis_kernel(size: int, step: float) -> tuple[FloatArray, int, int]:
-    """Return the formula's second or third line along one axis as a kernel, its anchor, and k."""
+def _filter_axis(maps: FloatArray, axis: int, step: float) -> FloatArray:
+    """Filter a map [H', W'] along one axis: the formula's second or third line."""
+    size = maps.shape[axis]
+
+    def correlate(kernel: FloatArray) -> FloatArray:
+        kernel = kernel.reshape((-1, 1) if axis == 0 else (1, -1))
+        return cv2.filter2D(maps, -1, kernel, borderType=cv2.BORDER_CONSTANT)
+
     if step < 1:
         k = enlarge_factor(step)
-        return *_enlarge_kernel(k), k
+        if k == 1:
+            return maps  # Catmull-Rom's weights of a pixel at its own place
+        parts = [correlate(kernel) for kernel in _enlarging_kernels(k)]
+        if axis == 1:
+            return cv2.merge(parts).reshape(maps.shape[0], k * size)
+        return np.stack(parts, 1).reshape(k * size, maps.shape[1])
     reach = min(math.ceil(step) - 1, size)
     kernel = np.maximum(0, 1 - np.abs(np.arange(-reach, reach + 1)) / step).astype(np.float32)
-    return kernel / kernel.sum(), reach, 1
-
-
-def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> tuple[FloatArray, int, int]:
-    """Return D of the module's formula, float32 [ky * H', kx * W', C], with kx and ky."""
-    height, width = maps.shape[:2]
-    kernel_x, anchor_x, kx = _axis_kernel(width, step_x)
-    kernel_y, anchor_y, ky = _axis_kernel(height, step_y)
-    spread = np.zeros((ky * height, kx * width, *maps.shape[2:]), np.float32)
-    spread[::ky, ::kx] = maps
-    border = cv2.BORDER_CONSTANT
-    filtered = cv2.sepFilter2D(spread, -1, kernel_x, kernel_y, anchor=(anchor_x, anchor_y), borderType=border)
+    filtered = correlate(kernel / kernel.sum()) if reach else maps.copy()
     # A wide tent reaches over the change's rim of two; what it leaves on the edge would leak out of the crop.
-    if step_x >= 1:
-        filtered[:, [0, -1]] = 0
-    if step_y >= 1:
-        filtered[[0, -1]] = 0
-    return filtered, kx, ky
+    filtered[[0, -1] if axis == 0 else (slice(None), [0, -1])] = 0
+    return filtered
 
 
-def _change_cpu(part: PlaneChange, rect: Rect) -> None:
-    """Change `rect` of a plane with OpenCV, a strip at a time."""
-    layout, matrix = part.layout, part.matrix
-    plane = cast(HostPlane, part.plane)
-    steps = plane_steps(matrix)
-    offsets, gains = part.delta, None
+def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> FloatArray:
+    """Return D of the module's formula of one map [H', W']: float32 [ky * H', kx * W']."""
+    return _filter_axis(_filter_axis(maps, 1, step_x), 0, step_y)
+
+
+def _sampled_maps(parts: Sequence[PlaneChange], steps: tuple[float, float]) -> FloatArray:
+    """Return D of the deltas of planes, of one after the other, and of their gain: float32 [ky * H', kx * W'(, C)]."""
+    part = parts[0]
+    maps = [channel for each in parts for channel in cv2.split(each.delta)]
     if part.gain is not None:
         # gain (Y - black + b span) + delta = gain Y + (delta + gain (b span - black)): sampling is linear.
-        offsets = offsets + part.gain[..., None] * np.float32(BLACK_OFFSET * part.span - part.black)
-        gains = _filter_maps(part.gain * np.float32(2.0**-layout.shift), *steps)[0]
-    filtered, kx, ky = _filter_maps(offsets, *steps)
+        maps = [cv2.scaleAdd(part.gain, BLACK_OFFSET * part.span - part.black, each) for each in maps]
+        maps.append(part.gain * np.float32(2.0**-part.layout.shift))
+    filtered = [_filter_maps(each, *steps) for each in maps]
+    # OpenCV warps four channels as fast as one, and those of two not at exact positions.
+    return filtered[0] if len(filtered) == 1 else cv2.merge((filtered * 2)[: max(len(filtered), 4)])
+
+
+def _change_cpu(parts: Sequence[PlaneChange], rect: Rect, weight: float, kept: dict[Hashable, FloatArray]) -> None:
+    """Change `rect` of planes whose samples lie at the same places, with OpenCV, a strip at a time.
+
+    Args:
+        parts: the planes.
+        rect: in each of them.
+        weight: the share of the change.
+        kept: D of each kind of plane, and of how it was filtered.
+    """
+    part = parts[0]
+    layout, matrix = part.layout, part.matrix
+    planes = [cast(HostPlane, each.plane) for each in parts]
+    count = sum(each.delta.shape[2] for each in parts)
+    steps = plane_steps(matrix)
+    kx, ky = (enlarge_factor(step) if step < 1 else 1 for step in steps)
+    how = "".join(each.components for each in parts), kx, max(steps[0], 1.0), ky, max(steps[1], 1.0)
+    sampled = kept.get(how)
+    if sampled is None:
+        sampled = kept[how] = _sampled_maps(parts, steps)
     x0, y0, x1, y1 = rect
-    rows = max(1, STRIP_SAMPLES // ((x1 - x0) * offsets.shape[2]))
-    at_zero, per_code = (np.float32(v) for v in (share_of_codes(part) if part.dark is not None else (1, 0)))
+    rows = max(1, STRIP_SAMPLES // (x1 - x0))
     to_filtered = samples_to_filtered(matrix, rect, kx, ky)
     step = rows * to_filtered[:, 1]
     to_filtered[:, 2] -= step
     for top in range(y0, y1, rows):
         bottom = min(top + rows, y1)
         to_filtered[:, 2] += step
-        size = (x1 - x0, bottom - top)
-        samples = plane[top:bottom, x0:x1]
-        change = warp_samples(filtered, to_filtered, size, cv2.BORDER_CONSTANT).reshape(samples.shape)
-        if gains is not None:
-            gain = warp_samples(gains, to_filtered, size, cv2.BORDER_CONSTANT)
-            luma = samples.astype(np.float32)
+        warped = warp_samples(sampled, to_filtered, (x1 - x0, bottom - top), cv2.BORDER_CONSTANT)
+        gain = None if part.gain is None else cv2.extractChannel(warped, count)
+        for number, plane in enumerate(planes):
+            samples = plane[top:bottom, x0:x1]
             if samples.ndim == 3:
-                luma = cv2.transform(luma, RGB_LUMA[None]).reshape(gain.shape)
-            added = cv2.multiply(gain, luma, dst=gain)
-            change = cv2.add(change, _spread(added, samples), dst=change)
-            if part.dark is not None:
-                share = np.clip(at_zero - per_code * luma, 0, 1)
-                change = cv2.multiply(change, _spread(share, samples), dst=change)
-        _add_rounded(samples, change, layout)
+                change = np.ascontiguousarray(warped[..., : samples.shape[2]])
+            else:
+                change = warped if warped.ndim == 2 else cv2.extractChannel(warped, number)
+            if gain is not None:
+                change = _with_gain(change, gain, samples, part)
+            if weight != 1:
+                change = cv2.multiply(change, weight)
+            _add_rounded(samples, change, layout)
+
+
+def _with_gain(change: FloatArray, gain: FloatArray, samples: HostPlane, part: PlaneChange) -> FloatArray:
+    """Return the change of samples [H, W] or [H, W, 3] with that of the luma added, the share of it that they take."""
+    luma = samples.astype(np.float32)
+    if samples.ndim == 3:
+        luma = cv2.transform(luma, RGB_LUMA[None]).reshape(gain.shape)
+    change = cv2.add(change, _spread(cv2.multiply(gain, luma), samples))
+    if part.dark is not None:
+        at_zero, per_code = (np.float32(v) for v in share_of_codes(part))
+        share = np.clip(at_zero - per_code * luma, 0, 1)
+        change = cv2.multiply(change, _spread(share, samples), dst=change)
+    return change
 
 
 def _spread(values: FloatArray, samples: HostPlane) -> FloatArray:
@@ -294,13 +366,25 @@ def _spread(values: FloatArray, samples: HostPlane) -> FloatArray:
 
 def _add_rounded(part: HostPlane, change: FloatArray, layout: PixelLayout) -> None:
     if part.dtype == np.uint8:  # OpenCV rounds half to even, and saturates at 0 and 255
-        rounded = cv2.add(change, 0, dtype=cv2.CV_16S).reshape(part.shape)
-        part[...] = cv2.add(part, rounded, dtype=cv2.CV_8U).reshape(part.shape)
+        part[...] = cv2.add(part, change, dtype=cv2.CV_8U).reshape(part.shape)
         return
     codes = np.rint(change, out=change).astype(np.int32)
     after = np.clip(part + (codes << layout.shift), 0, code_max(layout))
     # Where nothing changes, a sample with stray low bits or above the code range is kept too.
     np.copyto(part, after, where=codes != 0, casting="unsafe")
+
+
+def _of_one_grid(parts: Sequence[tuple[PlaneChange, Rect]]) -> Iterator[list[tuple[PlaneChange, Rect]]]:
+    """Yield parts whose samples lie at the same places together, as those of planar chroma do."""
+    waiting: list[tuple[PlaneChange, Rect]] = []
+    for part, rect in parts:
+        before = waiting[0][0] if waiting else part
+        if part.gain is not before.gain or not np.array_equal(part.matrix, before.matrix):
+            yield waiting
+            waiting = []
+        waiting.append((part, rect))
+    if waiting:
+        yield waiting
 
 
 def _components(codes: FloatArray, spec: PlaneLayout) -> FloatArray:
@@ -313,6 +397,7 @@ def apply_change(
     frame: Frame,
     change: Change,
     frame_to_crop: FloatArray,
+    weight: float = 1.0,
     *,
     impl: Literal["auto"] | Implementation = "auto",
 ) -> Rect | None:
@@ -320,9 +405,10 @@ def apply_change(
 
     Args:
         frame: its planes must be writable. Alpha is never touched.
-        change: in the pixels of the crop, already times mask and strength, exactly 0 on the outer two pixels.
-            A gain of None costs nothing.
+        change: in the pixels of the crop, already times the mask, exactly 0 on the outer two pixels; it may not be
+            changed afterwards. A gain of None costs nothing.
         frame_to_crop: float32 [2, 3], frame (luma) pixels to crop pixels; invertible and finite.
+        weight: the share of the change, in [0, 1].
         impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a
             GPU; "auto" what fits the frames.
 
@@ -335,14 +421,18 @@ def apply_change(
     """
     if frame_to_crop.shape != (2, 3):
         raise ShapeError(f"expected a matrix [2, 3], got {frame_to_crop.shape}")
-    gain = change.gain if change.gain is not None and change.gain.any() else None
-    if gain is None and not change.delta.any():
-        return None
     color, layout = color_of(frame), frame.layout
-    # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
-    codes = cv2.transform(cv2.merge(list(change.delta)), rgb_to_yuv_delta(color, layout.bit_depth))
+    chosen = choose_implementation(frame, impl)
+    if chosen != "cpu":
+        change, weight = change.scaled(weight), 1.0
+    kind = color, frame.pixel_format
+    if kind not in change.kept:
+        change.kept[kind] = _in_codes(change, color, layout.bit_depth), {}
+    codes, kept = change.kept[kind]
+    if codes is None or not weight:
+        return None
+    gain, changing = codes.gain, codes.changing
     black, span = luma_codes(color, layout.bit_depth)
-    changing = _changing_part(change)
     parts: list[tuple[PlaneChange, Rect]] = []
     touched: list[Rect] = []
     for plane, spec in zip(frame.planes, layout.planes, strict=True):
@@ -355,9 +445,10 @@ def apply_change(
             continue
         part = PlaneChange(
             plane=plane[..., :3] if plane.ndim == 3 else plane,
+            components=spec.components,
             layout=layout,
             matrix=matrix,
-            delta=_components(codes, spec)[inner],
+            delta=_components(codes.delta, spec)[inner],
             gain=gain[inner] if gain is not None and spec.components[0] in "YR" else None,
             black=black,
             span=span,
@@ -368,14 +459,16 @@ def apply_change(
         touched.append((x0 * spec.sub_x, y0 * spec.sub_y, x1 * spec.sub_x, y1 * spec.sub_y))
     if not parts:
         return None
-    chosen = choose_implementation(frame, impl)
     if chosen == "triton":
         from faceage.kernels.apply_change_triton import apply_change_triton
 
         apply_change_triton(frame, parts)
-    else:
+    elif chosen == "ref":
         for part, rect in parts:
-            (_change_ref if chosen == "ref" else _change_cpu)(part, rect)
+            _change_ref(part, rect)
+    else:
+        for together in _of_one_grid(parts):
+            _change_cpu([part for part, _ in together], together[0][1], weight, kept)
     x0s, y0s, x1s, y1s = zip(*touched, strict=True)
     height, width = frame.planes[0].shape[:2]
     return min(x0s), min(y0s), min(max(x1s), width), min(max(y1s), height)

@@ -25,6 +25,10 @@ from faceage.pipeline.timer import StageTimer
 from faceage.track import Track
 from faceage.types import Appearance, Change, FloatArray, Frame
 
+DRAW_FRAMES = 2
+"""Frames that one drawing of a change serves: it moves with the face, but what lies between key frames is mixed anew
+only so often."""
+
 People = Mapping[int, AgeRequest | None]
 """Number of a person -> how this one is aged; None: not at all."""
 
@@ -152,22 +156,39 @@ class _Keys:
     """The ager's, one a frame."""
     looks: list[tuple[float, Look]] = field(default_factory=list)
     """The target age, and what the ager decided, one a frame."""
+    drawn: tuple[int, float, Sequence[Change | None]] = (-1, 0.0, ())
+    """The key frame and the share that the last changes were drawn for, and these changes."""
 
     def forget(self) -> None:
         """Keep the newest key frame alone."""
         self.frames, self.keys, self.looks = self.frames[-1:], self.keys[-1:], self.looks[-1:]
 
     def draw(self, ager: Ager, frame: int) -> Sequence[Change | None]:
-        """Return the change in a frame between the first and the last key frame."""
+        """Return the change in a frame between the first and the last key frame; one at or after the last one drawn."""
         after = int(np.searchsorted(self.frames, frame))
         before = after if self.frames[after] == frame else after - 1
-        share = (frame - self.frames[before]) / (self.frames[after] - self.frames[before]) if before < after else 0.0
+        share = _share(frame - self.frames[before], self.frames[after] - self.frames[before]) if before < after else 0.0
+        if self.drawn[:2] != (self.frames[before], share):
+            self.drawn = self.frames[before], share, self._draw(ager, before, after, share)
+        return self.drawn[2]
+
+    def _draw(self, ager: Ager, before: int, after: int, share: float) -> Sequence[Change | None]:
         keys = self.keys[before], self.keys[after], share
         (target_before, look_before), (target_after, look_after) = self.looks[before], self.looks[after]
         drawn = ager.draw(look_before, *keys)
         if target_after == target_before:
             return drawn
         return mix_changes(drawn, ager.draw(look_after, *keys), share)
+
+
+def _share(frame: int, count: int) -> float:
+    """Return the share at which the change of a frame is drawn, 1 to `count` - 1 frames after a key frame.
+
+    It is that of the middle of the run of `DRAW_FRAMES` frames that it lies in.
+    """
+    first = 1 + (frame - 1) // DRAW_FRAMES * DRAW_FRAMES
+    last = min(first + DRAW_FRAMES, count) - 1
+    return (first + last) / 2 / count
 
 
 Chain = dict[int, _Keys]

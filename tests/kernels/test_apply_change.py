@@ -124,6 +124,21 @@ def test_no_delta_and_no_overlap_touch_nothing(pixel_format):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "nv12", "yuv444p10le", "rgb24", "gray"])
+def test_a_change_that_was_applied_before_gives_what_a_new_one_gives(pixel_format):
+    parts = {"delta": rough_delta(), "gain": rough_gain(), "dark": (0.3, 0.7)}
+    known, scaled = Change(**parts), Change(**parts).scaled(0.6)
+    for matrix in MATRICES.values():
+        apply_change(make_frame(pixel_format), known, matrix)
+    for matrix in MATRICES.values():
+        again, fresh, of_scaled = (make_frame(pixel_format) for _ in range(3))
+        assert apply_change(again, known, matrix, 0.6) == apply_change(fresh, Change(**parts), matrix, 0.6)
+        apply_change(of_scaled, scaled, matrix)
+        for a, b, c in zip(again.planes, fresh.planes, of_scaled.planes, strict=True):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_allclose(a, c.astype(np.int64), atol=ADD_ATOL_CODES)
+
+
 def test_samples_whose_difference_rounds_to_zero_keep_stray_bits():
     frame = make_frame("p010le")
     for plane in frame.planes:

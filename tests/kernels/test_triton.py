@@ -212,6 +212,7 @@ def changed_by_formula(frame, change, frame_to_crop):
     for number, (codes, spec) in enumerate(stored):
         to_plane = crop_to_plane(frame, spec, frame_to_crop)
         steps = [np.hypot(*row) for row in np.linalg.inv(to_plane[:, :2])]
+        steps = [step if step < 1 else np.round(16 * step) / 16 for step in steps]
         (filter_x, kx), (filter_y, ky) = (filter_by_formula(SIZE, step) for step in steps)
         y, x = np.mgrid[: codes.shape[0], : codes.shape[1]]
         inverse = np.linalg.inv(np.vstack([to_plane, [0, 0, 1]]))[:2]
