@@ -246,7 +246,7 @@ def test_the_change_is_drawn_where_the_coordinates_say(canonical, appearance, si
     crops = Crops(
         pixels=np.random.default_rng(0).uniform(-1, 1, (1, 3, size, size)).astype(np.float32),  # sharp
         landmarks=template_5(size, TEMPLATES["whole face"])[None],
-        frame_to_crop=np.zeros((1, 2, 3), np.float32),
+        frame_to_crop=np.eye(2, 3, dtype=np.float32)[None],
     )
     gains = []
     for shift in (0.0, 0.125):
@@ -256,8 +256,7 @@ def test_the_change_is_drawn_where_the_coordinates_say(canonical, appearance, si
         key = replace(key, coarsening=0.0)
         (change,) = ager.draw(look, key, key, 0.0)
         gains.append(change.gain)
-    tone = look.tone if size == FACE_SIZES_PX[0] else look.close
-    expected = np.expm1(cv2.resize(tone[..., 0], (size, size), interpolation=cv2.INTER_AREA))
+    expected = np.expm1(cv2.resize(look.tone[..., 0], (size, size), interpolation=cv2.INTER_AREA))
     inner = slice(size // 8, -size // 8)
     assert np.corrcoef(gains[0][inner, inner].ravel(), expected[inner, inner].ravel())[0, 1] > 0.95
     moved = np.roll(gains[0], -size // 8, 1)
@@ -312,14 +311,24 @@ def test_younger_skin_is_smoother(space):
 
 
 def test_creases_are_sharper_in_close_ups(canonical, appearance):
-    ager = canned(np.zeros((2, 64, 64), np.float32), canonical)
-    ages = np.array([30, 60], np.float32)
-    older, younger = ager.look([appearance] * 2, ages, np.array([75, 25], np.float32))
-    fine = [
-        np.abs(tone[..., 0] - cv2.GaussianBlur(tone[..., 0], (0, 0), 2)).mean() for tone in (older.tone, older.close)
-    ]
-    assert 1.3 * fine[0] < fine[1] < 2.5 * fine[0]
-    assert (younger.close == younger.tone).all()
+    axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
+    ager = canned(np.stack(np.meshgrid(axis, axis)), canonical)
+    fine = []
+    for side in (200, 300, 500):
+        for source, target in ((30, 75), (60, 25)):
+            (look,) = ager.look([appearance], np.array([source], np.float32), np.array([target], np.float32))
+            scale = np.float32(256 / side)
+            crops = Crops(
+                pixels=np.random.default_rng(0).uniform(-1, 1, (1, 3, 256, 256)).astype(np.float32),
+                landmarks=template_5(256, TEMPLATES["whole face"])[None],
+                frame_to_crop=np.array([[[scale, 0, 0], [0, scale, 0]]], np.float32),
+            )
+            (key,) = ager.observe([look], [crops], [None])
+            (change,) = ager.draw(look, key, key, 0.0)
+            fine.append(np.abs(change.gain - cv2.GaussianBlur(change.gain, (0, 0), 2)).mean())
+    small, middle, large = fine[::2]
+    assert 1.1 * small < middle < large < 2.5 * small
+    assert fine[1] == fine[3] == fine[5]
 
 
 def test_old_skin_is_rougher_and_smooth_skin_gains_most(canonical, appearance):
@@ -333,7 +342,7 @@ def test_old_skin_is_rougher_and_smooth_skin_gains_most(canonical, appearance):
         crops = Crops(
             pixels=np.repeat(2 * luma - 1, 3, 1),
             landmarks=template_5(128, TEMPLATES["whole face"])[None],
-            frame_to_crop=np.zeros((1, 2, 3), np.float32),
+            frame_to_crop=np.eye(2, 3, dtype=np.float32)[None],
         )
         (key,) = ager.observe([look], [crops], [None])
         keys.append(key)
@@ -380,7 +389,7 @@ def test_creases_are_as_sharp_as_the_face(canonical, appearance):
         crops = Crops(
             pixels=pixels[None],
             landmarks=template_5(128, TEMPLATES["whole face"])[None],
-            frame_to_crop=np.zeros((1, 2, 3), np.float32),
+            frame_to_crop=np.eye(2, 3, dtype=np.float32)[None],
         )
         (key,) = ager.observe([look], [crops], [None])
         (change,) = ager.draw(look, key, key, 0.0)

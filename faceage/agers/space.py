@@ -50,9 +50,12 @@ UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
-CLOSE_SIGMA, CLOSE_DARKER, CLOSE_BRIGHTER = 2.0, 1.2, 0.3
-"""The pictures that creases are from are smaller than close-ups and have lost their sharpness: how wide the detail is
-that gets stronger, in canonical pixels, and by how much what of it is dark, and bright (which soon looks like wax)."""
+CLOSE_PX = (220, 380)
+"""Side of a face's crop in pixels of the frame from which on, and from which on in full, it is a close-up: the pictures
+that creases are from are smaller and have lost their sharpness."""
+CRISP_SIGMA, CRISP_DARKER, CRISP_BRIGHTER = 2.0, 1.2, 0.3
+"""How wide the detail is that gets stronger there, in canonical pixels, and by how much what of it is dark, and what is
+bright, which soon looks like wax."""
 ROUGHNESS, COARSENED = 0.03, (0.3, 0.8)
 """Old skin is rougher: the median of its fine detail as a share of its luma; how much more of their own detail faces
 that are to be old get at least, which have that already, and at most, or noise would be seen."""
@@ -64,8 +67,8 @@ class Look:
 
     tone: FloatArray
     """float32 [256, 256, 4], as `CanonicalModel.mix` returns it."""
-    close: FloatArray
-    """The same with sharper creases, for the larger of `FACE_SIZES_PX`."""
+    crisp: FloatArray
+    """float32 [256, 256], log ratio of luma that makes creases as sharp as close-ups show them."""
     grey: float
     """0 to 1."""
 
@@ -82,6 +85,8 @@ class FaceKey:
     """float32 [32, 32, 3], RGB in [0, 1]."""
     smooth: FloatArray | None
     """float32 [S, S], luma in [0, 1] without fine detail; None where that stays as it is."""
+    close: float
+    """How near it is seen, 0 to 1."""
     coarsening: float
     """See `_coarsening`."""
     blur: float
@@ -118,8 +123,7 @@ class SpaceAger:
         looks = []
         for appearance, source, target in zip(appearances, source_age, target_age, strict=True):
             tone = self._canonical.mix(appearance, float(source), float(target))
-            close = _sharpened(tone) if target > source else tone
-            looks.append(Look(tone=tone, close=close, grey=grey_amount(float(source), float(target))))
+            looks.append(Look(tone=tone, crisp=_crisp(tone), grey=grey_amount(float(source), float(target))))
         return looks
 
     def observe(
@@ -137,7 +141,10 @@ class SpaceAger:
             (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
             hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
         keys = []
-        for look, pixels, face, coordinates, found in zip(looks, faces.pixels, small, where, hair, strict=True):
+        close = _close(faces)
+        for look, pixels, face, coordinates, found, near in zip(
+            looks, faces.pixels, small, where, hair, close, strict=True
+        ):
             rgb = (pixels.transpose(1, 2, 0) + 1) / 2
             luma = rgb @ RGB_LUMA
             smooth = _smooth(luma) if look.tone[..., 3].any() else None
@@ -148,6 +155,7 @@ class SpaceAger:
                     colours=cv2.resize(rgb, (COLOUR_PX, COLOUR_PX), interpolation=cv2.INTER_AREA),
                     blur=BLUR_SIGMA * float(np.clip((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1)),
                     smooth=smooth,
+                    close=float(near),
                     coarsening=0.0 if smooth is None else _coarsening(luma, smooth),
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
@@ -182,8 +190,10 @@ class SpaceAger:
 
     def _draw_face(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> Change:
         size, half = before.size_px, (before.size_px // 2,) * 2
-        seen = look.close if size > FACE_SIZES_PX[0] else look.tone
-        tone = self._read(seen, _mix(before.coordinates, after.coordinates, share), size)
+        where = _mix(before.coordinates, after.coordinates, share)
+        tone = self._read(look.tone, where, size)
+        if close := (1 - share) * before.close + share * after.close:
+            tone[..., 0] += np.float32(close) * self._read(look.crisp, where, size)
         blur = (1 - share) * before.blur + share * after.blur
         if blur * size > MIN_BLUR_PX:
             tone = cv2.GaussianBlur(tone, (0, 0), blur * size)
@@ -258,13 +268,18 @@ def _fineness(face: FloatArray) -> float:
     return float((luma - fine).std() / max(float((fine - coarse).std()), 1e-6))
 
 
-def _sharpened(tone: FloatArray) -> FloatArray:
-    """Return a canonical change with sharper creases; see `CLOSE_SIGMA`."""
+def _crisp(tone: FloatArray) -> FloatArray:
+    """Return `Look.crisp` of a canonical change, 0 where that is to be younger."""
     luma = cv2.extractChannel(tone, 0)
-    detail = luma - cv2.GaussianBlur(luma, (0, 0), CLOSE_SIGMA)
-    sharp = tone.copy()
-    sharp[..., 0] += CLOSE_DARKER * np.minimum(detail, 0) + CLOSE_BRIGHTER * np.maximum(detail, 0)
-    return sharp
+    detail = luma - cv2.GaussianBlur(luma, (0, 0), CRISP_SIGMA)
+    return (CRISP_DARKER * np.minimum(detail, 0) + CRISP_BRIGHTER * np.maximum(detail, 0)) * (tone[..., 3] < 0)
+
+
+def _close(crops: Crops) -> FloatArray:
+    """Return how near the faces of crops are seen, [F]; see `CLOSE_PX`."""
+    far, near = CLOSE_PX
+    side = crops.size_px / np.sqrt(np.abs(np.linalg.det(crops.frame_to_crop[:, :, :2])))
+    return np.clip((side - far) / (near - far), 0, 1)
 
 
 def _coarsening(luma: FloatArray, smooth: FloatArray) -> float:
