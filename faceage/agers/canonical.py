@@ -33,14 +33,14 @@ COVARIATE_LIMIT = 2.5
 """Covariates are cut here, in standard deviations: beyond it there are hardly any faces to learn from."""
 OLDER_REACH_YEARS, YOUNGER_REACH_YEARS, REACH_OVER_YEARS = 14.0, 6.0, 25.0
 """A mean is milder than most of its faces: prototypes are read this far beyond the target, less for small steps."""
-OLDER_GAIN, YOUNGER_GAIN = 1.4, 2.6
+OLDER_GAIN, YOUNGER_GAIN = 1.5, 2.6
 """For the same reason, what the change of the prototypes is multiplied by."""
-OLDER_LIMITS, YOUNGER_LIMITS = (0.24, 0.06), (0.24, 0.14)
+OLDER_LIMITS, YOUNGER_LIMITS = (0.27, 0.08), (0.24, 0.14)
 """Largest darkening and brightening, as log ratios; approached softly. Older faces get darker
 folds; younger ones lose them, and so get brighter."""
 OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
 """Largest change of chroma, as a log ratio."""
-CREASE_GAIN, CREASE_LIMITS = 1.4, (0.26, 0.12)
+CREASE_GAIN, CREASE_LIMITS = 1.3, (0.26, 0.12)
 """What creases are multiplied by, and their limits: in 200-pixel pictures they are milder than on faces."""
 CREASE_SHARES = (0.8, 0.5, 0.3)
 """Of the creases of the most similar old face, and of the next: one face alone often has bare places; more clutter."""

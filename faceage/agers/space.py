@@ -50,7 +50,7 @@ UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
-CLOSE_PX = (220, 380)
+CLOSE_PX = (260, 400)
 """Side of a face's crop in pixels of the frame from which on, and from which on in full, it is a close-up: the pictures
 that creases are from are smaller and have lost their sharpness."""
 CRISP_SIGMA, CRISP_DARKER, CRISP_BRIGHTER = 2.0, 1.2, 0.3
