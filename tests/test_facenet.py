@@ -9,8 +9,7 @@ from faceage.checkpoint import Header, save
 from faceage.engines.registry import choose_runtime
 from faceage.errors import CheckpointError
 from faceage.geometry import template_5
-from faceage.models import find_model, import_model
-from faceage.models.fetch import facenet_file
+from faceage.models import facenet_file, find_model, import_model
 from faceage.networks.facenet import FaceNet
 from faceage.pipeline.request import load_networks
 from faceage.types import Crops

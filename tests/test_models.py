@@ -9,7 +9,7 @@ import pytest
 from faceage.checkpoint import Header, read_header, save
 from faceage.engines import export
 from faceage.errors import CheckpointError
-from faceage.models import BUNDLED_MODELS, fetch, find_model, import_model, list_models, user_folder
+from faceage.models import BUNDLED_MODELS, facenet_file, fetch, find_model, import_model, list_models, user_folder
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_facenet_is_fetched_checked_and_converted(cache, served, monkeypatch):
     seen, graphs = [], []
     monkeypatch.setattr(export, "write_graph", lambda program: graphs.append(program.graph.name))
     path = fetch.fetch_facenet(lambda done, total: seen.append(done))
-    assert path == fetch.facenet_file() == user_folder() / "facenet" / "facenet.safetensors"
+    assert path == facenet_file() == user_folder() / "facenet" / "facenet.safetensors"
     assert seen[-1] == len(served)
     assert list(load_file(path)) == ["conv.weight"]  # without the classifier
     assert graphs == ["facenet-64.onnx"]  # for the faces that the bundled identity network would get
@@ -154,14 +154,14 @@ def test_a_download_that_differs_leaves_nothing(cache, served, monkeypatch):
     monkeypatch.setattr(fetch, "FACENET_SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match=r"with SHA-256 [0-9a-f]{64}, expected 111,898,327 with 0000"):
         fetch.fetch_facenet()
-    assert list(fetch.facenet_file().parent.iterdir()) == []
+    assert list(facenet_file().parent.iterdir()) == []
 
 
 def test_no_network_is_one_clear_line(cache, monkeypatch):
     monkeypatch.setattr(fetch, "FACENET_URL", "http://127.0.0.1:9/facenet.pt")  # the discard port: refused
     with pytest.raises(CheckpointError, match=r"cannot be downloaded \(.*refused\); check the network"):
         fetch.fetch_facenet()
-    assert list(fetch.facenet_file().parent.iterdir()) == []
+    assert list(facenet_file().parent.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(served, monkeypatch, tmp_path):

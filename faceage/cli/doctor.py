@@ -27,8 +27,7 @@ from faceage.engines.store import EngineStore
 from faceage.errors import EngineError, FaceAgeError
 from faceage.extras import EXTRAS, missing
 from faceage.media.device import encoder_missing
-from faceage.models import find_model, list_models
-from faceage.models.fetch import facenet_file
+from faceage.models import facenet_file, find_model, list_models
 from faceage.pipeline.request import all_programs
 
 NEEDED_ENCODERS = ("libx264", "libx265")

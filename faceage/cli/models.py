@@ -11,8 +11,16 @@ import click
 
 from faceage.checkpoint import read_header, sha256_of
 from faceage.errors import CheckpointError
-from faceage.models import BUNDLED_MODELS, DEFAULT_MODEL, find_model, import_model, list_models, user_folder
-from faceage.models.fetch import FACENET_BYTES, facenet_file, fetch_facenet
+from faceage.models import (
+    BUNDLED_MODELS,
+    DEFAULT_MODEL,
+    facenet_file,
+    find_model,
+    import_model,
+    list_models,
+    user_folder,
+)
+from faceage.models.fetch import FACENET_BYTES, fetch_facenet
 
 
 @click.group("models")

@@ -170,8 +170,9 @@ def has_bf16() -> bool:
 
 @cache
 def _core() -> openvino.Core:
-    # With this package, importing OpenVINO alone tells a server of it. Nothing that faceage uses needs it.
-    sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
+    # OpenVINO's converter, which may be absent, tells a server of the import, and takes half of its time.
+    converter = "openvino.tools.ovc"
+    left_out = sys.modules.setdefault(converter, cast(ModuleType, None)) is None
     try:
         import openvino
     except ImportError as error:
@@ -179,6 +180,9 @@ def _core() -> openvino.Core:
             f"OpenVINO cannot be imported ({error}); run: pip install --force-reinstall openvino, "
             "or use --backend onnxruntime"
         ) from error
+    finally:
+        if left_out:
+            sys.modules.pop(converter, None)
     # Its table of types is made when an inference first needs it. Two threads that do so at once wait for each other
     # for ever (2026.4): one has the table's guard and wants Python's lock, the other has the lock and wants the guard.
     with _FIRST:

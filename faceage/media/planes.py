@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from av.video.frame import VideoFrame
 
 from faceage.kernels import clone_planes, download_planes, upload_planes
 from faceage.types import PIXEL_LAYOUTS, Frame, HostPlane, Plane
 
 if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
     from torch import Tensor
 
 
@@ -56,9 +56,10 @@ def writable(frame: Frame) -> Frame:
     Decoded frames are the pictures that the decoder predicts the next ones from. The samples are copied unless nothing
     but the given frame refers to them; the given frame's own planes stay as they were.
     """
-    if isinstance(frame.native, VideoFrame) and _are_of(frame.planes, frame.native, frame.pixel_format):
-        frame.native.make_writable()
-        return replace(frame, planes=_plane_views(frame.native, frame.pixel_format))
+    native = cast("VideoFrame | None", frame.native)
+    if native is not None and _are_of(frame.planes, native, frame.pixel_format):
+        native.make_writable()
+        return replace(frame, planes=_plane_views(native, frame.pixel_format))
     if frame.is_array:
         return replace(frame, planes=tuple(cast(HostPlane, plane).copy() for plane in frame.planes))
     return replace(frame, planes=clone_planes(cast("tuple[Tensor, ...]", frame.planes)))
@@ -89,8 +90,10 @@ def to_native(frame: Frame) -> VideoFrame:
 
     It is the decoder's own where the planes are still its buffers; else the samples are copied into it, from a GPU too.
     """
-    native = frame.native
-    if not isinstance(native, VideoFrame):
+    native = cast("VideoFrame | None", frame.native)
+    if native is None:
+        from av.video.frame import VideoFrame
+
         names = {"gray16": "gray16le", "rgb48": "rgb48le", "rgba64": "rgba64le"}
         height, width = frame.planes[0].shape[:2]
         native = VideoFrame(width, height, names.get(frame.pixel_format, frame.pixel_format))

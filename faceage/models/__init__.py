@@ -22,11 +22,17 @@ DEFAULT_MODEL = "space"
 BUNDLED_MODELS = tuple(architecture.name for architecture in ARCHITECTURES)
 """Each architecture has one, of its own name."""
 _BUNDLED = Path(__file__).parent
+FACENET_ARCH = "facenet"
 
 
 def user_folder() -> Path:
     """Return the folder of imported and downloaded models: `models` in the cache folder."""
     return cache_root() / "models"
+
+
+def facenet_file() -> Path:
+    """Return where the FaceNet checkpoint is once it has been fetched."""
+    return user_folder() / FACENET_ARCH / f"{FACENET_ARCH}.safetensors"
 
 
 def list_models() -> list[str]:

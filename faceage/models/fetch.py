@@ -19,22 +19,16 @@ from faceage.agers.programs import reader_program
 from faceage.checkpoint import Header, read_header, save
 from faceage.errors import CheckpointError, EngineError
 from faceage.extras import missing
-from faceage.models import find_model, user_folder
+from faceage.models import FACENET_ARCH, facenet_file, find_model
 
 FACENET_URL = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
 FACENET_SHA256 = "281cebca8662831adb987a874bdcb36e73f5b1c6dc5ee5878f305e985625d99b"
 FACENET_BYTES = 111_898_327
-FACENET_ARCH = "facenet"
 TIMEOUT_S = 30
 _CHUNK_BYTES = 1 << 18
 
 Progress = Callable[[int, int], None]
 """(bytes so far, bytes in all)."""
-
-
-def facenet_file() -> Path:
-    """Return where the FaceNet checkpoint is once it has been fetched."""
-    return user_folder() / "facenet" / f"{FACENET_ARCH}.safetensors"
 
 
 def fetch_facenet(progress: Progress | None = None) -> Path:

@@ -26,8 +26,7 @@ from faceage.engines.store import EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
 from faceage.kernels import change_crop, gather_crops, to_host
-from faceage.models import DEFAULT_MODEL, find_model
-from faceage.models.fetch import facenet_file
+from faceage.models import DEFAULT_MODEL, facenet_file, find_model
 from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,6 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import av
-
 from faceage import __version__
 from faceage.errors import MediaError
 from faceage.media.files import write_atomically
@@ -36,6 +34,8 @@ _LIBRARIES = ("numpy", "opencv-python-headless", "openvino", "onnxruntime", "tor
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes and encodes pictures."""
+    import av  # folders of photos are locked by this module too, and need none of it
+
     found = {"faceage": __version__, "av": av.__version__}
     found |= {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
     for name in _LIBRARIES:
