@@ -37,8 +37,6 @@ def make_bar() -> Progress:
     )
 
 
-def make_clock(title: str) -> Progress:
-    """Return a line on stderr with the time that has passed, which stays: for what has no known length."""
-    clock = Progress(TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=Console(stderr=True))
-    clock.add_task(title, total=None)
-    return clock
+def make_clock() -> Progress:
+    """Return lines on stderr with the time that has passed, which stay: for what has no known length."""
+    return Progress(TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=Console(stderr=True))

@@ -99,6 +99,7 @@ class Output:
         self.can_go_on = False
         """Whether the same command goes on where this one is interrupted."""
         self._bar: Progress | None = None
+        self._clock: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
@@ -229,15 +230,33 @@ class Output:
         start = monotonic()
         text = f"building engines (once): {engine}"
         if self.is_interactive and self._bar is None:
-            from faceage.cli.bar import make_clock
-
-            with make_clock(f"faceage: {text}"):
+            with self._timed(f"faceage: {text}"):
                 yield
         else:
             if self.verbosity >= 0:
                 self._say(f"faceage: {text} ...")
             yield
         self.event("engine", name=engine, seconds=round(monotonic() - start, 2))
+
+    @contextmanager
+    def _timed(self, text: str) -> Iterator[None]:
+        """Show a line with the time that has passed; several threads may show one each."""
+        from faceage.cli.bar import make_clock
+
+        with self._lock:
+            if self._clock is None:
+                self._clock = make_clock()
+                self._clock.start()
+            clock = self._clock
+            line = clock.add_task(text, total=None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                clock.stop_task(line)
+                if all(task.stop_time is not None for task in clock.tasks):
+                    clock.stop()
+                    self._clock = None
 
     def item(self, record: dict, *, say: bool = True) -> None:
         """Count a file: a record with an "error" as failed, one with "damage" as done and failed, any other as done.

@@ -210,6 +210,8 @@ class Backend(ABC):
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     """The kinds of device that it runs on: "cpu", "cuda"."""
+    loads_in_threads: ClassVar[bool] = False
+    """Whether several engines may be built and opened at the same time in one process."""
 
     def check_device(self, device: str) -> None:
         """Raise EngineError if it does not run on this kind of device."""

@@ -100,6 +100,7 @@ class OpenVINO(Backend):
 
     name = "openvino"
     kinds = ("cpu",)
+    loads_in_threads = True
 
     def suffix(self, program: Program, target: str) -> str | None:
         """Return the end of its files' names; None for what ONNX Runtime opens."""

@@ -45,6 +45,7 @@ class OnnxRuntime(Backend):
 
     name = "onnxruntime"
     kinds = ("cpu",)
+    loads_in_threads = True
 
     def missing(self, target: str) -> None:
         """Return None: it is always installed."""

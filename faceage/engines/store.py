@@ -13,8 +13,10 @@ import json
 import logging
 import os
 import shutil
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -57,7 +59,7 @@ class Stored:
 
 
 class EngineStore:
-    """A folder of engines. Several processes may use the same folder."""
+    """A folder of engines. Several processes may use the same folder, and several threads the same store."""
 
     def __init__(self, root: Path | None = None, on_build: OnBuild | None = None) -> None:
         """Use the folder `root`, by default `engines` in `cache_root()`.
@@ -68,6 +70,11 @@ class EngineStore:
         """
         self.root = cache_root() / "engines" if root is None else root
         self._on_build = on_build or (lambda name: None)
+        # Threads that build share the folder's lock and the folder of drafts, which end with the last of them.
+        self._guard = threading.Lock()
+        self._builders = 0
+        self._shared = ExitStack()
+        self._one_builder: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 
     def load(self, program: Program, runtime: Runtime = DEFAULT_RUNTIME) -> Engine:
         """Return the engine of `program`, building it first if the store has none that fits.
@@ -86,20 +93,24 @@ class EngineStore:
         if backend.suffix(program, specs[0].target) is None:
             check_buildable(backend, specs[0])
             return backend.load(program, None, runtime)
-        spec = next((spec for spec in specs if self.contains(program, backend, spec)), None)
-        if spec is None:
+        for spec in specs:
+            path, record = self._find(program, backend, spec)
+            if record is not None:
+                break
+        if record is None:
             spec = specs[0]
-            self.build(program, backend, spec)
-        path = self.path(program, backend, spec)
+            path = self.path(program, backend, spec)
+            record, _ = self.build(program, backend, spec)
         try:
             engine = backend.load(program, path, runtime)
         except UnfitEngineError:
             raise  # another machine may use it
         except EngineError as error:
             logger.warning("rebuilding an engine that does not load: %s", error)
-            self.build(program, backend, spec, anew=True)
+            record, _ = self.build(program, backend, spec, anew=True)
             engine = backend.load(program, path, runtime)
-        self._check_first_run(program, engine, path, spec.precision)
+        if record["parity"] is None:
+            self._check_first_run(program, engine, path, spec.precision)
         return engine
 
     def build(self, program: Program, backend: Backend, spec: Spec, *, anew: bool = False) -> tuple[dict, bool]:
@@ -111,13 +122,13 @@ class EngineStore:
         Raises:
             EngineError: if it cannot be built here, differs from torch, or cannot be stored.
         """
-        path = self.path(program, backend, spec)
         identity = _identity(program, backend, spec)
+        path = self._path(identity, backend.suffix(program, spec.target))
         record, fault = _look(path, identity)
         if record is not None and not anew:
             return record, False
-        with self._locked() as folder:
-            record, fault = _look(path, identity)  # another process may have built it while this one waited
+        with self._one_builder[path], self._locked() as folder:
+            record, fault = _look(path, identity)  # it may have been built while this one waited
             if record is not None and not anew:
                 return record, False
             if fault or (fault := self._older(identity)):
@@ -150,14 +161,22 @@ class EngineStore:
         spec = spec or Spec()
         if backend.suffix(program, spec.target) is None:
             return True
-        record, _ = _look(self.path(program, backend, spec), _identity(program, backend, spec))
-        return record is not None
+        return self._find(program, backend, spec)[1] is not None
 
     def path(self, program: Program, backend: Backend, spec: Spec | None = None) -> Path:
         """Return where the engine of `program` is, or would be; `spec` as in `contains`."""
         spec = spec or Spec()
-        key = fingerprint(json.dumps(_identity(program, backend, spec), sort_keys=True))[:KEY_DIGITS]
-        return self.root / f"{program.name}-{key}{backend.suffix(program, spec.target)}"
+        return self._path(_identity(program, backend, spec), backend.suffix(program, spec.target))
+
+    def _find(self, program: Program, backend: Backend, spec: Spec) -> tuple[Path, dict | None]:
+        """Return where an engine is, or would be, and its sidecar if it is there and fits."""
+        identity = _identity(program, backend, spec)
+        path = self._path(identity, backend.suffix(program, spec.target))
+        return path, _look(path, identity)[0]
+
+    def _path(self, identity: dict, suffix: str | None) -> Path:
+        key = fingerprint(json.dumps(identity, sort_keys=True))[:KEY_DIGITS]
+        return self.root / f"{identity['program']}-{key}{suffix}"
 
     def stored(self) -> list[Stored]:
         """Return what the store holds, by name, each compared with its sidecar."""
@@ -202,8 +221,25 @@ class EngineStore:
 
     @contextmanager
     def _locked(self) -> Iterator[Path]:
-        """Wait until no other process builds anything; give a folder for drafts, and remove it after."""
-        folder = self.root / ".drafts"
+        """Wait until no other process builds anything; give a folder for drafts; the last thread removes it."""
+        with self._guard:
+            if not self._builders:
+                self._shared.enter_context(self._locked_folder())
+            self._builders += 1
+        try:
+            yield self._drafts
+        finally:
+            with self._guard:
+                self._builders -= 1
+                if not self._builders:
+                    self._shared.close()
+
+    @property
+    def _drafts(self) -> Path:
+        return self.root / ".drafts"
+
+    @contextmanager
+    def _locked_folder(self) -> Iterator[None]:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             file = (self.root / ".lock").open("w")
@@ -216,15 +252,15 @@ class EngineStore:
             except BlockingIOError:
                 logger.info("another process is building engines; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self._drafts, ignore_errors=True)
             try:
-                folder.mkdir()
+                self._drafts.mkdir()
             except OSError as error:
                 raise self._unwritable(error) from error
             try:
-                yield folder
+                yield
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(self._drafts, ignore_errors=True)
 
     def _unwritable(self, error: OSError) -> EngineError:
         return EngineError(

@@ -187,6 +187,12 @@ def open_input(path: Path) -> InputContainer:
     return container
 
 
+def read_comment(path: Path) -> str | None:
+    """Return the comment of a file's container; errors as `open_input`."""
+    with open_input(path) as container:
+        return next((text for name, text in container.metadata.items() if name.lower() == "comment"), None)
+
+
 def _why(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         head = file.read(64)

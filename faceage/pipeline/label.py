@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from faceage import __version__
 from faceage.ages import OLDEST_YEARS
-from faceage.media.probe import open_input
 from faceage.media.xmp import SOURCE_TYPE
 from faceage.pipeline.request import AgeRequest, Networks
 
@@ -37,9 +35,7 @@ def describe_people(everybody: AgeRequest | None, people: Mapping[int, AgeReques
     return ", ".join(parts)
 
 
-def label_comment(source: Path, label: Mapping[str, str]) -> str:
+def label_comment(existing: str | None, label: Mapping[str, str]) -> str:
     """Return the label as a container's comment, after the comment that the source has."""
-    with open_input(source) as container:
-        existing = next((text for name, text in container.metadata.items() if name.lower() == "comment"), None)
     text = f"digitalSourceType: {SOURCE_TYPE}; " + "; ".join(f"{k}: {v}" for k, v in label.items())
     return f"{existing}\n{text}" if existing else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -18,9 +19,9 @@ from faceage.agers.latent import LatentConfig
 from faceage.agers.registry import ARCHITECTURES, architecture_of, model_programs
 from faceage.ages import OLDEST_YEARS
 from faceage.align import align_faces
-from faceage.checkpoint import read_header, sha256_of
+from faceage.checkpoint import read_header
 from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
-from faceage.engines.base import Engine, Program, Runtime
+from faceage.engines.base import Engine, Program, Runtime, sha256_of_file
 from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
@@ -292,14 +293,25 @@ def load_networks(
         if name not in architecture.options:
             able = " or ".join(f"--model {other.name}" for other in ARCHITECTURES if name in other.options)
             raise UnsupportedError(f"model {model} has no option {name}; leave it out, or use {able}")
+
+    def load_measuring() -> tuple[Detector, Engine]:
+        return load_detector(store, detect, runtime), engine("age")
+
+    with ThreadPoolExecutor(1) as beside:
+        measuring = beside.submit(load_measuring)
+        if not runtime.backend.loads_in_threads:
+            measuring.result()
+        identity_reader = engine("identity")
+        ager = architecture.make(files, engine, **given)
+        detector, age_reader = measuring.result()
     return Networks(
         model=model,
-        detector=load_detector(store, detect, runtime),
-        age_reader=engine("age"),
+        detector=detector,
+        age_reader=age_reader,
         age_reader_px=read_header(files.age).dims["size_px"],
-        identity=engine("identity"),
+        identity=identity_reader,
         identity_px=read_header(files.identity).dims["size_px"],
-        ager=architecture.make(files, engine, **given),
+        ager=ager,
         device=None if runtime.device == "cpu" else runtime.device,
         fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
         | {"model": model, **runtime.describe()}
@@ -310,4 +322,4 @@ def load_networks(
 def _fingerprints(files: ModelFiles, identity: Path) -> dict[str, str]:
     """Return the SHA-256 of each checkpoint, by role."""
     paths = {**files.paths, "age": files.age, "identity": identity}
-    return {role: sha256_of(path) for role, path in paths.items()}
+    return {role: sha256_of_file(path) for role, path in paths.items()}

@@ -18,6 +18,7 @@ import numpy as np
 from faceage.align import face_quality
 from faceage.checkpoint import sha256_of
 from faceage.errors import MediaError
+from faceage.media.probe import read_comment
 from faceage.media.segment import SegmentEncoder, SegmentFormat, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, check_output
 from faceage.pipeline.label import describe_people, label_comment, label_fields
@@ -92,7 +93,7 @@ def age_video(
     workers = workers or Here(networks)
     if label:
         fields = label_fields(networks, describe_people(request, people or {}))
-        encode = replace(encode, metadata={**encode.metadata, "comment": label_comment(source, fields)})
+        encode = replace(encode, metadata={**encode.metadata, "comment": label_comment(read_comment(source), fields)})
     wish = {"everybody": request, "people": people or {}, "track": track or TrackConfig()}
     with (
         VideoReader(source, start_s=start_s, end_s=end_s, device=networks.device) as first_pass,
