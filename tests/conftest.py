@@ -4,7 +4,10 @@ Also makes the modules beside the tests (`clips`) importable: importlib mode lea
 """
 
 import dataclasses
+import fcntl
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +21,35 @@ if not os.path.exists("/dev/nvidiactl"):
 
 FACE_PX = 256
 """Side of the photo and the clip."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _networks_are_exported_once(tmp_path_factory):
+    """Exporting a network takes torch seconds: what is imported again, in whatever process of the tests, is copied."""
+    from faceage.engines import export
+    from faceage.engines.base import fingerprint
+
+    mine = tmp_path_factory.getbasetemp()
+    shared = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "exported"
+    shared.mkdir(exist_ok=True)
+    write_graph = export.write_graph
+
+    def write_once(program):
+        kept = shared / fingerprint(program.graph.name, repr(program.inputs), *program.checkpoints)
+        with kept.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                write_graph(program)
+                kept.mkdir()
+                for path in (program.graph, program.sidecar):
+                    shutil.copyfile(path, kept / path.name)
+            for path in (program.graph, program.sidecar):
+                shutil.copyfile(kept / path.name, path)
+        return json.loads(program.sidecar.read_text())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "write_graph", write_once)
+        yield
 
 
 @pytest.fixture(scope="session")
