@@ -15,6 +15,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Tests run in a process a core, and threads of libraries that wait for one another busily would take it from others.
+for _library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
 if not os.path.exists("/dev/nvidiactl"):
     # Triton asks for it when it is imported, and other libraries import it too. Only kernels of ours are run here.
     os.environ.setdefault("TRITON_INTERPRET", "1")

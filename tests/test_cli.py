@@ -148,7 +148,7 @@ class TestVideo:
         kinds = [event["event"] for event in events]
         assert kinds[0] == "start"
         assert kinds[-2:] == ["item", "done"]
-        assert set(kinds[1:-2]) == {"progress"}
+        assert set(kinds[1:-2]) - {"engine"} == {"progress"}  # the first test builds engines
         assert events[-1].items() >= {"done": 1, "failed": 0, "exit_code": 0}.items()
         record = json.loads(report.read_text())
         assert record["items"] == [{k: v for k, v in events[-2].items() if k != "event"}]
