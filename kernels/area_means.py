@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from faceage.kernels.color import color_of, yuv_to_rgb
 from faceage.kernels.implementation import Implementation, choose_implementation
@@ -188,9 +187,10 @@ class _ArraySums:
 
     def __init__(self, frame: Frame, scale: float, shrink: int) -> None:
         self._size = np.array([frame.width, frame.height])
-        self._layout, self._scale = frame.layout, scale
+        self._layout, self._scale = frame.layout, np.float32(scale)
         matrix, offset = yuv_to_rgb(color_of(frame), frame.layout.bit_depth)
-        self._to_pixels = scale * np.column_stack([matrix / 2**frame.layout.shift, offset])
+        self._matrix = (scale * matrix / 2**frame.layout.shift).astype(np.float32)
+        self._offset = (scale * offset).astype(np.float32)
         self._tables = []
         for planes, sub_x, sub_y in _planes_as_shown(frame):
             parts = planes
@@ -205,37 +205,50 @@ class _ArraySums:
 
     def picture(self, width: int, height: int) -> FloatArray:
         """Return the frame at this size: float32 [3, H, W]."""
-        sums = []
+        means: list[FloatArray] = []
         for table, sub_x, sub_y in self._tables:
             x0, x1, y0, y1 = _picture_bins(width, height, self._size, (sub_x, sub_y))
-            rows = table.take(y1, 0) - table.take(y0, 0)
-            cells = rows.take(x1, 1) - rows.take(x0, 1)
-            sums.append((cells, np.outer(y1 - y0, x1 - x0)))
-        return self._to_rgb(sums)
+            # All places are inside; "clip" spares a check of each.
+            rows = table.take(y1, 0, mode="clip")
+            rows -= table.take(y0, 0, mode="clip")
+            cells = rows.take(x1, 1, mode="clip")
+            cells -= rows.take(x0, 1, mode="clip")
+            per_row, per_column = (np.reciprocal((b - a).astype(np.float32)) for a, b in ((y0, y1), (x0, x1)))
+            for component in np.moveaxis(cells, -1, 0):
+                mean = np.multiply(component, per_column, dtype=np.float32, casting="unsafe")
+                means.append(np.multiply(mean, per_row[:, None], out=mean))
+        return self._to_rgb(means)
 
     def rectangles(self, low: IntArray, high: IntArray, size_px: int) -> FloatArray:
         """Return rectangles: float32 [K, 3, S, S]."""
         if not len(low):
             return np.zeros((0, 3, size_px, size_px), np.float32)
-        sums = []
+        means: list[FloatArray] = []
         for table, sub_x, sub_y in self._tables:
             x0, x1 = (x[:, None, :] for x in _bins(low, high, 0, size_px, sub_x))
             y0, y1 = (y[:, :, None] for y in _bins(low, high, 1, size_px, sub_y))
             flat, stride = table.reshape(-1, table.shape[2]), table.shape[1]
-            cells = flat.take(y1 * stride + x1, 0)
-            cells -= flat.take(y1 * stride + x0, 0)
-            cells -= flat.take(y0 * stride + x1, 0)
-            cells += flat.take(y0 * stride + x0, 0)
-            sums.append((cells, (y1 - y0) * (x1 - x0)))
-        return np.ascontiguousarray(self._to_rgb(sums).swapaxes(0, 1))
+            cells = flat.take(y1 * stride + x1, 0, mode="clip")
+            cells -= flat.take(y1 * stride + x0, 0, mode="clip")
+            cells -= flat.take(y0 * stride + x1, 0, mode="clip")
+            cells += flat.take(y0 * stride + x0, 0, mode="clip")
+            per_cell = np.reciprocal(((y1 - y0) * (x1 - x0)).astype(np.float32))
+            for component in np.moveaxis(cells, -1, 0):
+                means.append(np.multiply(component, per_cell, dtype=np.float32, casting="unsafe"))
+        return np.ascontiguousarray(self._to_rgb(means).swapaxes(0, 1))
 
-    def _to_rgb(self, sums: list[tuple[npt.NDArray, IntArray]]) -> FloatArray:
-        """Return sums [..., C] over areas [...] of all planes at the same places as RGB [3, ...]."""
-        shape = sums[0][1].shape
-        means = [np.divide(cells, areas[..., None].astype(np.float32), dtype=np.float32) for cells, areas in sums]
-        codes = [mean.reshape(-1, shape[-1], mean.shape[-1]) for mean in means]  # two axes of positions, for OpenCV
-        if codes[0].shape[2] == len(codes) == 1:  # gray has no chroma
-            codes += [np.full_like(codes[0], 2 ** (self._layout.bit_depth - 1 + self._layout.shift))] * 2
-        pixels = cv2.transform(cv2.merge(codes), self._to_pixels)
-        np.clip(pixels, -self._scale, self._scale, out=pixels)
-        return np.array(cv2.split(pixels)).reshape(3, *shape)
+    def _to_rgb(self, means: list[FloatArray]) -> FloatArray:
+        """Return the means [...] of the components as RGB [3, ...]."""
+        pixels = np.empty((3, *means[0].shape), np.float32)
+        if len(means) == 1:  # gray has no chroma: its R, G and B are alike
+            neutral = np.float32(2 ** (self._layout.bit_depth - 1 + self._layout.shift))
+            np.multiply(means[0], self._matrix[0, 0], out=pixels[0])
+            pixels[0] += self._offset[0] + self._matrix[0, 1:].sum() * neutral
+            pixels[1:] = pixels[0]
+        else:
+            for channel, weights, offset in zip(pixels, self._matrix, self._offset, strict=True):
+                channel[...] = offset
+                for mean, weight in zip(means, weights, strict=True):
+                    if weight:
+                        channel += weight * mean
+        return np.clip(pixels, -self._scale, self._scale, out=pixels)

@@ -228,18 +228,16 @@ def _changed_rows(
     before: Plane, after: Plane, table: npt.NDArray[np.float32]
 ) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
     """Return the quantised change of a plane: for each row of blocks the columns [N] and coefficients [N, 64]."""
-    changed = before != after
-    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-    if not len(rows):
+    row, column = np.nonzero(_changed_blocks(before, after))
+    if not len(row):
         return {}
-    top, left = rows[0] // 8 * 8, columns[0] // 8 * 8
-    window = slice(top, (rows[-1] // 8 + 1) * 8), slice(left, (columns[-1] // 8 + 1) * 8)
-    blocks_before, blocks_after = _blocks(before[window]), _blocks(after[window])
-    row, column = np.nonzero(_blocks(changed[window]).view(np.uint64).any((2, 3)))
-    difference = blocks_after[row, column].astype(np.float32) - blocks_before[row, column]
+    top, left = row[0], column.min()
+    window = slice(top * 8, (row[-1] + 1) * 8), slice(left * 8, (column.max() + 1) * 8)
+    blocks_before, blocks_after = (_blocks(plane[window])[row - top, column - left] for plane in (before, after))
+    difference = blocks_after.astype(np.float32) - blocks_before
     quantised = np.rint(difference.reshape(-1, 64) @ _DCT_2D / table.reshape(64)).astype(np.int32)
     coded = quantised.any(1)
-    row, column, quantised = row[coded] + top // 8, column[coded] + left // 8, quantised[coded]
+    row, column, quantised = row[coded], column[coded], quantised[coded]
     cuts = np.flatnonzero(np.diff(row)) + 1
     return {
         int(rows[0]): (columns, change)
@@ -248,6 +246,16 @@ def _changed_rows(
         )
         if len(rows)
     }
+
+
+def _changed_blocks(before: Plane, after: Plane) -> npt.NDArray[np.bool_]:
+    """Return which blocks of 8x8 of uint8 [H, W] have a changed sample: bool [rows, columns]."""
+    whole = before.shape[1] // 8 * 8
+    rows = [plane[:, :whole].view(np.uint64) for plane in (before, after)]  # eight samples of a block at a time
+    changed = rows[0] != rows[1]
+    if whole < before.shape[1]:
+        changed = np.column_stack([changed, (before[:, whole:] != after[:, whole:]).any(1)])
+    return np.logical_or.reduceat(changed, np.arange(0, len(changed), 8), axis=0)
 
 
 def _blocks(samples: npt.NDArray) -> npt.NDArray:
