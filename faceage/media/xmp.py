@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from xml.sax.saxutils import escape, quoteattr
+from html import escape  # xml's brings a network client with it
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 IPTC_EXT = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
@@ -49,10 +49,11 @@ def label_xmp(packet: bytes | None, label: Mapping[str, str]) -> bytes:
     text = _OLD_SOURCE_TYPE.sub("", _OLD_LABEL.sub("", text))
     text = re.sub(r"\s+(?=<\?xpacket end)", "", text)  # padding: a JPEG holds no packet over 64 KB
     # The descriptions of one packet must be about the same resource.
-    about = re.search(r"rdf:about\s*=\s*(\"[^\"]*\"|'[^']*')", text)
-    fields = "".join(f"<faceage:{key}>{escape(value)}</faceage:{key}>" for key, value in label.items())
+    found = re.search(r"rdf:about\s*=\s*(\"[^\"]*\"|'[^']*')", text)
+    about = found[1] if found else '""'
+    fields = "".join(f"<faceage:{key}>{escape(value, quote=False)}</faceage:{key}>" for key, value in label.items())
     description = (
-        f"<rdf:Description rdf:about={about[1] if about else quoteattr('')}"
+        f"<rdf:Description rdf:about={about}"
         f' xmlns:faceage="{FACEAGE}" xmlns:Iptc4xmpExt="{IPTC_EXT}">'
         f"<Iptc4xmpExt:DigitalSourceType>{SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>{fields}"
         "</rdf:Description>"
