@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from faceage.kernels.color import color_of, yuv_to_rgb
 from faceage.kernels.implementation import Implementation, choose_implementation
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     import torch
 
     from faceage.kernels.area_means_triton import BinSums
+
+
+STRIP_CELLS = 16384
+"""Means computed at a time: what they are computed from stays in the cache."""
 
 
 class AreaMeans:
@@ -187,10 +192,9 @@ class _ArraySums:
 
     def __init__(self, frame: Frame, scale: float, shrink: int) -> None:
         self._size = np.array([frame.width, frame.height])
-        self._layout, self._scale = frame.layout, np.float32(scale)
+        self._layout, self._scale = frame.layout, scale
         matrix, offset = yuv_to_rgb(color_of(frame), frame.layout.bit_depth)
-        self._matrix = (scale * matrix / 2**frame.layout.shift).astype(np.float32)
-        self._offset = (scale * offset).astype(np.float32)
+        self._to_pixels = scale * np.column_stack([matrix / 2**frame.layout.shift, offset])
         self._tables = []
         for planes, sub_x, sub_y in _planes_as_shown(frame):
             parts = planes
@@ -205,50 +209,63 @@ class _ArraySums:
 
     def picture(self, width: int, height: int) -> FloatArray:
         """Return the frame at this size: float32 [3, H, W]."""
-        means: list[FloatArray] = []
-        for table, sub_x, sub_y in self._tables:
-            x0, x1, y0, y1 = _picture_bins(width, height, self._size, (sub_x, sub_y))
-            # All places are inside; "clip" spares a check of each.
-            rows = table.take(y1, 0, mode="clip")
-            rows -= table.take(y0, 0, mode="clip")
-            cells = rows.take(x1, 1, mode="clip")
-            cells -= rows.take(x0, 1, mode="clip")
-            per_row, per_column = (np.reciprocal((b - a).astype(np.float32)) for a, b in ((y0, y1), (x0, x1)))
-            for component in np.moveaxis(cells, -1, 0):
-                mean = np.multiply(component, per_column, dtype=np.float32, casting="unsafe")
-                means.append(np.multiply(mean, per_row[:, None], out=mean))
-        return self._to_rgb(means)
+        bins = [_picture_bins(width, height, self._size, (sub_x, sub_y)) for _, sub_x, sub_y in self._tables]
+        pixels = np.empty((3, len(bins[0][2]), len(bins[0][0])), np.float32)
+        rows = max(1, STRIP_CELLS // pixels.shape[2])
+        for top in range(0, pixels.shape[1], rows):
+            strip = slice(top, top + rows)
+            sums = []
+            for (table, _, _), (x0, x1, y0, y1) in zip(self._tables, bins, strict=True):
+                columns = _taken(table, y1[strip], 0)
+                columns -= _taken(table, y0[strip], 0)
+                cells = _taken(columns, x1, 1)
+                cells -= _taken(columns, x0, 1)
+                sums.append((cells, (y1 - y0)[strip, None] * (x1 - x0)))
+            self._to_rgb(sums, pixels[:, strip])
+        return pixels
 
     def rectangles(self, low: IntArray, high: IntArray, size_px: int) -> FloatArray:
         """Return rectangles: float32 [K, 3, S, S]."""
         if not len(low):
             return np.zeros((0, 3, size_px, size_px), np.float32)
-        means: list[FloatArray] = []
+        pixels = np.empty((len(low), 3, size_px, size_px), np.float32)
+        count = max(1, STRIP_CELLS // size_px**2)
+        for first in range(0, len(low), count):
+            some = slice(first, first + count)
+            self._some_rectangles(low[some], high[some], pixels[some])
+        return pixels
+
+    def _some_rectangles(self, low: IntArray, high: IntArray, pixels: FloatArray) -> None:
+        """Read rectangles into `pixels` [K, 3, S, S]."""
+        size_px = pixels.shape[-1]
+        sums = []
         for table, sub_x, sub_y in self._tables:
             x0, x1 = (x[:, None, :] for x in _bins(low, high, 0, size_px, sub_x))
             y0, y1 = (y[:, :, None] for y in _bins(low, high, 1, size_px, sub_y))
             flat, stride = table.reshape(-1, table.shape[2]), table.shape[1]
-            cells = flat.take(y1 * stride + x1, 0, mode="clip")
-            cells -= flat.take(y1 * stride + x0, 0, mode="clip")
-            cells -= flat.take(y0 * stride + x1, 0, mode="clip")
-            cells += flat.take(y0 * stride + x0, 0, mode="clip")
-            per_cell = np.reciprocal(((y1 - y0) * (x1 - x0)).astype(np.float32))
-            for component in np.moveaxis(cells, -1, 0):
-                means.append(np.multiply(component, per_cell, dtype=np.float32, casting="unsafe"))
-        return np.ascontiguousarray(self._to_rgb(means).swapaxes(0, 1))
+            cells = _taken(flat, y1 * stride + x1, 0)
+            cells -= _taken(flat, y1 * stride + x0, 0)
+            cells -= _taken(flat, y0 * stride + x1, 0)
+            cells += _taken(flat, y0 * stride + x0, 0)
+            sums.append((cells, (y1 - y0) * (x1 - x0)))
+        self._to_rgb(sums, pixels.swapaxes(0, 1))
 
-    def _to_rgb(self, means: list[FloatArray]) -> FloatArray:
-        """Return the means [...] of the components as RGB [3, ...]."""
-        pixels = np.empty((3, *means[0].shape), np.float32)
-        if len(means) == 1:  # gray has no chroma: its R, G and B are alike
-            neutral = np.float32(2 ** (self._layout.bit_depth - 1 + self._layout.shift))
-            np.multiply(means[0], self._matrix[0, 0], out=pixels[0])
-            pixels[0] += self._offset[0] + self._matrix[0, 1:].sum() * neutral
-            pixels[1:] = pixels[0]
-        else:
-            for channel, weights, offset in zip(pixels, self._matrix, self._offset, strict=True):
-                channel[...] = offset
-                for mean, weight in zip(means, weights, strict=True):
-                    if weight:
-                        channel += weight * mean
-        return np.clip(pixels, -self._scale, self._scale, out=pixels)
+    def _to_rgb(self, sums: list[tuple[npt.NDArray, IntArray]], pixels: FloatArray) -> None:
+        """Write sums [..., C] over areas [...] of all planes at the same places into `pixels` [3, ...], as RGB."""
+        codes = []
+        for cells, areas in sums:
+            per_sample = 1 / areas.astype(np.float32)
+            codes += [cells[..., component].astype(np.float32) * per_sample for component in range(cells.shape[-1])]
+        for out, (*weights, offset) in zip(pixels, self._to_pixels, strict=True):
+            # Of gray, the chroma is the code in the middle.
+            missing = 2 ** (self._layout.bit_depth - 1 + self._layout.shift) * sum(weights[len(codes) :])
+            mixed = codes[0] * np.float32(weights[0]) + np.float32(offset + missing)
+            for code, weight in zip(codes[1:], weights[1:], strict=False):
+                if weight:
+                    mixed += code * np.float32(weight)
+            np.clip(mixed, -self._scale, self._scale, out=out)
+
+
+def _taken(values: npt.NDArray, places: IntArray, axis: int) -> npt.NDArray:
+    """Return values at places that exist: NumPy needs a third of the time if it need not make sure of that."""
+    return values.take(places, axis, mode="clip")
