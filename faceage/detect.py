@@ -127,11 +127,13 @@ class Detector:
         self.config = config or DetectConfig()
         self._pnet, self._rnet, self._onet = pnet, rnet, onet
 
-    def detect(self, frames: Sequence[Frame]) -> Faces:
+    def detect(self, frames: Sequence[Frame], least: float = 1.0) -> Faces:
         """Find all faces. Frames of the same size run as one batch, so give as many as memory allows.
 
         Args:
             frames: frames of any sizes and pixel formats; none is a normal value.
+            least: side of the smallest face that is looked for, in sides of the configured smallest face. The time
+                falls with its square.
 
         Returns:
             The faces, by frame and then by falling score. `frame_index` counts in `frames`. Boxes may reach
@@ -141,7 +143,7 @@ class Detector:
         parts = []
         for size in np.unique(sizes, axis=0):
             index = np.flatnonzero((sizes == size).all(1))
-            faces = self._detect_same_size([frames[i] for i in index.tolist()])
+            faces = self._detect_same_size([frames[i] for i in index.tolist()], least)
             parts.append(replace(faces, frame_index=index[faces.frame_index]))
         found = Faces.concatenate(parts)
         return found[np.lexsort((-found.scores, found.frame_index))]
@@ -183,15 +185,15 @@ class Detector:
             scores=np.where(lost, np.float32(0), probabilities[:, 1]),
         )
 
-    def _detect_same_size(self, frames: list[Frame]) -> Faces:
+    def _detect_same_size(self, frames: list[Frame], least: float) -> Faces:
         width, height = frames[0].width, frames[0].height
-        smallest_px = self.config.smallest_face_px(width, height)
+        smallest_px = least * self.config.smallest_face_px(width, height)
         if PNET_CELL_PX / smallest_px * min(width, height) < PNET_CELL_PX:
             return Faces.empty()
         halvings = max(0, int(math.log2(smallest_px / SHRUNK_FACE_PX)))
         shrink = max(2**halvings, math.ceil(math.sqrt(width * height / MAX_SUMMED_PIXELS)))
         means = AreaMeans(frames, scale=PIXEL_SCALE, shrink=shrink)
-        faces = self._decide(means, self._reject(means, self._propose(means)))
+        faces = self._decide(means, self._reject(means, self._propose(means, smallest_px)))
         found = faces = faces[_is_sensible(faces.landmarks)]
         for _ in range(LOOKS):
             found = self.refine(frames, found)
@@ -199,10 +201,10 @@ class Detector:
         agreed = near & (found.scores > self.config.thresholds[2])
         return replace(faces, landmarks=np.where(agreed[:, None, None], found.landmarks, faces.landmarks))
 
-    def _propose(self, means: AreaMeans) -> _Boxes:
+    def _propose(self, means: AreaMeans, smallest_px: float) -> _Boxes:
         """Run P-Net over a pyramid whose first level shows the smallest face at 12 pixels; return squares."""
         width, height = means.width, means.height
-        scale = PNET_CELL_PX / self.config.smallest_face_px(width, height)
+        scale = PNET_CELL_PX / smallest_px
         scales, scores, offsets = [], [], []
         while scale * min(width, height) >= PNET_CELL_PX:
             offset, probability = self._pnet(means.pictures(int(width * scale + 1), int(height * scale + 1)))

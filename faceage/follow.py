@@ -33,8 +33,8 @@ SEARCH_SIDES = 3.0
 class FaceDetector(Protocol):
     """What the tracker needs of a detector; `detect` and `refine` may run at once in two threads."""
 
-    def detect(self, frames: Sequence[Frame]) -> Faces:
-        """Return every face of the frames, `frame_index` into the list."""
+    def detect(self, frames: Sequence[Frame], least: float = 1.0) -> Faces:
+        """Return every face of the frames, `frame_index` into the list; those of `least` smallest sides or more."""
 
     def refine(self, frames: Sequence[Frame], faces: Faces) -> Faces:
         """Return the given faces with better boxes, landmarks and scores, one a face, in the same order."""
@@ -45,7 +45,10 @@ class TrackConfig:
     """How faces are followed. Distances are in sides of the face's box."""
 
     detect_every: int = 10
-    """Frames between two full detections, at least 1. New faces are found by the next and followed back."""
+    """Frames between two detections, at least 1. New faces are found by the next and followed back."""
+    complete_every: int = 4
+    """A detection is complete at least once in so many, 1 or more. While little of the picture changes, the others look
+    for faces of twice the smallest side only, at a quarter of the cost."""
     keep_score: float = 0.6
     """A refined face scoring less than this, in [0, 1], has been lost."""
     sure_score: float = 0.95
@@ -62,7 +65,7 @@ class TrackConfig:
     """A face that comes back after at most this many frames is the same track; 0 for none."""
 
     def __post_init__(self) -> None:
-        for name in ("detect_every", "min_track_frames"):
+        for name in ("detect_every", "complete_every", "min_track_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
         for name in ("keep_score", "sure_score", "match_iou", "collapse_iou"):
@@ -129,22 +132,23 @@ class Follower:
         """Faces that may come back."""
         self.live = self._begin(_sights(detector.detect([frame]), index), frame, index)
 
-    def follow(self, span: list[Frame], first: int, key: Future[Faces]) -> None:
+    def follow(self, span: list[Frame], first: int, key: Future[Faces], *, is_complete: bool = True) -> None:
         """Follow all faces through a window, forwards and then the newly found ones backwards.
 
         Args:
             span: the window's frames, from its key frame to the next one, both included.
             first: index in the video of `span[0]`, the newest frame so far.
             key: what will have been detected in `span[-1]`.
+            is_complete: whether the smallest faces were looked for too: then who was not found there is lost.
         """
         # Older tracks first, those not numbered yet last: `_drop_collapsed` relies on it.
         self.live.sort(key=lambda path: (path.track_id < 0, path.track_id))
         for path in self.live:
             path.searched = False
         for offset, frame in enumerate(span[1:-1], 1):
-            self._step(frame, first + offset, None)
+            self._step(frame, first + offset, None, is_complete=False)
         last = first + len(span) - 1
-        unknown = self._step(span[-1], last, _sights(key.result(), last))
+        unknown = self._step(span[-1], last, _sights(key.result(), last), is_complete=is_complete)
         new = self._begin(unknown, span[-1], last)
         self._follow_back(new, span, first)
         self._rejoin(new)
@@ -161,10 +165,10 @@ class Follower:
         self.lost = [path for path in self.lost if path.sights[-1].frame >= oldest]
         return rows
 
-    def _step(self, frame: Frame, index: int, key: list[Sight] | None) -> list[Sight]:
+    def _step(self, frame: Frame, index: int, key: list[Sight] | None, *, is_complete: bool) -> list[Sight]:
         """Carry the live faces forward by one frame; return the detections that are nobody's.
 
-        On a key frame (its detections are given) a face that the detector does not confirm is lost; on
+        On a key frame (its detections are given) a face that a complete detection does not confirm is lost; on
         others, a face that cannot be carried on is searched for, once a window.
         """
         paths = self.live
@@ -179,7 +183,7 @@ class Follower:
         self._drop_collapsed(paths, sights, index)
         self.live = []
         for path, sight in zip(paths, sights, strict=True):
-            if sight is None or (key is not None and not sight.detected):
+            if sight is None or (is_complete and not sight.detected):
                 self.lost.append(path)
             else:
                 path.add(sight)

@@ -2,9 +2,9 @@
 
 Tracking is offline: it reads the whole clip once before anything is rendered, so it may look ahead and
 back. The stream is cut into windows between *key frames*, `detect_every` frames apart and at both ends of a
-shot. The full detector runs on key frames only; in between, every face is carried from frame to frame
-by the detector's last network alone (`refine`). A face that a key frame shows for the first time is
-followed backwards into the window before it, so nobody appears late.
+shot. The full detector runs on key frames only, and while the picture hardly changes on some of them for larger faces
+only; in between, every face is carried from frame to frame by the detector's last network alone (`refine`). A face that
+a key frame shows for the first time is followed backwards into the window before it, so nobody appears late.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from faceage.cuts import split_spans
 from faceage.follow import FaceDetector, Follower, TrackConfig
+from faceage.kernels import Thumbnail, thumbnail
 from faceage.smooth import smooth_landmarks
 from faceage.types import Faces, FloatArray, Frame, IntArray
 
@@ -27,6 +28,11 @@ T = TypeVar("T")
 
 DEFAULT_FRAME_RATE = 25.0
 """Frames per second, for frames without time stamps."""
+COARSE_LEAST = 2.0
+"""Side of the smallest faces that a coarse detection looks for, in smallest sides."""
+CHANGED_LUMA, CHANGED_FRACTION = 8.0, 0.25
+"""A detection is complete if more than this fraction of the picture's thumbnail has changed by more than these codes of
+8 bits since the last complete one. A street changes so much in ten frames, somebody who talks does not."""
 TRUSTED_GAP_FRAMES = 2
 """Filled frames within this distance of a seen one keep its score; deeper in a gap the face is hidden."""
 
@@ -103,22 +109,35 @@ class Tracker:
         follower: Follower | None = None
         with ThreadPoolExecutor(2) as workers:
             spans = (
-                (span, ends_shot, workers.submit(self._detector.detect, span[-1:]))
-                for span, ends_shot in split_spans(frames, self._config.detect_every)
+                (span, ends_shot, least, workers.submit(self._detector.detect, span[-1:], least))
+                for span, ends_shot, least in self._spans(frames)
             )
-            for span, ends_shot, found in _one_ahead(spans):
+            for span, ends_shot, least, found in _one_ahead(spans):
                 first = self._frame_count
                 if follower is None:
                     self.shot_starts.append(first)
                     follower = Follower(self._detector, self._config, span[0], first)
                 if len(span) > 1:
-                    follower.follow(span, first, found)
+                    follower.follow(span, first, found, is_complete=least == 1)
                 shown = span if ends_shot else span[:-1]
                 self._times_s = (self._times_s[0] if first else span[0].time_s, shown[-1].time_s)
                 self._frame_count += len(shown)
                 yield self._hand_out(follower, shown, first)
                 del span, shown  # or they would be held while the next span is read
                 follower = None if ends_shot else follower
+
+    def _spans(self, frames: Iterable[Frame]) -> Iterator[tuple[list[Frame], bool, float]]:
+        """Yield the spans of the video, whether they end their shots, and the least face to detect at their ends."""
+        seen: Thumbnail | None = None  # the newest complete detection of the shot
+        ago = 0
+        for span, ends_shot in split_spans(frames, self._config.detect_every):
+            ago += 1
+            now = thumbnail(span[-1])
+            # The first key frame after a shot's start is complete too: people may look away at first.
+            is_complete = seen is None or ends_shot or ago >= self._config.complete_every or _has_changed(seen, now)
+            yield span, ends_shot, 1.0 if is_complete else COARSE_LEAST
+            if is_complete:
+                seen, ago = None if ends_shot else now, 0
 
     def tracks(self) -> list[Track]:
         """Return the smoothed tracks of all windows read so far, false alarms left out, ordered by id."""
@@ -184,6 +203,11 @@ class Tracker:
         """Return the mean frames per second of what was read."""
         start, end = self._times_s
         return (self._frame_count - 1) / (end - start) if end > start else DEFAULT_FRAME_RATE
+
+
+def _has_changed(before: Thumbnail, after: Thumbnail) -> bool:
+    """Return whether so much of a picture has changed that small new faces are likely."""
+    return float((np.abs(after.luma - before.luma) > CHANGED_LUMA).mean()) > CHANGED_FRACTION
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -20,6 +20,7 @@ from faceage.types import ColorSpec, Faces, Frame
 
 RATE = 25.0
 WIDTH, HEIGHT = 640, 360
+SMALLEST_PX = 24
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
 
 
@@ -57,6 +58,7 @@ class StubDetector:
     def __init__(self, people: Sequence[Person], noise: float = 0.0, blind: Sequence[int] = ()) -> None:
         self.people, self.noise, self.blind = people, noise, set(blind)
         self.detected: list[int] = []
+        self.complete: list[int] = []
         self.searched: list[int] = []
         self.refined = 0
 
@@ -84,18 +86,23 @@ class StubDetector:
         landmarks = box[:2] + template_5(1000) / 1000 * side + noise[:5]
         return row, box + noise[5:].reshape(4), landmarks, self.people[person].score
 
-    def detect(self, frames: Sequence[Frame]) -> Faces:
+    def detect(self, frames: Sequence[Frame], least: float = 1.0) -> Faces:
         rows = []
         for row, frame in enumerate(frames):
             corner = np.tile(origin(frame), 2)
             if frame.width == WIDTH:
                 self.detected.append(frame.pts)
+                self.complete += [frame.pts] if least == 1 else []
             else:
                 self.searched.append(frame.pts)
             if frame.pts not in self.blind:
                 seen = [(n, box - corner) for n, box in self._seen(frame.pts)]
                 inside = [
-                    (n, box) for n, box in seen if box[:2].min() >= 0 and np.all(box[2:] < frame.planes[0].shape[::-1])
+                    (n, box)
+                    for n, box in seen
+                    if box[:2].min() >= 0
+                    and np.all(box[2:] < frame.planes[0].shape[::-1])
+                    and self.people[n].side >= least * SMALLEST_PX
                 ]
                 rows += [self._face(row, frame.pts, n, box) for n, box in inside]
         return self._rows(rows)
@@ -209,6 +216,20 @@ def test_new_face_is_followed_back_to_its_first_frame(noise):
     tracks, _ = run(detector, clip(40))
     assert [(t.track_id, t.first_frame, t.last_frame) for t in tracks] == [(0, 0, 39), (1, 13, 39)]
     assert not tracks[1].starts_shot
+
+
+def test_smallest_faces_are_looked_for_at_times_and_where_much_changes():
+    small = StubDetector([Person(line(100, 100), side=30), Person(line(500, 200, first=22), side=30)])
+    tracks, _ = run(small, clip(100))
+    assert sorted(small.detected) == [*range(0, 100, 10), 99]
+    assert sorted(small.complete) == [0, 10, 50, 90, 99]  # every fourth, and the first and the last of a shot
+    assert [(t.track_id, t.first_frame, t.last_frame) for t in tracks] == [(0, 0, 99), (1, 40, 99)]
+
+    changing = [make_frame(picture(0) // 4 + np.uint8(3 * n), n) for n in range(60)]
+    small = StubDetector([Person(line(100, 100), side=30), Person(line(500, 200, first=22), side=30)])
+    tracks, _ = run(small, changing)
+    assert sorted(small.complete) == [*range(0, 60, 10), 59]
+    assert [(t.track_id, t.first_frame, t.last_frame) for t in tracks] == [(0, 0, 59), (1, 22, 59)]
 
 
 def test_face_that_leaves_ends_its_track():
@@ -359,6 +380,7 @@ def test_same_input_same_tracks():
     "bad",
     [
         {"detect_every": 0},
+        {"complete_every": 0},
         {"keep_score": 1.5},
         {"match_distance": 0.0},
         {"max_gap_frames": -1},

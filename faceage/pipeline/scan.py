@@ -23,8 +23,8 @@ Progress = Callable[[str, int, int | None], None]
 
 AHEAD_FRAMES = 12
 """Frames decoded ahead: about a window of the tracker, which takes them a window at a time."""
-SAMPLES_PER_WINDOW = 1
-"""Faces a track and window whose age and appearance are measured."""
+WELL_KNOWN, WELL_KNOWN_EVERY = 4, 4
+"""A track's best face is measured in each window; once there are so many samples, in one of so many windows."""
 
 
 def scan(
@@ -110,23 +110,32 @@ def _noting_times(frames: Iterable[Frame], pts: list[int]) -> Iterator[Frame]:
 class _Samples:
     """What was measured on a track's best faces."""
 
+    windows: int = 0
+    """Windows that the track was seen in."""
     ages: list[float] = field(default_factory=list)
     appearances: list[Appearance] = field(default_factory=list)
 
+    def wants_more(self) -> bool:
+        """Return whether the track is to be measured in one more window."""
+        self.windows += 1
+        return len(self.ages) < WELL_KNOWN or self.windows % WELL_KNOWN_EVERY == 0
+
 
 def _sample(networks: Networks, window: Window, samples: dict[int, _Samples]) -> None:
-    """Measure each track of the window on its best faces there."""
+    """Measure tracks of the window on their best faces there."""
     faces, ids = window.faces, window.track_ids
     quality = face_quality(faces.landmarks, faces.scores)
     rows = [
-        row
-        for track_id in np.unique(ids)
-        for row in sorted(np.flatnonzero(ids == track_id), key=lambda r: -quality[r])[:SAMPLES_PER_WINDOW]
+        max(np.flatnonzero(ids == track_id).tolist(), key=lambda row: quality[row])
+        for track_id in np.unique(ids).tolist()
+        if samples.setdefault(track_id, _Samples()).wants_more()
     ]
+    if not rows:
+        return
     chosen = faces[np.array(rows, np.int64)]
     ages = networks.read_ages(window.frames, chosen)
     appearances = networks.sample_appearances(window.frames, chosen)
     for row, age, appearance in zip(rows, ages, appearances, strict=True):
-        sample = samples.setdefault(int(ids[row]), _Samples())
+        sample = samples[int(ids[row])]
         sample.ages.append(float(age))
         sample.appearances.append(appearance)
