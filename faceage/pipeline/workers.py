@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import cv2
 
@@ -112,15 +112,34 @@ def _loaded(load: bytes) -> Networks:
     return pickle.loads(load)()
 
 
-def _work(load: bytes, threads: int, function: Function[T, R], item: T) -> tuple[list[R], list[tuple[int, str]]]:
-    """Do one item in a worker process; return its results, and what was logged."""
+class _Answer(NamedTuple):
+    """What came of an item."""
+
+    results: list[Any]
+    records: list[tuple[int, str]]
+    """What was logged: level and message."""
+    error: Exception | None
+
+
+def _work(load: bytes, threads: int, function: Function[T, R], item: T) -> _Answer:
+    """Do one item in a worker process."""
     with _recorded() as records:
-        return list(function(Worker(_loaded(load), threads), item)), records
+        try:
+            return _Answer(list(function(Worker(_loaded(load), threads), item)), records, None)
+        except FaceAgeError as error:
+            return _Answer([], records, error)
+        except Exception as error:  # noqa: BLE001  carried to the parent process
+            error.add_note(traceback.format_exc())
+            return _Answer([], records, error)
 
 
-def _log_again(records: list[tuple[int, str]]) -> None:
-    for level, message in records:
+def _taken(answer: _Answer) -> list[Any]:
+    """Return an item's results here: what was logged is logged again, an error is raised."""
+    for level, message in answer.records:
         log.log(level, "%s", message)
+    if answer.error is not None:
+        raise answer.error
+    return answer.results
 
 
 def _given_up(deaths: int) -> EngineError:
@@ -141,15 +160,7 @@ def _serve(connection: Connection, load: bytes, threads: int) -> None:
             function, item = connection.recv()
         except EOFError:
             return
-        answer: tuple[Any, BaseException | None]
-        try:
-            answer = _work(load, threads, function, item), None
-        except FaceAgeError as error:
-            answer = None, error
-        except Exception as error:  # noqa: BLE001  carried to the parent process
-            error.add_note(traceback.format_exc())
-            answer = None, error
-        connection.send(answer)
+        connection.send(_work(load, threads, function, item))
 
 
 def _end_with_parent() -> None:
@@ -231,7 +242,7 @@ class Processes:
                     assert isinstance(ready, Connection)
                     process, item, deaths = busy.pop(ready)
                     try:
-                        answer, error = ready.recv()
+                        answer = ready.recv()
                     except (EOFError, OSError) as gone:
                         process.kill()
                         if deaths == RETRIES:
@@ -240,11 +251,7 @@ class Processes:
                         again.append((item, deaths + 1))
                         continue
                     self._idle.append(process)
-                    if error is not None:
-                        raise error
-                    results, records = answer
-                    _log_again(records)
-                    yield from results
+                    yield from _taken(answer)
         finally:
             for process, _, _ in busy.values():
                 process.kill()
@@ -321,13 +328,12 @@ class Cluster:
                     return
                 (ready,), pending = ray.wait(pending, num_returns=1)
                 try:
-                    results, records = ray.get(ready)
+                    answer = ray.get(ready)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
                     raise _given_up(RETRIES + 1) from error
-                _log_again(records)
-                yield from results
+                yield from _taken(answer)
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
