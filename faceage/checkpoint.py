@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
+LARGEST_DIM = 1 << 14
+"""Above what any network's dimensions are: one that is damaged may not fill the memory."""
 _KEY = "faceage"
 
 
@@ -92,13 +94,26 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} has no faceage header; expected a checkpoint made by faceage's train/ scripts")
     try:
         header = Header(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        _check_header(header)
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header this version cannot read ({error}); update faceage") from error
     if header.format_version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {header.format_version}, this version reads up to {FORMAT_VERSION}; update faceage"
         )
     return header
+
+
+def _check_header(header: Header) -> None:
+    """Raise ValueError if a header's fields are not of its types, or a dimension is none that a network can have."""
+    for each in dataclasses.fields(Header):
+        value = getattr(header, each.name)
+        if type(value).__name__ != each.type:
+            raise ValueError(f"{each.name} is {value!r:.40}, expected {each.type}")
+    for name, value in header.dims.items():
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if not isinstance(each, str)]
+        if not all(isinstance(each, int | float) and 0 <= each <= LARGEST_DIM for each in numbers):
+            raise ValueError(f"dims has {name} {value!r:.40}, expected numbers from 0 to {LARGEST_DIM}")
 
 
 def load(path: Path, arch: str) -> tuple[Header, dict[str, Tensor]]:

@@ -62,6 +62,26 @@ def test_newer_format(tmp_path):
         read_header(tmp_path / "c.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("format_version", '"9"', "format_version is '9', expected int"),
+        ("dims", "[3]", r"dims is \[3\], expected dict"),
+        ("dims", '{"size_px": 1e12}', "dims has size_px 1000000000000.0, expected numbers from 0 to 16384"),
+        ("dims", '{"widths": [3, -1]}', r"dims has widths \[3, -1\], expected numbers"),
+        ("dataset", "[" * 100_000 + "]" * 100_000, "cannot read .maximum recursion depth"),
+    ],
+)
+def test_a_damaged_header(tmp_path, field, value, message):
+    from safetensors.torch import save_file
+
+    fields = {"arch": '"identity"', "dims": "{}", "stage": '"x"', "images_seen": "3"} | {field: value}
+    text = "{" + ", ".join(f'"{name}": {each}' for name, each in fields.items()) + "}"
+    save_file({"w": torch.zeros(1)}, tmp_path / "d.safetensors", metadata={"faceage": text})
+    with pytest.raises(CheckpointError, match=message):
+        read_header(tmp_path / "d.safetensors")
+
+
 def test_others_may_read_it(file):
     assert file.stat().st_mode & 0o044 == 0o044 & ~_umask()
 

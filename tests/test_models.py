@@ -3,10 +3,11 @@
 import hashlib
 import http.server
 import threading
+from dataclasses import replace
 
 import pytest
 
-from faceage.checkpoint import Header, read_header, save
+from faceage.checkpoint import Header, load, read_header, save
 from faceage.engines import export
 from faceage.errors import CheckpointError
 from faceage.models import BUNDLED_MODELS, facenet_file, fetch, find_model, import_model, list_models, user_folder
@@ -97,6 +98,16 @@ def test_an_encoder_of_another_generator_is_refused(cache, checkpoints, tmp_path
     save(tmp_path / "encoder.safetensors", {"w": torch.zeros(1)}, header)
     with pytest.raises(CheckpointError, match="the encoder was not trained for"):
         import_model("mine", [checkpoints["age-cgan-generator"], tmp_path / "encoder.safetensors"])
+
+
+@pytest.mark.parametrize("change", [{"latent": 7}, {"encoder_channels": []}, {"new": 1}, None])
+def test_dims_of_no_network_are_refused(cache, checkpoints, tmp_path, change):
+    header, weights = load(checkpoints["age-cgan-encoder"], "age-cgan-encoder")
+    dims = {} if change is None else header.dims | change
+    save(tmp_path / "encoder.safetensors", weights, replace(header, dims=dims))
+    with pytest.raises(CheckpointError, match=r"encoder\.safetensors describe no network|holds other weights"):
+        import_model("mine", [checkpoints["age-cgan-generator"], tmp_path / "encoder.safetensors"])
+    assert not (cache / "models" / "mine").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(cache, checkpoints):

@@ -108,6 +108,7 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
         try:
             for arch, path in by_arch.items():
                 shutil.copyfile(path, _file(new, arch))
+            _check_networks(name, architecture, new, checkpoints)
             _write_graphs(name, architecture, new)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(new, folder)
@@ -119,6 +120,20 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
             "set FACEAGE_CACHE to a folder that can be written"
         ) from error
     return find_model(name)
+
+
+def _check_networks(name: str, architecture: Architecture, folder: Path, given: list[Path]) -> None:
+    """Raise CheckpointError if the headers of a model's checkpoints describe no networks that can be made."""
+    files = _files_in(folder, name, architecture)
+    try:
+        for program in architecture.programs(files, files.identity).values():
+            program.network(True)
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise CheckpointError(
+            f"the dims of {', '.join(map(str, given))} describe no network that this version can make ({reason}); "
+            "export them again"
+        ) from error
 
 
 def _write_graphs(name: str, architecture: Architecture, folder: Path) -> None:
