@@ -31,7 +31,9 @@ from PIL import Image
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.codecs import choose_encoder
 from faceage.media.planes import read_only_planes, to_native
-from faceage.media.remux import advance_timecode
+from faceage.media.probe import open_input
+from faceage.media.remux import advance_timecode, copied_tags
+from faceage.media.transport import read_programs
 from faceage.media.video import (
     EncodeOptions,
     VideoReader,
@@ -256,6 +258,21 @@ def test_a_stream_without_times_counts_on(tmp_path, caplog):
     assert len([r for r in caplog.records if "guesses" in r.message]) == 1
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [(".h264", "libx264"), (".hevc", "libx265")])
+def test_a_bare_stream_keeps_its_rate(tmp_path, suffix, codec):
+    rate = Fraction(30_000, 1001)
+
+    def configure(_, stream):
+        stream.codec_context.framerate = rate
+
+    options = {"time_base": 1 / rate, "pts": range(12), "codec": codec, "configure": configure}
+    clip = make_clip(tmp_path / f"in{suffix}", **options)
+    transcode(clip, tmp_path / f"out{suffix}", FAST)
+    for path in (clip, tmp_path / f"out{suffix}"):
+        assert probe_video(path).average_rate == rate
+        assert [f.time_s for f in read_all(path)] == pytest.approx([i / float(rate) for i in range(12)], abs=1e-5)
+
+
 @pytest.mark.parametrize("b_frames", ["0", "2"])
 def test_avi_times_are_those_of_its_slots(tmp_path, b_frames):
     clip = make_clip(tmp_path / "in.avi", time_base=Fraction(1, 25), pts=range(20), options={"bf": b_frames})
@@ -277,6 +294,31 @@ def test_a_range_keeps_its_frames_and_starts_at_zero(tmp_path, start_s, end_s):
     times = [float(p.pts * p.time_base) for p in sound]
     assert not times or times[0] - float(first) < 0.03
     assert not times or times[-1] <= float(first) + len(expected) * 0.04
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".m2ts"])
+@pytest.mark.parametrize("name", ["Das Erste", "第一"])
+def test_a_transport_stream_keeps_the_name_of_its_service(tmp_path, suffix, name):
+    wanted = {"service_name": name, "service_provider": "ARD"}
+    clip = make_clip(tmp_path / f"in{suffix}", configure=lambda output, _: output.metadata.update(wanted))
+    transcode(clip, tmp_path / f"out{suffix}", FAST)
+    assert read_programs(tmp_path / f"out{suffix}") == (1, wanted)
+    assert read_programs(clip) == (1, wanted)
+
+
+def test_programs_of_a_transport_stream_are_counted(tmp_path, caplog):
+    clip = make_clip(tmp_path / "in.ts")
+    data = bytearray(clip.read_bytes())
+    table = data.index(b"\x47\x40\x00")  # the program association, of one program, after which the packet is filled up
+    section = bytes([0, 0xB0, 17, 0, 1, 0xC1, 0, 0, 0, 1, 0xF0, 0, 0, 2, 0xF1, 0]) + bytes(4)
+    data[table + 5 : table + 5 + len(section)] = section
+    (tmp_path / "two.ts").write_bytes(data)
+    assert read_programs(tmp_path / "two.ts").number == 2
+    with open_input(tmp_path / "two.ts") as source:
+        copied_tags(source, {})
+    assert "its 2 programs are written as one" in caplog.text
+    (tmp_path / "none.ts").write_bytes(bytes(2000))
+    assert read_programs(tmp_path / "none.ts") == (1, {})
 
 
 def test_a_range_of_a_transport_stream_has_all_its_frames(tmp_path):

@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.device import device_format, encoder_missing, hardware, is_gpu
-from faceage.media.probe import PROGRESSIVE, VideoInfo, frame_format
+from faceage.media.probe import BARE_STREAMS, PROGRESSIVE, VideoInfo, frame_format
 
 log = logging.getLogger(__name__)
 
@@ -300,7 +300,8 @@ def loses_rgb(encoder: Encoder, info: VideoInfo) -> bool:
 
 def encoder_time_base(name: str, info: VideoInfo) -> Fraction:
     """Return the encoder's time base: the stream's, except for codecs that know constant frame rates only."""
-    if name in ("mpeg1video", "mpeg2video") or (name == "mpeg4" and info.time_base.denominator > MPEG4_MAX_TICKS):
+    is_constant = name in ("mpeg1video", "mpeg2video") or info.container in BARE_STREAMS
+    if is_constant or (name == "mpeg4" and info.time_base.denominator > MPEG4_MAX_TICKS):
         return 1 / frame_rate(info)
     return info.time_base
 

@@ -92,6 +92,8 @@ _MATRICES: dict[int, Matrix] = {
 
 _UNSPECIFIED = 2
 _HDR_TRANSFERS = {16: "pq", 18: "hlg"}
+BARE_STREAMS = ("h264", "hevc")
+"""Demuxers of bare streams, which say in their own headers how many frames a second there are."""
 _STILL_DEMUXERS = ("image2", "_pipe")
 _TEXT_DEMUXERS = ("tty", "lrc", "srt", "webvtt", "ass")
 
@@ -174,6 +176,9 @@ def open_input(path: Path) -> InputContainer:
         raise MediaError(f"{path} is empty (0 bytes), not a video; copy or download it again")
     try:
         container = av.open(str(path.absolute()), metadata_errors="replace")  # a relative "a:b" is a URL
+        if container.format.name in BARE_STREAMS and (rate := container.streams.video[0].guessed_rate):
+            container.close()  # a bare stream has no times; its demuxer counts 25 frames a second unless it is told
+            container = av.open(str(path.absolute()), metadata_errors="replace", options={"framerate": str(rate)})
     except PermissionError as error:
         raise MediaError(f"{path} cannot be read by this user; change its permissions") from error
     except (av.FFmpegError, OSError) as error:

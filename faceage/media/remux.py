@@ -17,6 +17,7 @@ from av.packet import Packet
 from av.stream import Stream
 
 from faceage.media.probe import VideoInfo, open_input
+from faceage.media.transport import read_programs
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,16 @@ def advance_timecode(timecode: str, frames: int, rate: Fraction) -> str:
 def copied_tags(source: InputContainer, label: dict[str, str]) -> dict[str, str]:
     """Return the source's container tags with the label over them; Matroska has their names in capitals."""
     replaced = _CONTAINER_TAGS | label.keys()
-    return {k: v for k, v in source.metadata.items() if k.lower() not in replaced} | label
+    tags = {k: v for k, v in source.metadata.items() if k.lower() not in replaced} | label
+    if source.format.name != "mpegts":
+        return tags
+    programs = read_programs(Path(source.name))
+    if programs.number > 1:
+        log.warning(
+            "%s: its %d programs are written as one, without their names; give a file of one of them",
+            *(source.name, programs.number),
+        )
+    return tags | programs.tags
 
 
 def muxer_options(path: Path, source: InputContainer, tags: dict[str, str]) -> dict[str, str]:
