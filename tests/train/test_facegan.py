@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import BATCH, FILES, TICK_IMAGES, module_name, shrink_networks, small_facegan, small_gan, small_styles
+from tiny import (
+    BATCH,
+    FILES,
+    TICK_IMAGES,
+    draw_nothing,
+    module_name,
+    shrink_networks,
+    small_facegan,
+    small_gan,
+    small_styles,
+)
 
 from faceage.checkpoint import Header, load, read_header, save, sha256_of
 from faceage.geometry import face_mask
@@ -33,6 +43,7 @@ def small():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         shrink_networks(patch)
+        draw_nothing(patch)
         for script in ("stylegan", "facegan"):
             config = importlib.import_module(module_name(script)).Config
             patch.setattr(f"{module_name(script)}.Config", partial(config, batch=BATCH, tick_images=TICK_IMAGES))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import FILES, module_name, shrink_networks
+from tiny import FILES, draw_nothing, module_name, shrink_networks
 
 from faceage.checkpoint import load, read_header, sha256_of
 from faceage.networks.age_cgan import AgeCGANDims, Encoder, Generator
@@ -59,6 +59,7 @@ def fast():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.run.time", types.SimpleNamespace(monotonic=monotonic))
         shrink_networks(patch)
+        draw_nothing(patch)
         yield
 
 
