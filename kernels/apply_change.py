@@ -38,7 +38,6 @@ Reference: Keys, "Cubic convolution interpolation", IEEE TASSP 1981, eq. 15 (a =
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast
@@ -77,8 +76,8 @@ STEPS_PER_PX = 16
 MAX_PART = 0.8
 """A crop of which less than this changes is cut to what changes: hair is a small part of a head's crop."""
 
-STRIP_SAMPLES = 32768
-"""Samples changed at a time: a strip of four float32 maps (512 KiB) stays in the cache."""
+STRIP_SAMPLES = 65536
+"""Samples changed at a time: the float32 strip (256 KiB) stays in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,59 +290,53 @@ def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> FloatArray:
     return _filter_axis(_filter_axis(maps, 1, step_x), 0, step_y)
 
 
-def _sampled_maps(parts: Sequence[PlaneChange], steps: tuple[float, float]) -> FloatArray:
-    """Return D of the deltas of planes, of one after the other, and of their gain: float32 [ky * H', kx * W'(, C)]."""
-    part = parts[0]
-    maps = [channel for each in parts for channel in cv2.split(each.delta)]
-    if part.gain is not None:
+def _filter_part(part: PlaneChange, steps: tuple[float, float]) -> tuple[FloatArray, FloatArray | None]:
+    """Return D of a plane's delta, float32 [ky * H', kx * W'(, C)], and of its gain."""
+    maps = cv2.split(part.delta)
+    if part.gain is None:
+        gain = None
+    else:
         # gain (Y - black + b span) + delta = gain Y + (delta + gain (b span - black)): sampling is linear.
         maps = [cv2.scaleAdd(part.gain, BLACK_OFFSET * part.span - part.black, each) for each in maps]
-        maps.append(part.gain * np.float32(2.0**-part.layout.shift))
+        gain = _filter_maps(part.gain * np.float32(2.0**-part.layout.shift), *steps)
     filtered = [_filter_maps(each, *steps) for each in maps]
-    # OpenCV warps four channels as fast as one, and those of two not at exact positions.
-    return filtered[0] if len(filtered) == 1 else cv2.merge((filtered * 2)[: max(len(filtered), 4)])
+    return filtered[0] if len(filtered) == 1 else cv2.merge(filtered), gain
 
 
-def _change_cpu(parts: Sequence[PlaneChange], rect: Rect, weight: float, kept: dict[Hashable, FloatArray]) -> None:
-    """Change `rect` of planes whose samples lie at the same places, with OpenCV, a strip at a time.
+def _change_cpu(part: PlaneChange, rect: Rect, weight: float, kept: dict) -> None:
+    """Change `rect` of a plane with OpenCV, a strip at a time.
 
     Args:
-        parts: the planes.
-        rect: in each of them.
+        part: the change.
+        rect: of the plane.
         weight: the share of the change.
-        kept: D of each kind of plane, and of how it was filtered.
+        kept: what `_filter_part` returned, of each kind of plane and filter.
     """
-    part = parts[0]
     layout, matrix = part.layout, part.matrix
-    planes = [cast(HostPlane, each.plane) for each in parts]
-    count = sum(each.delta.shape[2] for each in parts)
+    plane = cast(HostPlane, part.plane)
     steps = plane_steps(matrix)
     kx, ky = (enlarge_factor(step) if step < 1 else 1 for step in steps)
-    how = "".join(each.components for each in parts), kx, max(steps[0], 1.0), ky, max(steps[1], 1.0)
-    sampled = kept.get(how)
-    if sampled is None:
-        sampled = kept[how] = _sampled_maps(parts, steps)
+    how = part.components, kx, max(steps[0], 1.0), ky, max(steps[1], 1.0)
+    if how not in kept:
+        kept[how] = _filter_part(part, steps)
+    deltas, gains = kept[how]
     x0, y0, x1, y1 = rect
-    rows = max(1, STRIP_SAMPLES // (x1 - x0))
+    rows = max(1, STRIP_SAMPLES // ((x1 - x0) * part.delta.shape[2]))
     to_filtered = samples_to_filtered(matrix, rect, kx, ky)
     step = rows * to_filtered[:, 1]
     to_filtered[:, 2] -= step
     for top in range(y0, y1, rows):
         bottom = min(top + rows, y1)
         to_filtered[:, 2] += step
-        warped = warp_samples(sampled, to_filtered, (x1 - x0, bottom - top), cv2.BORDER_CONSTANT)
-        gain = None if part.gain is None else cv2.extractChannel(warped, count)
-        for number, plane in enumerate(planes):
-            samples = plane[top:bottom, x0:x1]
-            if samples.ndim == 3:
-                change = np.ascontiguousarray(warped[..., : samples.shape[2]])
-            else:
-                change = warped if warped.ndim == 2 else cv2.extractChannel(warped, number)
-            if gain is not None:
-                change = _with_gain(change, gain, samples, part)
-            if weight != 1:
-                change = cv2.multiply(change, weight)
-            _add_rounded(samples, change, layout)
+        size = (x1 - x0, bottom - top)
+        samples = plane[top:bottom, x0:x1]
+        change = warp_samples(deltas, to_filtered, size, cv2.BORDER_CONSTANT).reshape(samples.shape)
+        if gains is not None:
+            gain = warp_samples(gains, to_filtered, size, cv2.BORDER_CONSTANT)
+            change = _with_gain(change, gain, samples, part)
+        if weight != 1:
+            change = cv2.multiply(change, weight, dst=change)
+        _add_rounded(samples, change, layout)
 
 
 def _with_gain(change: FloatArray, gain: FloatArray, samples: HostPlane, part: PlaneChange) -> FloatArray:
@@ -351,7 +344,7 @@ def _with_gain(change: FloatArray, gain: FloatArray, samples: HostPlane, part: P
     luma = samples.astype(np.float32)
     if samples.ndim == 3:
         luma = cv2.transform(luma, RGB_LUMA[None]).reshape(gain.shape)
-    change = cv2.add(change, _spread(cv2.multiply(gain, luma), samples))
+    change = cv2.add(change, _spread(cv2.multiply(gain, luma, dst=gain), samples), dst=change)
     if part.dark is not None:
         at_zero, per_code = (np.float32(v) for v in share_of_codes(part))
         share = np.clip(at_zero - per_code * luma, 0, 1)
@@ -372,19 +365,6 @@ def _add_rounded(part: HostPlane, change: FloatArray, layout: PixelLayout) -> No
     after = np.clip(part + (codes << layout.shift), 0, code_max(layout))
     # Where nothing changes, a sample with stray low bits or above the code range is kept too.
     np.copyto(part, after, where=codes != 0, casting="unsafe")
-
-
-def _of_one_grid(parts: Sequence[tuple[PlaneChange, Rect]]) -> Iterator[list[tuple[PlaneChange, Rect]]]:
-    """Yield parts whose samples lie at the same places together, as those of planar chroma do."""
-    waiting: list[tuple[PlaneChange, Rect]] = []
-    for part, rect in parts:
-        before = waiting[0][0] if waiting else part
-        if part.gain is not before.gain or not np.array_equal(part.matrix, before.matrix):
-            yield waiting
-            waiting = []
-        waiting.append((part, rect))
-    if waiting:
-        yield waiting
 
 
 def _components(codes: FloatArray, spec: PlaneLayout) -> FloatArray:
@@ -463,12 +443,12 @@ def apply_change(
         from faceage.kernels.apply_change_triton import apply_change_triton
 
         apply_change_triton(frame, parts)
-    elif chosen == "ref":
-        for part, rect in parts:
-            _change_ref(part, rect)
     else:
-        for together in _of_one_grid(parts):
-            _change_cpu([part for part, _ in together], together[0][1], weight, kept)
+        for part, rect in parts:
+            if chosen == "ref":
+                _change_ref(part, rect)
+            else:
+                _change_cpu(part, rect, weight, kept)
     x0s, y0s, x1s, y1s = zip(*touched, strict=True)
     height, width = frame.planes[0].shape[:2]
     return min(x0s), min(y0s), min(max(x1s), width), min(max(y1s), height)
