@@ -9,8 +9,9 @@ from skimage.data import astronaut
 
 from faceage.agers.base import mix_changes
 from faceage.agers.canonical import CANONICAL_PX, SMOOTHED, hats, limit, read_canonical
+from faceage.agers.facegan import FaceGAN
 from faceage.agers.hair import draw_hair, find_brows, find_hair, grey_amount
-from faceage.agers.space import COARSENED, FACE_SIZES_PX, HEAD_SIZES_PX, SpaceAger
+from faceage.agers.space import COARSENED, FACE_SIZES_PX, HEAD_SIZES_PX, PERSONAL, PERSONAL_PX, SpaceAger
 from faceage.errors import UnsupportedError
 from faceage.geometry import TEMPLATES, template_5
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA, change_crop
@@ -228,12 +229,13 @@ def test_what_is_bright_where_hair_was_is_not_lit():
     np.testing.assert_allclose(change_crop(gone, draw_hair(1.0, key, replace(key), 0.5)), gone, atol=1e-3)
 
 
-def canned(coordinates, canonical):
+def canned(coordinates, canonical, unet=lambda faces, now, wanted: (np.zeros_like(faces),)):
     """An ager whose coordinate network gives the same map for everybody; no hair."""
     view = View("face", TEMPLATES["whole face"], FACE_SIZES_PX)
     return SpaceAger(
         coordinates=lambda x, landmarks: (np.repeat(coordinates[None], len(x), 0),),
         hair=None,
+        personal=FaceGAN(unet=lambda size_px: unet, view=View("face", TEMPLATES["face"], (PERSONAL_PX,))),
         canonical=canonical,
         views=(view,),
     )
@@ -357,6 +359,38 @@ def test_old_skin_is_rougher_and_smooth_skin_gains_most(canonical, appearance):
     assert COARSENED[0] < keys[1].coarsening < COARSENED[1]
     # What is added is the face's own detail, at the key's share but for the change of tone and the mask.
     assert added == pytest.approx([key.coarsening for key in keys], rel=0.35)
+
+
+@pytest.mark.parametrize("size", FACE_SIZES_PX)
+def test_younger_faces_get_a_share_of_facegan_s_change_where_it_lies(canonical, appearance, size):
+    asked = []
+
+    def unet(faces, now, wanted):
+        asked.extend(zip(faces, now.tolist(), wanted.tolist(), strict=True))
+        return (np.full_like(faces, 0.2),)
+
+    axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
+    agers = [canned(np.stack(np.meshgrid(axis, axis)), canonical, *network) for network in ([], [unet])]
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    crops = Crops(
+        pixels=np.broadcast_to(ramp, (2, 3, size, size)).copy(),
+        landmarks=np.repeat(template_5(size, TEMPLATES["whole face"])[None], 2, 0),
+        frame_to_crop=np.repeat(np.eye(2, 3, dtype=np.float32)[None], 2, 0),
+    )
+    changes = []
+    for ager in agers:
+        looks = ager.look([appearance] * 2, np.array([60, 30], np.float32), np.array([25, 75], np.float32))
+        keys = ager.observe(looks, [crops], [None, None])
+        changes.append([ager.draw(look, key, key, 0.0)[0] for look, key in zip(looks, keys, strict=True)])
+    ((pixels, *ages),) = asked  # of the older one nothing
+    assert ages == [60, 25]
+    # The crop "face" is the middle 0.8 of the crop "whole face".
+    assert pixels[0, 64, [0, -1]] == pytest.approx([-0.8, 0.8], abs=0.03)
+    added = changes[1][0].delta - changes[0][0].delta
+    cheek = (slice(None), int(0.6 * size), int(0.35 * size))
+    assert added[cheek] == pytest.approx(0.2 * PERSONAL, rel=0.05)
+    assert np.abs(added[:, : int(0.1 * size)]).max() == 0
+    assert (changes[0][1].delta == changes[1][1].delta).all()
 
 
 def test_keys_mix_linearly_in_time(space):

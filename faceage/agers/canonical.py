@@ -33,7 +33,7 @@ COVARIATE_LIMIT = 2.5
 """Covariates are cut here, in standard deviations: beyond it there are hardly any faces to learn from."""
 OLDER_REACH_YEARS, YOUNGER_REACH_YEARS, REACH_OVER_YEARS = 14.0, 6.0, 25.0
 """A mean is milder than most of its faces: prototypes are read this far beyond the target, less for small steps."""
-OLDER_GAIN, YOUNGER_GAIN = 1.5, 2.6
+OLDER_GAIN, YOUNGER_GAIN = 1.5, 2.0
 """For the same reason, what the change of the prototypes is multiplied by."""
 OLDER_LIMITS, YOUNGER_LIMITS = (0.27, 0.08), (0.24, 0.14)
 """Largest darkening and brightening, as log ratios; approached softly. Older faces get darker

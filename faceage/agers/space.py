@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from faceage.agers.base import Architecture, EngineOf, ModelFiles, read_view
+from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
 from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
+from faceage.agers.facegan import FaceGAN, unet_program
 from faceage.agers.hair import BROW_GREY, HairKey, add_hair, clear_rim, draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, graph_of, load_network
 from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
-from faceage.geometry import TEMPLATES, similarity_to_template, template_5
+from faceage.geometry import TEMPLATES, apply_affine, face_mask, similarity_to_template, template_5
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA
 from faceage.types import Appearance, Change, Crops, FloatArray, View
 
@@ -48,6 +49,9 @@ COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
 UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
+PERSONAL, PERSONAL_PX = 0.35, 128
+"""Share of FaceGAN's change that younger faces get too, and the side of the crop in which it is made: it knows the
+folds of this very face. Older ones it makes less real."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -71,6 +75,8 @@ class Look:
     """float32 [256, 256], log ratio of luma that makes creases as sharp as close-ups show them."""
     grey: float
     """0 to 1."""
+    younger: Ages | None
+    """The ages, if the target is the lower one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,8 @@ class FaceKey:
     """How near it is seen, 0 to 1."""
     coarsening: float
     """See `_coarsening`."""
+    personal: FloatArray | None
+    """float32 [128, 128], added to luma in [0, 1]; None where the face is not to be younger."""
     blur: float
     """Width of the blur that creases get, in sides of the crop."""
     uncovered: FloatArray | None
@@ -104,7 +112,13 @@ class SpaceAger:
     warm_up_keys = 0
 
     def __init__(
-        self, *, coordinates: Engine, hair: Engine | None, canonical: CanonicalModel, views: tuple[View, ...]
+        self,
+        *,
+        coordinates: Engine,
+        hair: Engine | None,
+        personal: FaceGAN,
+        canonical: CanonicalModel,
+        views: tuple[View, ...],
     ) -> None:
         """Use engines of `_programs`.
 
@@ -112,10 +126,11 @@ class SpaceAger:
             coordinates: (faces [F, 3, S, S], landmarks [F, 10] as fractions of the crop) -> coordinates
                 [F, 2, M, M], fractions of the canonical picture.
             hair: heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]; None: hair keeps its colour.
+            personal: draws what age changes of this very face, for younger ones.
             canonical: what age changes.
             views: the face's, and the head's where there is a hair network.
         """
-        self._coordinates, self._hair, self._canonical = coordinates, hair, canonical
+        self._coordinates, self._hair, self._personal, self._canonical = coordinates, hair, personal, canonical
         self.views = views
 
     def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Look]:
@@ -123,7 +138,15 @@ class SpaceAger:
         looks = []
         for appearance, source, target in zip(appearances, source_age, target_age, strict=True):
             tone = self._canonical.mix(appearance, float(source), float(target))
-            looks.append(Look(tone=tone, crisp=_crisp(tone), grey=grey_amount(float(source), float(target))))
+            ages = Ages(float(source), float(target))
+            looks.append(
+                Look(
+                    tone=tone,
+                    crisp=_crisp(tone),
+                    grey=grey_amount(*ages),
+                    younger=ages if target < source else None,
+                )
+            )
         return looks
 
     def observe(
@@ -141,9 +164,9 @@ class SpaceAger:
             (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
             hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
         keys = []
-        close = _close(faces)
-        for look, pixels, face, coordinates, found, near in zip(
-            looks, faces.pixels, small, where, hair, close, strict=True
+        close, personal = _close(faces), self._draw_personal(looks, faces)
+        for look, pixels, face, coordinates, found, near, own in zip(
+            looks, faces.pixels, small, where, hair, close, personal, strict=True
         ):
             rgb = (pixels.transpose(1, 2, 0) + 1) / 2
             luma = rgb @ RGB_LUMA
@@ -156,6 +179,7 @@ class SpaceAger:
                     blur=BLUR_SIGMA * float(np.clip((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1)),
                     smooth=smooth,
                     close=float(near),
+                    personal=own,
                     coarsening=0.0 if smooth is None else _coarsening(luma, smooth),
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
@@ -166,6 +190,29 @@ class SpaceAger:
             )
         return keys
 
+    def _draw_personal(self, looks: Sequence[Look], faces: Crops) -> list[FloatArray | None]:
+        """Return `FaceKey.personal` of each face."""
+        chosen = [i for i, look in enumerate(looks) if look.younger is not None]
+        drawn: list[FloatArray | None] = [None] * len(looks)
+        if not chosen:
+            return drawn
+        (view,), side = self._personal.views, (PERSONAL_PX, PERSONAL_PX)
+        matrix = _between(self.views[0], view, faces.size_px, PERSONAL_PX)
+        pixels = [cv2.warpAffine(faces.pixels[i].transpose(1, 2, 0), matrix, side) for i in chosen]
+        crops = Crops(
+            pixels=np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)),
+            landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[chosen]),
+            frame_to_crop=np.zeros((len(chosen), 2, 3), np.float32),
+        )
+        ages = [look.younger for look in looks if look.younger is not None]
+        back = _between(view, self.views[0], PERSONAL_PX, PERSONAL_PX)
+        deltas = self._personal.observe(ages, (crops,), [None] * len(chosen))
+        for i, delta in zip(chosen, deltas, strict=True):
+            luma = np.tensordot(RGB_LUMA, delta, 1)
+            luma *= PERSONAL / 2 * face_mask(PERSONAL_PX)
+            drawn[i] = cv2.warpAffine(luma.astype(np.float32), back, side)
+        return drawn
+
     def _brows(self, coordinates: FloatArray, size_px: int) -> FloatArray:
         """Return where brows can be in a face's crop: float32 [S, S]."""
         where = cv2.resize(coordinates, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
@@ -173,8 +220,8 @@ class SpaceAger:
 
     def _uncovered(self, hair: HairKey) -> FloatArray:
         """Return where a face's crop shows no hair: float32 [64, 64]."""
-        face, head = (view.template for view in self.views)
-        matrix = similarity_to_template(template_5(hair.mask.shape[0], head)[None], template_5(UNCOVERED_PX, face))[0]
+        face, head = self.views
+        matrix = _between(head, face, hair.mask.shape[0], UNCOVERED_PX)
         covered = cv2.warpAffine(hair.mask, matrix, (UNCOVERED_PX, UNCOVERED_PX), flags=cv2.INTER_LINEAR)
         return 1 - np.clip(covered, 0, 1)
 
@@ -216,6 +263,8 @@ class SpaceAger:
             taken = ratio * cv2.resize(detail, (size, size))
             gain -= taken
             delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + np.float32(BLACK_OFFSET))
+        if look.younger is not None and before.personal is not None and after.personal is not None:
+            delta += 2 * cv2.resize(_mix(before.personal, after.personal, share), (size, size))
         change = Change(delta=clear_rim(delta), gain=clear_rim(gain[None])[0])
         if look.grey and before.brows is not None and after.brows is not None:
             add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
@@ -247,6 +296,12 @@ class SpaceAger:
 _RED, _GREEN, _BLUE = RGB_LUMA
 _TONE_TO_LOG_RGB = np.array([[1, 1 - _RED, -_BLUE, 0], [1, -_RED, -_BLUE, 0], [1, -_RED, 1 - _BLUE, 0]], np.float32)
 """Log ratios of R, G and B from those of luma, R/G and B/G: log G = log Y - 0.299 log R/G - 0.114 log B/G, nearly."""
+
+
+def _between(source: View, target: View, source_px: int, target_px: int) -> FloatArray:
+    """Return the map from crops of one view to those of another: float32 [2, 3]."""
+    points = template_5(source_px, source.template)[None]
+    return similarity_to_template(points, template_5(target_px, target.template))[0]
 
 
 def _mix(before: FloatArray, after: FloatArray, share: float) -> FloatArray:
@@ -359,6 +414,7 @@ def _programs(files: ModelFiles, identity: Path) -> dict[str, Program]:
     return {
         "coordinates": coordinates_program(files.paths["coordinates"]),
         "hair": hair_program(files.paths["hair"]),
+        "personal": unet_program(files.paths["personal"], PERSONAL_PX),
     }
 
 
@@ -369,6 +425,9 @@ def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAge
     return SpaceAger(
         coordinates=engine("coordinates"),
         hair=engine("hair") if hair else None,
+        personal=FaceGAN(
+            unet=lambda size_px: engine("personal"), view=read_view(files.paths["personal"], (PERSONAL_PX,))
+        ),
         canonical=read_canonical(files.generator),
         views=tuple(views),
     )
@@ -376,7 +435,7 @@ def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAge
 
 ARCHITECTURE = Architecture(
     name="space",
-    roles={"generator": "space", "coordinates": "space-coordinates", "hair": "space-hair"},
+    roles={"generator": "space", "coordinates": "space-coordinates", "hair": "space-hair", "personal": "facegan"},
     programs=_programs,
     make=_make,
     options=("hair",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from faceage.agers.base import Architecture, ModelFiles
@@ -59,8 +60,18 @@ def find_model(name: str = DEFAULT_MODEL) -> ModelFiles:
         folder, architecture = _BUNDLED, architecture_of(name)
     else:
         folder = user_folder() / name
-        architecture = next(a for a in ARCHITECTURES if _file(folder, a.roles["generator"]).exists())
+        architecture = _architecture([path.stem for path in folder.iterdir()])
     return _files_in(folder, name, architecture)
+
+
+def _architecture(archs: Collection[str]) -> Architecture:
+    """Return the architecture that a model of these checkpoints has: that of its generator.
+
+    One architecture's generator may have a part in another's: then it is the one of more parts. Without any generator
+    it is the first one: what that lacks is named to the user.
+    """
+    found = [architecture for architecture in ARCHITECTURES if architecture.roles["generator"] in archs]
+    return max(found, key=lambda architecture: len(architecture.roles), default=ARCHITECTURES[0])
 
 
 def _roles(architecture: Architecture) -> dict[str, str]:
@@ -89,8 +100,7 @@ def import_model(name: str, checkpoints: list[Path]) -> ModelFiles:
         taken = " or ".join(f'"{bundled}"' for bundled in BUNDLED_MODELS)
         raise CheckpointError(f'"{name}" cannot name a model; use letters, digits and dashes, not {taken}')
     archs = [read_header(path).arch for path in checkpoints]
-    # Without any generator, what the first one lacks is named below.
-    architecture = next((a for a in ARCHITECTURES if a.roles["generator"] in archs), ARCHITECTURES[0])
+    architecture = _architecture(archs)
     known = _roles(architecture).values()
     by_arch: dict[str, Path] = {}
     for arch, path in zip(archs, checkpoints, strict=True):
