@@ -144,6 +144,26 @@ def test_dark_hair_turns_grey_and_keeps_its_strands():
     np.testing.assert_allclose(after[90:150], before[90:150], atol=2e-3)  # skin
 
 
+def test_grey_hair_has_the_colour_of_the_light():
+    """Skin in bluish light: neutral grey would look yellow beside it."""
+    size, seen = 160, []
+    logit = np.full((80, 80), -9, np.float32)
+    logit[20:40, 30:50] = 9
+    for skin in ((0.55, 0.48, 0.54), (0.6, 0.44, 0.36)):
+        rgb = np.full((size, size, 3), skin, np.float32)
+        rgb[40:80, 60:100] = 0.1
+        rgb[64:84, 64:96] = skin
+        key = find_hair(2 * rgb.transpose(2, 0, 1) - 1, logit)
+        change = draw_hair(1.0, key, key, 0.0)
+        aged = change_crop(2 * rgb.transpose(2, 0, 1) - 1, change)
+        red, green, blue = (aged[:, 44:60, 66:94].mean((1, 2)) + 1) / 2
+        seen.append((red / green, blue / green))
+    (_, bluish), (reddish, warm) = seen
+    assert bluish > 1.04
+    assert reddish > 1.04
+    assert warm < 0.96
+
+
 def test_bright_hair_is_not_darkened():
     pixels, logits = head(0.8)
     key = find_hair(pixels, logits)

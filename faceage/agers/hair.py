@@ -3,11 +3,12 @@
 With m the mask, a = grey m, Y the luma, base its mean over some strands, and L what grey hair has in the light that is
 on the face:
 
-    Y' = Y + a LIFT max(L - base, 0) + a d (Y - base),        chroma' = (1 - a FADE) chroma
+    Y' = Y + a LIFT max(L - base, 0) + a d (Y - base),        chroma' = (1 - a FADE) chroma + a FADE C
 
-with d = DETAIL max(1 - base / L, 0): dark hair shows its strands least. It is linear in Y, so the picture's own strands
-are scaled at its own resolution. Working in the signal, not in its logarithm, leaves the noise of dark hair alone.
-Where black hair shows no strands, some are drawn: they are added to LIFT. Brows turn grey in the same way.
+with C the chroma that grey hair has in this light, and d = DETAIL max(1 - base / L, 0): dark hair shows its strands
+least. It is linear in Y, so the picture's own strands are scaled at its own resolution. Working in the signal, not in
+its logarithm, leaves the noise of dark hair alone. Where black hair shows no strands, some are drawn: they are added to
+LIFT. Brows turn grey in the same way.
 
 Reference: Panhard, Lozano, Loussouarn, Br. J. Dermatol. 2012 (how grey people are by age).
 """
@@ -26,6 +27,11 @@ from faceage.types import Change, FloatArray
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
 LIFT, DETAIL, FADE = 0.85, 1.8, 0.85
+GREY_COLOUR = np.array([[-0.03, 0.24, -0.28], [0.01, 0.0, 0.63]], np.float32)
+"""Linear map from (1, log R/G, log B/G of the skin) to log R/G and log B/G of grey hair, which has the colour of the
+light: least squares over 281 grey heads of All-Age-Faces, 62 years and older."""
+GREY_COLOURS = 0.12
+"""Limit of these logs of grey hair."""
 GREY_SHARE = 0.9
 """Luma of grey hair, as a share of that of the face's skin."""
 GREY_RANGE = (0.4, 0.75)
@@ -114,9 +120,18 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
     mask = mask * cv2.blur(cv2.erode(dark, np.ones((margin, margin), np.uint8)), (margin, margin))
     seen = np.sqrt(cv2.GaussianBlur(np.square(luma - base), (0, 0), BASE_SIGMA * size))
     skin = slice(int(0.42 * size), int(0.52 * size))
-    skin_luma = float(np.median(luma[skin, int(0.42 * size) : int(0.58 * size)]))
+    skin_rgb = np.median(rgb[skin, int(0.42 * size) : int(0.58 * size)], axis=(0, 1)).astype(np.float32)
     strands = STRANDS * _strands(size) * _ramp(1 - seen / STRANDS_SEEN)
-    return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands)
+    return _key(mask, base, rgb - luma[..., None], float(skin_rgb @ RGB_LUMA), LIFT + strands, _grey_chroma(skin_rgb))
+
+
+def _grey_chroma(skin: FloatArray) -> FloatArray:
+    """Return RGB less luma of grey hair of luma 1 beside skin of a colour [3]; see `GREY_COLOUR`."""
+    red, green, blue = np.maximum(skin, np.float32(0.02))
+    logs = GREY_COLOUR @ np.array([1, np.log(red / green), np.log(blue / green)], np.float32)
+    red, blue = np.exp(np.clip(logs, -GREY_COLOURS, GREY_COLOURS))
+    colour = np.array([red, 1, blue], np.float32)
+    return (colour / (colour @ RGB_LUMA) - 1).astype(np.float32)
 
 
 def _within(x: FloatArray, mask: FloatArray, sigma: float) -> FloatArray:
@@ -126,8 +141,24 @@ def _within(x: FloatArray, mask: FloatArray, sigma: float) -> FloatArray:
     return (cv2.GaussianBlur((x - mean) * mask, (0, 0), sigma) / (weight + np.float32(1e-3)) + mean).astype(np.float32)
 
 
-def _key(mask: FloatArray, base: FloatArray, chroma: FloatArray, skin_luma: float, lift: FloatArray | float) -> HairKey:
-    """Put the module's formula together; chroma [S, S, 3] is RGB less luma, lift the formula's LIFT."""
+def _key(
+    mask: FloatArray,
+    base: FloatArray,
+    chroma: FloatArray,
+    skin_luma: float,
+    lift: FloatArray | float,
+    grey: FloatArray | float = 0.0,
+) -> HairKey:
+    """Put the module's formula together.
+
+    Args:
+        mask: float32 [S, S], as `HairKey.mask`.
+        base: float32 [S, S].
+        chroma: float32 [S, S, 3], RGB less luma.
+        skin_luma: of the face.
+        lift: the formula's LIFT, one or a map.
+        grey: RGB less luma of grey hair of luma 1; 0: it has none.
+    """
     size = mask.shape[0]
     # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
     target = np.float32(np.clip(GREY_SHARE * skin_luma, min(GREY_RANGE[0], skin_luma), GREY_RANGE[1]))
@@ -135,11 +166,12 @@ def _key(mask: FloatArray, base: FloatArray, chroma: FloatArray, skin_luma: floa
     hair_luma = float((base * mask).sum() / max(float(mask.sum()), 1e-6))
     contrast = max(skin_luma - hair_luma, MIN_CONTRAST)
     gain = darker * (DETAIL / max(target, np.float32(1e-3)))
+    chroma = np.float32(FADE) * (grey * (base + np.float32(LIFT) * darker)[..., None] - chroma)
     return HairKey(
         mask=mask,
         gain=gain,
         lift=lift * darker - gain * (base + np.float32(BLACK_OFFSET)),
-        chroma=np.float32(-FADE) * cv2.resize(chroma, (size // 2, size // 2), interpolation=cv2.INTER_AREA),
+        chroma=cv2.resize(chroma, (size // 2, size // 2), interpolation=cv2.INTER_AREA),
         dark=(hair_luma + DARK[0] * contrast, hair_luma + DARK[1] * contrast),
         rows=_rows(mask),
     )
