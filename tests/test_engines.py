@@ -171,7 +171,7 @@ def test_empty_batch_and_wrong_shapes(stored, backend):
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-@pytest.mark.parametrize("count", [1, 7, 8, 19])
+@pytest.mark.parametrize("count", [1, 5, 7, 8, 19])
 def test_batches_of_any_size(stored, backend, count):
     x, gain = np.random.default_rng(count).random((count, 8, 16, 16), np.float32), np.float32([0.5, 0])
     want = stored.load(there_and_back_program(), run_by("torch"))(x, gain)

@@ -29,6 +29,8 @@ BATCH_SIZES = (8, 1)
 slower, and stop to compile for each that it meets."""
 LARGE_FACE = 3 * 100 * 100
 """Values of a face from which on it keeps a core as busy as eight do: these run one by one."""
+SMALL_FACE, PADDED_FROM = 3 * 50 * 50, 4
+"""Of faces with fewer values eight take no longer than four one by one: so many and more are filled up to eight."""
 
 SUFFIX = ".blob"
 
@@ -50,6 +52,7 @@ class OpenVINOEngine:
         self._has_batch = [any(map(_is_batch, spec.shape)) for spec in program.inputs]
         largest = max(math.prod(spec.sizes("min")) for spec in program.inputs)
         sizes = BATCH_SIZES if largest < LARGE_FACE else (1,)
+        self._fewest = {size: PADDED_FROM if size > 1 and largest < SMALL_FACE else size for size in sizes}
         # A request for each call that runs at the same time, and a model of its own for each request: two that share
         # one, with two streams, wait for each other half of the time.
         self._idle: dict[int, deque[openvino.InferRequest]] = {size: deque() for size in sizes}
@@ -62,14 +65,18 @@ class OpenVINOEngine:
             return self._program.empty_outputs(sizes)
         parts, done, count = [], 0, sizes[BATCH.name]
         while done < count:
-            size = next(size for size in self._idle if size <= count - done)
+            size = next(size for size, fewest in self._fewest.items() if fewest <= count - done)
             part = slice(done, done := done + size)
-            inputs = [array[part] if cut else array for array, cut in zip(arrays, self._has_batch, strict=True)]
+            inputs = [
+                _filled_up(array[part], size) if cut else array
+                for array, cut in zip(arrays, self._has_batch, strict=True)
+            ]
             try:
                 request = self._idle[size].pop()
             except IndexError:
                 request = self._compile(size)
-            parts.append(request.infer(inputs, share_inputs=True).to_tuple())
+            outputs = request.infer(inputs, share_inputs=True).to_tuple()
+            parts.append(outputs if done <= count else tuple(output[: count - done] for output in outputs))
             self._idle[size].append(request)
         return parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
 
@@ -83,6 +90,13 @@ class OpenVINOEngine:
         model = _compile(self._program, size, self._config)
         keep(kept, model.export_model().getvalue())
         return model.create_infer_request()
+
+
+def _filled_up(batch: FloatArray, size: int) -> FloatArray:
+    """Return a batch of `size`: behind what is there come zeros."""
+    if len(batch) == size:
+        return batch
+    return np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
 
 
 def _compile(program: Program, size: int, config: dict[str, Any]) -> openvino.CompiledModel:
