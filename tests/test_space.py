@@ -91,6 +91,15 @@ def test_dark_detail_of_old_skin_is_redder(canonical, appearance):
     assert np.corrcoef(cheek[:, 0], cheek[:, 2])[0, 1] > 0.5
 
 
+@pytest.mark.parametrize("ages", [{"age": 75, "source_age": 30}, {"age": 25, "source_age": 60}])
+def test_black_and_white_stays_so(space, ages):
+    grey = np.repeat(np.rint(astronaut() @ RGB_LUMA)[..., None], 3, -1).astype(np.uint8)
+    frame = Frame(planes=(grey.copy(),), pixel_format="rgb24", color=RGB)
+    age_frames(space, [frame], AgeRequest(**ages))
+    assert np.abs(frame.planes[0].astype(int) - grey).max() > 20
+    assert np.ptp(frame.planes[0].astype(int), axis=-1).max() <= 1
+
+
 def test_the_canonical_change_is_zero_at_the_outline(canonical, appearance):
     tone = canonical.mix(appearance, 30, 80)
     assert not tone[canonical.areas.mask == 0].any()

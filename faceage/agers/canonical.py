@@ -52,6 +52,9 @@ WRINKLED_BY_YEARS, FIRST_WRINKLES_YEARS, ALL_WRINKLES_YEARS = 40.0, 30.0, 65.0
 OVEREXPOSED, OVEREXPOSED_SHARE, OVEREXPOSED_CREASES = 0.85, 0.4, 0.4
 """Creases are weaker on overexposed faces: where this share of the thumbnail is brighter than the first figure (of 1),
 this much of them is left."""
+GREY_PICTURE, COLOUR_PICTURE = 0.03, 0.12
+"""Mean colourfulness of a face's thumbnail (largest less smallest of R, G and B, to the largest) up to which colours
+stay, and from which on they change in full."""
 LIGHT_COVARIATES = 7
 """Of the covariates, the first are light and colours."""
 SMOOTHED = 0.38
@@ -175,6 +178,7 @@ class CanonicalModel:
         chroma = chroma + skin * luma[..., None] * np.array([DETAIL_REDNESS, DETAIL_BLUENESS], np.float32)
         smoothed = SMOOTHED * np.clip(-years / 30, 0, 1) - np.clip(years / WRINKLED_BY_YEARS, 0, 1)
         smoothed = smoothed * np.clip(1 - feature - areas.eyes, 0, 1)
+        chroma *= _colour(appearance.thumbnail)
         tone = np.concatenate([luma[..., None], chroma, smoothed[..., None]], -1)
         return (tone * areas.mask[..., None]).astype(np.float32)
 
@@ -209,6 +213,13 @@ def _contrast_left(thumbnail: FloatArray) -> float:
     inside = face_mask(thumbnail.shape[-1]) > 0.3
     bright = float((((thumbnail.mean(0) + 1) / 2)[inside] > OVEREXPOSED).mean())
     return 1 - (1 - OVEREXPOSED_CREASES) * min(bright / OVEREXPOSED_SHARE, 1.0)
+
+
+def _colour(thumbnail: FloatArray) -> float:
+    """Return how much of a change of colour a face gets: 1, and 0 on a black-and-white picture."""
+    rgb = (thumbnail[:, face_mask(thumbnail.shape[-1]) > 0.3] + 1) / 2
+    colourful = float((np.ptp(rgb, axis=0) / (rgb.max(0) + np.float32(LOG_OFFSET))).mean())
+    return float(np.clip((colourful - GREY_PICTURE) / (COLOUR_PICTURE - GREY_PICTURE), 0, 1))
 
 
 def read_canonical(checkpoint: Path) -> CanonicalModel:

@@ -30,8 +30,8 @@ LIFT, DETAIL, FADE = 0.85, 1.8, 0.85
 GREY_COLOUR = np.array([[-0.03, 0.24, -0.28], [0.01, 0.0, 0.63]], np.float32)
 """Linear map from (1, log R/G, log B/G of the skin) to log R/G and log B/G of grey hair, which has the colour of the
 light: least squares over 281 grey heads of All-Age-Faces, 62 years and older."""
-GREY_COLOURS = 0.12
-"""Limit of these logs of grey hair."""
+GREY_COLOURS, COLOURFUL = 0.12, 0.1
+"""Limit of these logs of grey hair; sum of those of the skin, without signs, from which on hair has colour."""
 GREY_SHARE = 0.9
 """Luma of grey hair, as a share of that of the face's skin."""
 GREY_RANGE = (0.4, 0.75)
@@ -128,8 +128,9 @@ def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
 def _grey_chroma(skin: FloatArray) -> FloatArray:
     """Return RGB less luma of grey hair of luma 1 beside skin of a colour [3]; see `GREY_COLOUR`."""
     red, green, blue = np.maximum(skin, np.float32(0.02))
-    logs = GREY_COLOUR @ np.array([1, np.log(red / green), np.log(blue / green)], np.float32)
-    red, blue = np.exp(np.clip(logs, -GREY_COLOURS, GREY_COLOURS))
+    logs = np.array([1, np.log(red / green), np.log(blue / green)], np.float32)
+    share = np.clip(np.abs(logs[1:]).sum() / COLOURFUL, 0, 1)  # hair of black-and-white pictures stays without colour
+    red, blue = np.exp(share * np.clip(GREY_COLOUR @ logs, -GREY_COLOURS, GREY_COLOURS))
     colour = np.array([red, 1, blue], np.float32)
     return (colour / (colour @ RGB_LUMA) - 1).astype(np.float32)
 
