@@ -4,8 +4,9 @@ What age changes is stored on one canonical face: prototypes (how the mean face 
 colours and the appearance of the person) and wrinkles (creases of real old faces). Once a person and shot they are
 mixed to one canonical change. At key frames a small network says where each pixel of the crop lies on the canonical
 face; in every frame the change is read there, and scales the luma of the picture. Wrinkles are thus as sharp as they
-are stored, the same in the whole shot, and stay on the skin. Hair is found by a second network in a wider crop and
-turns grey strand by strand (`agers.hair`).
+are stored, the same in the whole shot, and stay on the skin. Old skin gets more of its own fine detail, young skin
+less, and a part of what FaceGAN draws on this very face (`agers.facegan`). Hair is found by another network in a wider
+crop and turns grey strand by strand (`agers.hair`).
 
 Reference: Burt and Perrett, Proc. R. Soc. B 1995 (prototypes); Tiddeman, Burt, Perrett, IEEE CG&A 2001 (means lose
 wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densely aligned); Güler et al., CVPR 2017
