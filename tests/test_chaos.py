@@ -132,7 +132,8 @@ def test_a_second_interruption_ends_the_run_at_once(command, tmp_path):
     rest, _ = process.communicate()
     assert process.returncode in (130, -signal.SIGHUP), rest  # the latter: the run had ended in order by then
     assert "Traceback" not in rest
-    assert rest.count("faceage: error:") == 1
+    # The first interruption may have been said when the second one came.
+    assert rest.count("faceage: error:") in (1, 2), rest
     last = command(target)
     rest, _ = last.communicate()
     assert last.returncode == 0, rest
