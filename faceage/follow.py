@@ -26,10 +26,6 @@ MAX_SIZE_RATIO = 1.7
 JUMP_MARGIN = 0.2
 """Of two tracks on one face, one is to blame for jumping there if its affinity to where it was expected is
 lower than the other's by this much: less is noise."""
-REST_SPEED, REST_SIDE_PX, REST_SIGHTS = 0.01, 96.0, 10
-"""A face that moves by less than this in sides a frame, is larger, and was seen more often is looked at in every second
-frame only. A talking head's landmarks differ by 0.2 % of its height from those of all frames, which is less than their
-noise; in smaller faces they differ more."""
 SEARCH_SIDES = 3.0
 """Side of the region in which a lost face is searched, in sides of its box."""
 
@@ -103,12 +99,9 @@ class Path:
     """How many of the sights have been handed out: the newest one is kept to follow on from."""
     searched: bool = False
     """Whether it was searched for in this window."""
-    added: int = 0
-    """How many sights were added since it began."""
 
     def add(self, sight: Sight) -> None:
         """Go on to a sight in a neighbouring frame."""
-        self.added += 1
         last = self.sights[-1]
         moved = sight.landmarks.mean(0) - last.landmarks.mean(0)
         self.velocity += VELOCITY_GAIN * (moved / abs(sight.frame - last.frame) - self.velocity)
@@ -119,14 +112,6 @@ class Path:
         """Change the direction of following."""
         self.sights.reverse()
         self.velocity = -self.velocity
-
-    def may_rest(self, frame: int) -> bool:
-        """Return whether the face need not be looked at in a frame: it was seen just before, and hardly moves."""
-        last = self.sights[-1]
-        if self.added < REST_SIGHTS or last.frame != frame - 1:
-            return False
-        side = float(_side(last.box[None])[0])
-        return side >= REST_SIDE_PX and float(np.abs(self.velocity).max()) < REST_SPEED * side
 
     def box_at(self, frame: int) -> FloatArray:
         """Return where the box is expected, by constant velocity: float32 [4]."""
@@ -186,8 +171,7 @@ class Follower:
         On a key frame (its detections are given) a face that a complete detection does not confirm is lost; on
         others, a face that cannot be carried on is searched for, once a window.
         """
-        resting = [path for path in self.live if key is None and path.may_rest(index)]
-        paths = [path for path in self.live if path not in resting]
+        paths = self.live
         sights = self._refine(paths, frame, index)
         missing = [path for path, sight in zip(paths, sights, strict=True) if not sight and not path.searched]
         detected = self._search(missing, frame, index) if key is None else key
@@ -197,7 +181,7 @@ class Follower:
             sight = sights[row]
             sights[row] = sight._replace(detected=True) if sight else detected[column]
         self._drop_collapsed(paths, sights, index)
-        self.live = resting
+        self.live = []
         for path, sight in zip(paths, sights, strict=True):
             if sight is None or (is_complete and not sight.detected):
                 self.lost.append(path)

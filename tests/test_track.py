@@ -232,17 +232,6 @@ def test_smallest_faces_are_looked_for_at_times_and_where_much_changes():
     assert [(t.track_id, t.first_frame, t.last_frame) for t in tracks] == [(0, 0, 59), (1, 22, 59)]
 
 
-@pytest.mark.parametrize(("side", "speed", "looks"), [(120, 0.5, 57), (120, 4, 101), (60, 0.2, 101)])
-def test_large_faces_that_hardly_move_are_looked_at_less_often(side, speed, looks):
-    detector = StubDetector([Person(line(100, 150, speed), side=side)])
-    (track,), _ = run(detector, clip(100))
-    assert (track.first_frame, track.last_frame) == (0, 99)
-    assert abs(detector.refined - looks) < 3
-    places = [centre(track, n) for n in range(100)]
-    np.testing.assert_allclose(places, [(100 + speed * n, 150) for n in range(100)], atol=0.01 * side)
-    assert track.scores.min() > 0.9
-
-
 def test_face_that_leaves_ends_its_track():
     tracks, _ = run(StubDetector([Person(line(100, 100, last=24)), Person(line(500, 200))]), clip(60))
     assert [(t.first_frame, t.last_frame, t.ends_shot) for t in tracks] == [(0, 24, False), (0, 59, True)]

@@ -25,7 +25,7 @@ from faceage.pipeline.timer import StageTimer
 from faceage.track import Track
 from faceage.types import Appearance, Change, FloatArray, Frame
 
-DRAW_FRAMES = 3
+DRAW_FRAMES = 2
 """Frames that one drawing of a change serves: it moves with the face, but what lies between key frames is mixed anew
 only so often."""
 
