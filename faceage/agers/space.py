@@ -51,8 +51,8 @@ COLOUR_PX = 32
 UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
 PERSONAL, PERSONAL_PX = 0.35, 128
-"""Share of FaceGAN's change that younger faces get too, and the side of the crop in which it is made: it knows the
-folds of this very face. Older ones it makes less real."""
+"""Share of FaceGAN's change that younger faces get too, and the side of the crop in which it is made: FaceGAN sees
+the folds of this very face. Older faces get none of it: they looked less real with it."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -62,8 +62,8 @@ CRISP_SIGMA, CRISP_DARKER, CRISP_BRIGHTER = 2.0, 1.2, 0.3
 """How wide the detail is that gets stronger there, in canonical pixels, and by how much what of it is dark, and what is
 bright, which soon looks like wax."""
 ROUGHNESS, COARSENED = 0.03, (0.3, 0.8)
-"""Old skin is rougher: the median of its fine detail as a share of its luma; how much more of their own detail faces
-that are to be old get at least, which have that already, and at most, or noise would be seen."""
+"""Old skin is rougher. Its roughness: the median of its fine detail as a share of its luma. A face that is to be old
+gets as much of its own detail in addition as it lacks, within these limits: more would show its noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
