@@ -183,12 +183,12 @@ class Frame:
 class Change:
     """What ageing does to one face, in the pixels of an aligned crop: `kernels.apply_change` has the formula.
 
-    The mask of the ager is in it: both parts are exactly 0 on the outer two pixels.
+    The mask of the ager is in it: both parts are exactly 0 on the outer two pixels. Both are arrays, or both tensors.
     """
 
-    delta: FloatArray
+    delta: Samples
     """float32 [3, S, S], what is added to RGB in units of its [-1, 1] range (2 is black to white)."""
-    gain: FloatArray | None = None
+    gain: Samples | None = None
     """float32 [S, S], the relative change of the luma: -0.1 makes it a tenth darker; None: the luma is not scaled."""
     dark: tuple[float, float] | None = None
     """Lumas in [0, 1] of a sample up to which its luma changes in full, and from which on not at all; None: all samples
@@ -205,7 +205,7 @@ class Change:
     @property
     def size_px(self) -> int:
         """S, the side of the crop."""
-        return self.delta.shape[-1]
+        return int(self.delta.shape[-1])
 
     def scaled(self, weight: float) -> Change:
         """Return the share `weight` of the change, in [0, 1]."""

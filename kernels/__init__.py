@@ -14,6 +14,7 @@ from faceage.kernels.placement import cut_out
 from faceage.kernels.thumbnail import Thumbnail, luma_plane, thumbnail
 from faceage.kernels.transfer import (
     all_to_host,
+    beside,
     clone_planes,
     download_planes,
     to_device,
@@ -31,6 +32,7 @@ __all__ = [
     "Thumbnail",
     "all_to_host",
     "apply_change",
+    "beside",
     "change_crop",
     "clone_planes",
     "color_of",

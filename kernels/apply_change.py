@@ -30,7 +30,8 @@ on a flat, grainless picture its contours are steps of one code, as in any gradi
 Convention: as in `gather`; D's sample i lies at crop pixel (i + 0.5) / k - 0.5. The luma is that of the frame's own
 matrix; packed RGB has none and takes Rec. 601's, as JPEG files do.
 Bytes moved: the crop's rectangle of each plane, read and written once. The CPU keeps D with the change: a video's next
-frame has the face elsewhere, but mostly the same p.
+frame has the face elsewhere, but mostly the same p. A change that was drawn on a device is used there; one of arrays
+goes to the device of its frames once.
 Tolerance: the implementations round differently only at ties, so they differ by at most 1 code.
 Reference: Keys, "Cubic convolution interpolation", IEEE TASSP 1981, eq. 15 (a = -1/2).
 """
@@ -52,7 +53,7 @@ from faceage.kernels.gather import warp_samples
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane, invert_affine
 from faceage.kernels.transfer import as_tensor, to_device
-from faceage.types import Change, ColorSpec, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout
+from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout, Samples
 
 if TYPE_CHECKING:
     import torch
@@ -91,10 +92,12 @@ class PlaneChange:
     layout: PixelLayout
     matrix: Matrix23
     """Pixels of that part to samples of the plane."""
-    delta: FloatArray
-    """float32 [H', W', C], codes: the part of the crop in which anything changes."""
-    gain: FloatArray | None
+    delta: Samples
+    """float32 [H', W', C], codes: the part of the crop in which anything changes; where the plane lives."""
+    gain: Samples | None
     """float32 [H', W']; None for chroma, and where luma is not scaled."""
+    weight: float
+    """Share of the change, in [0, 1]."""
     black: float
     span: float
     """Codes of E'Y = 0, and of the range of E'Y."""
@@ -125,8 +128,13 @@ def plane_steps(crop_to_samples: Matrix23) -> tuple[float, float]:
 
 
 def _changing_part(change: Change) -> Rect | None:
-    """Return the pixels of the crop outside which the change is 0; None if it is 0 everywhere."""
+    """Return the pixels of the crop outside which the change is 0; None if it is 0 everywhere.
+
+    Of a change on a device it is the whole crop: nobody waits for the device to know more.
+    """
     size = change.size_px
+    if not isinstance(change.delta, np.ndarray):
+        return 0, 0, size, size
     bits = np.bitwise_or.reduce(change.delta.view(np.uint32))
     if change.gain is not None:
         bits |= change.gain.view(np.uint32)
@@ -140,26 +148,40 @@ def _changing_part(change: Change) -> Rect | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Codes:
-    """A change in the codes of a kind of frames."""
+    """A change in the codes of a kind of frames, where those live."""
 
-    delta: FloatArray
-    """float32 [S, S, 3], in the order of the frame's components."""
-    gain: FloatArray | None
+    delta: Samples
+    """float32 [S, S, 3], in the order of the frame's components; of tensors, each component lies by itself."""
+    gain: Samples | None
     changing: Rect
     """The pixels of the crop outside which it is 0."""
 
 
-def _in_codes(change: Change, color: ColorSpec, bit_depth: int) -> _Codes | None:
+def _in_codes(change: Change, frame: Frame) -> _Codes | None:
     """Return a change in codes; None if it changes nothing."""
     changing = _changing_part(change)
     if changing is None:
         return None
+    matrix = rgb_to_yuv_delta(color_of(frame), frame.layout.bit_depth)
+    if not frame.is_array:
+        return _in_codes_on_device(change, changing, matrix, frame.device)
     # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
     return _Codes(
-        delta=cv2.transform(cv2.merge(list(change.delta)), rgb_to_yuv_delta(color, bit_depth)),
+        delta=cv2.transform(cv2.merge(list(change.delta)), matrix),
         gain=change.gain if change.gain is not None and change.gain.any() else None,
         changing=changing,
     )
+
+
+def _in_codes_on_device(change: Change, changing: Rect, matrix: npt.NDArray[np.float64], device: str) -> _Codes:
+    """Do so with tensors."""
+
+    def there(part: Samples) -> torch.Tensor:
+        return to_device(part, device) if isinstance(part, np.ndarray) else part.contiguous()
+
+    delta, gain = there(change.delta), None if change.gain is None else there(change.gain)
+    codes = to_device(matrix.astype(np.float32), device) @ delta.flatten(1)
+    return _Codes(delta=codes.reshape(delta.shape).permute(1, 2, 0), gain=gain, changing=changing)
 
 
 def _grown(part: Rect, crop_to_samples: Matrix23, size_px: int) -> Rect:
@@ -213,14 +235,15 @@ def _filter_matrix_ref(size: int, step: float) -> tuple[FloatArray, int]:
     return matrix.astype(np.float32), 1
 
 
-def _sample_ref(maps: FloatArray, matrix: Matrix23, rect: Rect, device: torch.device) -> torch.Tensor:
+def _sample_ref(maps: Samples, matrix: Matrix23, rect: Rect, device: torch.device) -> torch.Tensor:
     """Return the maps [H', W', C] at the samples of `rect`: float64 [H, W, C]."""
     import torch
 
     height, width = maps.shape[:2]
     step_x, step_y = plane_steps(matrix)
     (filter_x, kx), (filter_y, ky) = _filter_matrix_ref(width, step_x), _filter_matrix_ref(height, step_y)
-    along_y, along_x, values = (to_device(a, device).double() for a in (filter_y, filter_x, maps))
+    along_y, along_x = (to_device(a, device).double() for a in (filter_y, filter_x))
+    values = as_tensor(maps).double()
     filtered = along_y @ values.permute(2, 0, 1) @ along_x.T  # one einsum would take the outer product of the filters
     m = samples_to_filtered(matrix, rect, kx, ky).tolist()
     x0, y0, x1, y1 = rect
@@ -250,7 +273,7 @@ def _change_ref(part: PlaneChange, rect: Rect) -> None:
             whole, none = part.dark
             share = (none - (luma - part.black) / part.span) / (none - whole)
             change = change * share.clamp(0, 1)[..., None]
-    rounded = change.round().long()
+    rounded = (part.weight * change).round().long()
     after = (before + rounded * 2**layout.shift).clamp(0, code_max(layout))
     samples.copy_(torch.where(rounded == 0, before, after).reshape(samples.shape))
 
@@ -292,24 +315,23 @@ def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> FloatArray:
 
 def _filter_part(part: PlaneChange, steps: tuple[float, float]) -> tuple[FloatArray, FloatArray | None]:
     """Return D of a plane's delta, float32 [ky * H', kx * W'(, C)], and of its gain."""
-    maps = cv2.split(part.delta)
-    if part.gain is None:
+    maps, relative = cv2.split(cast(FloatArray, part.delta)), cast("FloatArray | None", part.gain)
+    if relative is None:
         gain = None
     else:
         # gain (Y - black + b span) + delta = gain Y + (delta + gain (b span - black)): sampling is linear.
-        maps = [cv2.scaleAdd(part.gain, BLACK_OFFSET * part.span - part.black, each) for each in maps]
-        gain = _filter_maps(part.gain * np.float32(2.0**-part.layout.shift), *steps)
+        maps = [cv2.scaleAdd(relative, BLACK_OFFSET * part.span - part.black, each) for each in maps]
+        gain = _filter_maps(relative * np.float32(2.0**-part.layout.shift), *steps)
     filtered = [_filter_maps(each, *steps) for each in maps]
     return filtered[0] if len(filtered) == 1 else cv2.merge(filtered), gain
 
 
-def _change_cpu(part: PlaneChange, rect: Rect, weight: float, kept: dict) -> None:
+def _change_cpu(part: PlaneChange, rect: Rect, kept: dict) -> None:
     """Change `rect` of a plane with OpenCV, a strip at a time.
 
     Args:
         part: the change.
         rect: of the plane.
-        weight: the share of the change.
         kept: what `_filter_part` returned, of each kind of plane and filter.
     """
     layout, matrix = part.layout, part.matrix
@@ -334,8 +356,8 @@ def _change_cpu(part: PlaneChange, rect: Rect, weight: float, kept: dict) -> Non
         if gains is not None:
             gain = warp_samples(gains, to_filtered, size, cv2.BORDER_CONSTANT)
             change = _with_gain(change, gain, samples, part)
-        if weight != 1:
-            change = cv2.multiply(change, weight, dst=change)
+        if part.weight != 1:
+            change = cv2.multiply(change, part.weight, dst=change)
         _add_rounded(samples, change, layout)
 
 
@@ -367,7 +389,7 @@ def _add_rounded(part: HostPlane, change: FloatArray, layout: PixelLayout) -> No
     np.copyto(part, after, where=codes != 0, casting="unsafe")
 
 
-def _components(codes: FloatArray, spec: PlaneLayout) -> FloatArray:
+def _components(codes: Samples, spec: PlaneLayout) -> Samples:
     """Return those of the three components [S, S, 3] that a plane holds: float32 [S, S, C]."""
     first = {"U": 1, "V": 2}.get(spec.components[0], 0)
     return codes[..., first : first + min(len(spec.components), 3)]
@@ -386,7 +408,7 @@ def apply_change(
     Args:
         frame: its planes must be writable. Alpha is never touched.
         change: in the pixels of the crop, already times the mask, exactly 0 on the outer two pixels; it may not be
-            changed afterwards. A gain of None costs nothing.
+            changed afterwards. Arrays, or tensors on the frame's device. A gain of None costs nothing.
         frame_to_crop: float32 [2, 3], frame (luma) pixels to crop pixels; invertible and finite.
         weight: the share of the change, in [0, 1].
         impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a
@@ -394,7 +416,7 @@ def apply_change(
 
     Returns:
         The touched rectangle in luma pixels as they are stored (x0, y0, x1, y1; x1 and y1 outside), or None if nothing
-        can have changed: the crop lies outside the frame, or the change is all zero.
+        can have changed: the crop lies outside the frame, or the change is of arrays and all zero.
 
     Raises:
         ShapeError: if the matrix has another shape than the above.
@@ -403,11 +425,9 @@ def apply_change(
         raise ShapeError(f"expected a matrix [2, 3], got {frame_to_crop.shape}")
     color, layout = color_of(frame), frame.layout
     chosen = choose_implementation(frame, impl)
-    if chosen != "cpu":
-        change, weight = change.scaled(weight), 1.0
-    kind = color, frame.pixel_format
+    kind = color, frame.pixel_format, None if frame.is_array else frame.device
     if kind not in change.kept:
-        change.kept[kind] = _in_codes(change, color, layout.bit_depth), {}
+        change.kept[kind] = _in_codes(change, frame), {}
     codes, kept = change.kept[kind]
     if codes is None or not weight:
         return None
@@ -430,6 +450,7 @@ def apply_change(
             matrix=matrix,
             delta=_components(codes.delta, spec)[inner],
             gain=gain[inner] if gain is not None and spec.components[0] in "YR" else None,
+            weight=weight,
             black=black,
             span=span,
             dark=change.dark if gain is not None and spec.components[0] in "YR" else None,
@@ -448,7 +469,7 @@ def apply_change(
             if chosen == "ref":
                 _change_ref(part, rect)
             else:
-                _change_cpu(part, rect, weight, kept)
+                _change_cpu(part, rect, kept)
     x0s, y0s, x1s, y1s = zip(*touched, strict=True)
     height, width = frame.planes[0].shape[:2]
     return min(x0s), min(y0s), min(max(x1s), width), min(max(y1s), height)
@@ -459,7 +480,7 @@ def change_crop(pixels: FloatArray, change: Change) -> FloatArray:
 
     Args:
         pixels: float32 [3, S, S], RGB in [-1, 1].
-        change: of the same side S.
+        change: of arrays, of the same side S.
     """
     after = pixels + change.delta
     if change.gain is not None:

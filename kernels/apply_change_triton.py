@@ -26,11 +26,11 @@ from faceage.kernels.apply_change import (
     samples_to_filtered,
     share_of_codes,
 )
-from faceage.kernels.strided import code_type
-from faceage.kernels.transfer import as_tensor, to_device
-from faceage.types import FloatArray, Frame
+from faceage.kernels.strided import code_type, upload_table
+from faceage.kernels.transfer import as_tensor
+from faceage.types import Frame
 
-INTEGERS, REALS = 20, 15
+INTEGERS, REALS = 21, 16
 """Columns of the table: see `_row_of`."""
 BLOCK = 128
 """Samples of a plane a program."""
@@ -71,7 +71,6 @@ def _filter_position(position, count, k, rim):
 def _apply_change_kernel(
     table,
     reals,
-    maps,
     CODES: tl.constexpr,
     IS_PACKED: tl.constexpr,
     INTEGERS: tl.constexpr,
@@ -91,8 +90,9 @@ def _apply_change_kernel(
     has_gain = tl.load(table + row + 15) != 0
     unit = tl.load(table + row + 16).to(tl.int32)
     largest = tl.load(table + row + 17).to(tl.int32)
-    delta = maps + tl.load(table + row + 18)
-    gain = maps + tl.load(table + row + 19)
+    side = tl.load(table + row + 18).to(tl.int32)
+    delta = tl.cast(tl.load(table + row + 19), tl.pointer_type(tl.float32))
+    gain = tl.cast(tl.load(table + row + 20), tl.pointer_type(tl.float32))
     m = reals + row + INTEGERS
     step_x = tl.load(m + 6).to(tl.float32)
     step_y = tl.load(m + 7).to(tl.float32)
@@ -112,7 +112,7 @@ def _apply_change_kernel(
     change_1 = tl.zeros((BLOCK, TAPS), tl.float32)
     change_2 = tl.zeros((BLOCK, TAPS), tl.float32)
     relative = tl.zeros((BLOCK, TAPS), tl.float32)
-    area = map_width * map_height
+    area = side * side
     for first in range(-reach_x, reach_x + 1, TAPS):
         i = (first + tl.arange(0, TAPS))[None, :]
         weight_x = x0[:, None] * _filter_weight(i - from_x0[:, None], step_x)
@@ -123,7 +123,7 @@ def _apply_change_kernel(
             weight_y = y0 * _filter_weight(j - from_y0, step_y) + y1 * _filter_weight(j - from_y1, step_y)
             weight = weight_y[:, None] * weight_x
             is_pixel = is_column & ((qy + j >= 0) & (qy + j < map_height))[:, None]
-            at = ((qy + j) * map_width)[:, None] + column
+            at = ((qy + j) * side)[:, None] + column
             change_0 += weight * tl.load(delta + at, mask=is_pixel, other=0)
             if IS_PACKED:
                 change_1 += weight * tl.load(delta + area + at, mask=is_pixel, other=0)
@@ -141,7 +141,7 @@ def _apply_change_kernel(
         luma += tl.load(m + 12).to(tl.float32) * code_2.to(tl.float32)
     # What is brighter than the change is meant for changes less, down to nothing.
     share = tl.load(m + 13).to(tl.float32) - tl.load(m + 14).to(tl.float32) * luma
-    share = tl.minimum(tl.maximum(share, 0.0), 1.0)
+    share = tl.minimum(tl.maximum(share, 0.0), 1.0) * tl.load(m + 15).to(tl.float32)
     divisor = tl.load(m + 8).to(tl.float32)
     added = tl.sum(relative, 1) * (luma / unit.to(tl.float32) + tl.load(m + 9).to(tl.float32))
     _store_changed(samples, code_0, (tl.sum(change_0, 1) + added) / divisor * share, unit, largest, is_sample)
@@ -163,40 +163,34 @@ def apply_change_triton(frame: Frame, parts: Sequence[tuple[PlaneChange, Rect]])
     device = torch.device(frame.device)
     is_packed = frame.layout.planes[0].components.startswith("RGB")
     integers, reals = [], []
-    maps, begin = list[FloatArray](), 0
     for part, rect in parts:
-        deltas = np.ascontiguousarray(part.delta.transpose(2, 0, 1)).reshape(part.delta.shape[2], -1)
-        gain_begin = begin + deltas.size
-        for number in range(1 if is_packed else len(deltas)):
-            mine, its_reals = _row_of(part, rect, number)
-            integers.append([*mine, begin + number * deltas.shape[1], gain_begin])
+        for number in range(1 if is_packed else part.delta.shape[2]):
+            its_integers, its_reals = _row_of(part, rect, number)
+            integers.append(its_integers)
             reals.append(its_reals)
-        maps += [deltas.ravel()] if part.gain is None else [deltas.ravel(), part.gain.ravel()]
-        begin = sum(each.size for each in maps)
-    # The table and the maps go to the device in one piece.
-    table = np.concatenate([np.array(integers, np.int64), np.array(reals).view(np.int64)], 1)
-    blob = to_device(np.concatenate([table.view(np.float32).ravel(), *maps]), device)
-    numbers = blob[: 2 * table.size].view(torch.int64)
+    numbers, same = upload_table(integers, reals, device)
     largest = max((x1 - x0) * (y1 - y0) for _, (x0, y0, x1, y1) in parts)
     grid = (triton.cdiv(largest, BLOCK), len(integers))
     columns = INTEGERS + REALS
-    with torch.cuda.device_of(blob):
+    with torch.cuda.device_of(numbers):
         _apply_change_kernel[grid](
-            numbers, numbers.view(torch.float64), blob[2 * table.size :],
+            numbers, same,
             CODES=code_type(frame), IS_PACKED=is_packed, INTEGERS=INTEGERS, COLUMNS=columns, BLOCK=BLOCK, TAPS=TAPS,
         )  # fmt: skip
 
 
 def _row_of(part: PlaneChange, rect: Rect, component: int) -> tuple[list[int], list[float]]:
-    """Return the table's row of one component, or of packed RGB, without its last two columns.
+    """Return the table's row of one component, or of packed RGB.
 
     Integers are address, row stride, column stride; the rectangle's x, y, width and height; the maps' width and height;
     k, reach and rim along x, then along y (see `_filter_position`); whether there is a gain; 2^shift; the largest code;
-    and where the maps of delta and gain begin. Reals are the map from the rectangle's samples to D [6]; the steps along
-    x and y; what weights are divided by; what is added to the luma before it is multiplied; its weights; and the share
-    of the change at code 0, and how much it falls per code.
+    and the crop's side S: rows of maps are S apart, components S^2; and the addresses of the maps of delta and gain.
+    Reals are the map from the rectangle's samples to D [6]; the steps along x and y; what weights are divided by; what
+    is added to the luma before it is multiplied; its weights; the share of the change at code 0, and how much it falls
+    per code; and the share of the whole change.
     """
-    plane = as_tensor(part.plane)
+    plane, delta = as_tensor(part.plane), as_tensor(part.delta)
+    gain = delta if part.gain is None else as_tensor(part.gain)
     x0, y0, x1, y1 = rect
     address = plane.data_ptr() + component * plane.element_size()
     height, width = part.delta.shape[:2]
@@ -210,11 +204,20 @@ def _row_of(part: PlaneChange, rect: Rect, component: int) -> tuple[list[int], l
         *(address, *plane.stride()[:2]),
         *(x0, y0, x1 - x0, y1 - y0, width, height),
         *(*along_x, *along_y),
-        *(int(part.gain is not None), 2**layout.shift, code_max(layout)),
+        *(int(part.gain is not None), 2**layout.shift, code_max(layout), delta.stride(0)),
+        *(delta.data_ptr() + component * delta.stride(2) * delta.element_size(), gain.data_ptr()),
     ]
     added = BLACK_OFFSET * part.span - part.black
     share = share_of_codes(part) if part.dark is not None else (1.0, 0.0)
-    return integers, [*matrix.ravel().tolist(), *steps, divisor_x * divisor_y, added, *RGB_LUMA.tolist(), *share]
+    return integers, [
+        *matrix.ravel().tolist(),
+        *steps,
+        divisor_x * divisor_y,
+        added,
+        *RGB_LUMA.tolist(),
+        *share,
+        part.weight,
+    ]
 
 
 def _axis(size: int, step: float) -> tuple[int, int, int, float]:

@@ -8,15 +8,18 @@ are copied while kernels of other frames run; the default stream waits for the c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from faceage.types import FloatArray, HostPlane, Plane, Samples
+from faceage.types import FloatArray, Frame, HostPlane, Plane, Samples
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 PITCH_BYTES = 256
 """Rows of planes begin at multiples of this: kernels read and encoders take whole lines of the memory."""
@@ -47,6 +50,23 @@ def to_device(array: npt.NDArray, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
+
+
+def beside(frame: Frame, value: T) -> T:
+    """Return a value with its arrays where a frame's planes live: beside arrays, the value itself.
+
+    Args:
+        frame: its planes say where.
+        value: an array, a dataclass with arrays in it, at any depth, or anything else, which stays as it is.
+    """
+    if frame.is_array:
+        return value
+    if isinstance(value, np.ndarray):
+        return cast(T, to_device(value, frame.device))
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: beside(frame, getattr(value, part.name)) for part in fields(value) if part.init}
+        return replace(value, **parts)
+    return value
 
 
 def as_tensor(plane: Plane | Samples) -> torch.Tensor:

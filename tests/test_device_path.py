@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from threading import Lock
 
@@ -14,12 +14,13 @@ from frames import as_tensors
 from PIL import Image
 from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
 
+from faceage.agers.space import SpaceAger
 from faceage.detect import DetectConfig, Detector
 from faceage.kernels import transfer
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
 from faceage.pipeline.photos import age_frames, age_photos
-from faceage.pipeline.request import AgeRequest
+from faceage.pipeline.request import AgeRequest, load_networks
 from faceage.pipeline.video import age_video
 from faceage.types import RGB, Frame
 
@@ -49,18 +50,23 @@ class OnDevice:
         return tuple(torch.from_numpy(np.array(out)) for out in self._engine(*(np.from_dlpack(a) for a in arrays)))
 
 
-@pytest.fixture
-def on_device(facegan):
-    """The same networks on engines of a device. FaceGAN's: an optimized latent would enlarge what rounding differs."""
-    detector = facegan.detector
+def moved_to_device(networks):
+    """The same networks on engines of a device."""
+    detector = networks.detector
     parts = [OnDevice(engine) for engine in (detector._pnet, detector._rnet, detector._onet)]
     return dataclasses.replace(
-        facegan,
+        networks,
         device="cpu",
         detector=Detector(*parts, detector.config),
-        age_reader=OnDevice(facegan.age_reader),
-        identity=OnDevice(facegan.identity),
+        age_reader=OnDevice(networks.age_reader),
+        identity=OnDevice(networks.identity),
     )
+
+
+@pytest.fixture
+def on_device(facegan):
+    """FaceGAN's networks there: an optimized latent would enlarge what rounding differs."""
+    return moved_to_device(facegan)
 
 
 @contextmanager
@@ -129,6 +135,34 @@ def test_a_video_of_tensors_is_the_video_of_arrays(facegan, on_device, tmp_path,
         source, arrays, tensors = age_arrays_and_tensors(facegan, on_device, clip, tmp_path)
     assert on_device.detector._onet.calls_with_tensors >= 16
     assert on_device.identity.calls_with_tensors
+    assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
+    for a, b in zip(tensors, arrays, strict=True):
+        assert_alike(a, b)
+
+
+@pytest.mark.parametrize(
+    ("wish", "views"), [({"age": 75, "source_age": 30}, 2), ({"age": 25, "source_age": 60}, 1)], ids=["older", "younger"]
+)
+def test_the_default_model_draws_on_the_device(tiny_model, tmp_path, monkeypatch, wish, views):
+    """Face and hair, or the face with FaceGAN's share; on key frames and between them."""
+    space, drawn = load_networks(model="space"), []
+    draw = SpaceAger.draw
+
+    def watched(self, look, before, after, share):
+        changes = draw(self, look, before, after, share)
+        drawn.append((share, [change for change in changes if change is not None]))
+        return changes
+
+    monkeypatch.setattr(SpaceAger, "draw", watched)
+    clip = write_clip(tmp_path / "in.mkv", moving_face(14))
+    for networks, name in ((space, "arrays"), (moved_to_device(space), "tensors")):
+        drawn.clear()
+        with no_waiting() if name == "tensors" else nullcontext():
+            age_video(networks, clip, tmp_path / f"{name}.mkv", AgeRequest(**wish), encode=LOSSLESS)
+        kinds = {type(change.delta) for share, changes in drawn[1:] for change in changes}  # the first: for the report
+        assert kinds == {np.ndarray if name == "arrays" else torch.Tensor}
+        assert {len(changes) for share, changes in drawn if 0 < share < 1} == {views}
+    source, arrays, tensors = [decoded(path) for path in (clip, tmp_path / "arrays.mkv", tmp_path / "tensors.mkv")]
     assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
     for a, b in zip(tensors, arrays, strict=True):
         assert_alike(a, b)

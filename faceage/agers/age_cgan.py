@@ -23,6 +23,7 @@ from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.errors import CheckpointError
 from faceage.geometry import face_mask, skin_mask
+from faceage.kernels import maps
 from faceage.types import Appearance, Change, Crops, FloatArray, View
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class AgeCGAN:
     def draw(self, look: Ages, before: FittedFace, after: FittedFace, share: float) -> list[Change | None]:
         """Return the change inside the blend mask; see `base.Ager.draw`."""
         delta = before.delta if before is after else (1 - share) * before.delta + share * after.delta
-        return [Change(delta=delta * face_mask(delta.shape[-1]))]
+        return [Change(delta=delta * maps.constant(face_mask, delta.shape[-1], like=delta))]
 
 
 CHANGE_GAIN = np.float32(1.2)

@@ -20,7 +20,10 @@ Composite = Literal["delta", "replace"]
 Look = Any
 """What an ager has decided about one person in one shot: opaque to the pipeline, never changed once it is made."""
 Key = Any
-"""What an ager's networks made of one face at one key frame: opaque to the pipeline, never changed once it is made."""
+"""What an ager's networks made of one face at one key frame: opaque to the pipeline, never changed once it is made.
+
+Looks and keys are arrays, or dataclasses with arrays in them: `kernels.beside` brings those to a device.
+"""
 
 
 class Ager(Protocol):
@@ -65,6 +68,8 @@ class Ager(Protocol):
 
     def draw(self, look: Look, before: Key, after: Key, share: float) -> Sequence[Change | None]:
         """Return a person's change in one frame, one a view, masked; None where a view is not changed.
+
+        It is drawn where the look and the keys live: with arrays, or with tensors, for which nothing waits.
 
         Args:
             look: the person's.

@@ -19,6 +19,7 @@ from faceage.checkpoint import read_header
 from faceage.engines.base import Axis, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import face_mask, skin_masks
+from faceage.kernels import maps
 from faceage.types import Appearance, Change, Crops, FloatArray, View
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class FaceGAN:
     def draw(self, look: Ages, before: FloatArray, after: FloatArray, share: float) -> list[Change | None]:
         """Return the change inside the blend mask; see `base.Ager.draw`."""
         delta = before if before is after else (1 - share) * before + share * after
-        return [Change(delta=delta * face_mask(delta.shape[-1]))]
+        return [Change(delta=delta * maps.constant(face_mask, delta.shape[-1], like=delta))]
 
 
 def _network(checkpoint: Path) -> nn.Module:

@@ -21,8 +21,8 @@ from functools import cache
 import cv2
 import numpy as np
 
-from faceage.kernels import BLACK_OFFSET, RGB_LUMA
-from faceage.types import Change, FloatArray
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA, maps
+from faceage.types import Change, FloatArray, Samples
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
@@ -211,8 +211,8 @@ def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Cha
     size = before.mask.shape[0]
     whole, none = ((1 - share) * a + share * b for a, b in zip(before.dark, after.dark, strict=True))
     change = Change(
-        delta=np.zeros((3, size, size), np.float32),
-        gain=np.zeros((size, size), np.float32),
+        delta=maps.zeros(3, size, size, like=before.mask),
+        gain=maps.zeros(size, size, like=before.mask),
         dark=None if before is after else (whole, none),  # a picture's own key frame shows its hair as it is
     )
     add_hair(change, grey, before, after, share)
@@ -225,23 +225,24 @@ def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share
     top, bottom = min(before.rows[0], after.rows[0]), max(before.rows[1], after.rows[1])
     rows, half_rows = slice(top, bottom), slice(top // 2, bottom // 2)
 
-    def mix(a: FloatArray, b: FloatArray) -> FloatArray:
-        return a if before is after else cv2.addWeighted(a, 1 - share, b, share, 0)
+    def mix(a: Samples, b: Samples) -> Samples:
+        return a if before is after else maps.weighted_sum(a, 1 - share, b, share)
 
-    amount = np.float32(grey) * mix(before.mask[rows], after.mask[rows])
+    amount = grey * mix(before.mask[rows], after.mask[rows])
     change.gain[rows] += amount * mix(before.gain[rows], after.gain[rows])
     chroma = mix(before.chroma[half_rows], after.chroma[half_rows])
-    faded = cv2.resize(amount, chroma.shape[1::-1])[..., None] * chroma
+    faded = maps.resize(amount, *chroma.shape[:2])[..., None] * chroma
     amount *= mix(before.lift[rows], after.lift[rows])
-    for plane, part in zip(change.delta[:, rows], cv2.split(cv2.resize(faded, amount.shape[::-1])), strict=True):
-        plane += cv2.addWeighted(amount, 2, part, 2, 0)
+    parts = maps.by_planes(maps.resize(faded, *amount.shape))
+    for plane, part in zip(change.delta[:, rows], parts, strict=True):
+        plane += maps.weighted_sum(amount, 2, part, 2)
     clear_rim(change.delta)
 
 
-def clear_rim(maps: FloatArray) -> FloatArray:
+def clear_rim(planes: Samples) -> Samples:
     """Set the outer two pixels of maps [C, S, S] to 0, in place, and return them."""
-    maps[:, :2], maps[:, -2:], maps[:, :, :2], maps[:, :, -2:] = 0, 0, 0, 0
-    return maps
+    planes[:, :2], planes[:, -2:], planes[:, :, :2], planes[:, :, -2:] = 0, 0, 0, 0
+    return planes
 
 
 def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:

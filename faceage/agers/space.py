@@ -32,8 +32,8 @@ from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import TEMPLATES, apply_affine, face_mask, similarity_to_template, template_5
-from faceage.kernels import BLACK_OFFSET, RGB_LUMA
-from faceage.types import Appearance, Change, Crops, FloatArray, View
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA, maps
+from faceage.types import Appearance, Change, Crops, FloatArray, Samples, View
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +68,10 @@ gets as much of its own detail in addition as it lacks, within these limits: mor
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What was decided for one person: the canonical change, and how grey the hair gets."""
+    """What was decided for one person: the canonical change, and how grey the hair gets.
+
+    What is an array here and in keys is a tensor where the change is drawn on a device, see `kernels.beside`.
+    """
 
     tone: FloatArray
     """float32 [256, 256, 4], as `CanonicalModel.mix` returns it."""
@@ -157,8 +160,8 @@ class SpaceAger:
         faces = crops[0]
         landmarks = ((faces.landmarks + 0.5) / faces.size_px).astype(np.float32).reshape(-1, 10)
         small = _reduce(faces.pixels, self.views[0].sizes_px[0])
-        (maps,) = self._coordinates(small, landmarks)
-        where = np.ascontiguousarray(maps.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
+        (fractions,) = self._coordinates(small, landmarks)
+        where = np.ascontiguousarray(fractions.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
         if self._hair is None:
             hair: list[HairKey | None] = [None] * len(faces)
         else:
@@ -237,48 +240,47 @@ class SpaceAger:
         return changes
 
     def _draw_face(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> Change:
-        size, half = before.size_px, (before.size_px // 2,) * 2
+        size = before.size_px
         where = _mix(before.coordinates, after.coordinates, share)
         tone = self._read(look.tone, where, size)
         if close := (1 - share) * before.close + share * after.close:
-            tone[..., 0] += np.float32(close) * self._read(look.crisp, where, size)
+            tone[..., 0] += close * self._read(look.crisp, where, size)
         blur = (1 - share) * before.blur + share * after.blur
         if blur * size > MIN_BLUR_PX:
-            tone = cv2.GaussianBlur(tone, (0, 0), blur * size)
-        clear_rim(tone.transpose(2, 0, 1))
-        luma, small = cv2.extractChannel(tone, 0), cv2.resize(tone, half, interpolation=cv2.INTER_AREA)
+            tone = maps.blur(tone, blur * size)
+        clear_rim(maps.planes_of(tone))
+        luma, small = maps.channel(tone, 0), maps.halve(tone)
         if before.uncovered is not None and after.uncovered is not None:
             uncovered = _mix(before.uncovered, after.uncovered, share)
-            luma *= cv2.resize(uncovered, (size, size))
-            small *= cv2.resize(uncovered, half)[..., None]
+            luma *= maps.resize(uncovered, size, size)
+            small *= maps.resize(uncovered, size // 2, size // 2)[..., None]
         colours = _mix(before.colours, after.colours, share)
-        headroom = np.clip((BRIGHT[1] - colours @ RGB_LUMA) / (BRIGHT[1] - BRIGHT[0]), 0, 1)
-        luma = cv2.min(luma, 0) + cv2.max(luma, 0) * cv2.resize(headroom, (size, size))
-        ratio = cv2.exp(luma)
+        headroom = ((BRIGHT[1] - maps.luma_of(colours)) / (BRIGHT[1] - BRIGHT[0])).clip(0, 1)
+        luma = luma.clip(max=0) + luma.clip(min=0) * maps.resize(headroom, size, size)
+        ratio = maps.exp(luma)
         delta = self._chroma(small, colours, size)
         gain = ratio - 1
         if before.smooth is not None and after.smooth is not None:
             coarsening = (1 - share) * before.coarsening + share * after.coarsening
-            detail = cv2.extractChannel(small, 3)
-            detail = cv2.max(detail, 0) + cv2.min(detail, 0) * np.float32(coarsening)
-            taken = ratio * cv2.resize(detail, (size, size))
+            detail = maps.channel(small, 3)
+            detail = detail.clip(min=0) + detail.clip(max=0) * coarsening
+            taken = ratio * maps.resize(detail, size, size)
             gain -= taken
-            delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + np.float32(BLACK_OFFSET))
+            delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + BLACK_OFFSET)
         if look.younger is not None and before.personal is not None and after.personal is not None:
-            delta += 2 * cv2.resize(_mix(before.personal, after.personal, share), (size, size))
+            delta += 2 * maps.resize(_mix(before.personal, after.personal, share), size, size)
         change = Change(delta=clear_rim(delta), gain=clear_rim(gain[None])[0])
         if look.grey and before.brows is not None and after.brows is not None:
             add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
         return change
 
     @staticmethod
-    def _read(tone: FloatArray, coordinates: FloatArray, size_px: int) -> FloatArray:
+    def _read(tone: Samples, coordinates: Samples, size_px: int) -> Samples:
         """Return the canonical change at the pixels of the crop: float32 [S, S, 4]."""
-        where = cv2.resize(coordinates, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
-        return cv2.remap(tone, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+        return maps.remap(tone, maps.resize(coordinates, size_px, size_px))
 
     @staticmethod
-    def _chroma(tone: FloatArray, colours: FloatArray, size_px: int) -> FloatArray:
+    def _chroma(tone: Samples, colours: Samples, size_px: int) -> Samples:
         """Return the change of chroma, without luma: float32 [3, S, S], RGB in units of [-1, 1].
 
         The colours of the face change by the log ratios; what of that is grey is the gain's.
@@ -288,10 +290,10 @@ class SpaceAger:
             colours: as `FaceKey.colours`.
             size_px: S.
         """
-        rgb = cv2.resize(colours, tone.shape[1::-1]) + np.float32(BLACK_OFFSET)
-        change = 2 * rgb * (cv2.exp(cv2.transform(tone, _TONE_TO_LOG_RGB)) - 1)
-        change -= (change @ RGB_LUMA)[..., None]
-        return np.ascontiguousarray(cv2.resize(change, (size_px, size_px)).transpose(2, 0, 1))
+        rgb = maps.resize(colours, *tone.shape[:2]) + BLACK_OFFSET
+        change = 2 * rgb * (maps.exp(maps.transform(tone, _TONE_TO_LOG_RGB)) - 1)
+        change -= maps.luma_of(change)[..., None]
+        return maps.by_planes(maps.resize(change, size_px, size_px))
 
 
 _RED, _GREEN, _BLUE = RGB_LUMA
@@ -305,8 +307,11 @@ def _between(source: View, target: View, source_px: int, target_px: int) -> Floa
     return similarity_to_template(points, template_5(target_px, target.template))[0]
 
 
-def _mix(before: FloatArray, after: FloatArray, share: float) -> FloatArray:
-    return before if before is after else (1 - np.float32(share)) * before + np.float32(share) * after
+def _mix(before: Samples, after: Samples, share: float) -> Samples:
+    if before is after:
+        return before
+    rounded = np.float32(share)
+    return before * float(1 - rounded) + after * float(rounded)
 
 
 def _reduce(pixels: FloatArray, side_px: int) -> FloatArray:

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from faceage.agers.base import Ager, Key, Look, mix_changes
 from faceage.align import align_faces, choose_size, face_weights, prepare_crops
 from faceage.blend import blend_faces
 from faceage.errors import MediaError
+from faceage.kernels import beside
 from faceage.media.video import writable
 from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, person_age
 from faceage.pipeline.request import AgeRequest, Networks, source_ages, target_at
@@ -153,9 +155,11 @@ class _Keys:
 
     frames: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
-    """The ager's, one a frame."""
+    """The ager's, one a frame, where the frames live."""
     looks: list[tuple[float, Look]] = field(default_factory=list)
-    """The target age, and what the ager decided, one a frame."""
+    """The target age, and what the ager decided, one a frame, where the frames live."""
+    newest: Key | None = None
+    """The last key on the host, from which the next one is found."""
     drawn: tuple[int, float, Sequence[Change | None]] = (-1, 0.0, ())
     """The key frame and the share that the last changes were drawn for, and these changes."""
 
@@ -191,6 +195,15 @@ def _share(frame: int, count: int) -> float:
     return (first + last) / 2 / count
 
 
+class _Decided(NamedTuple):
+    """What the ager decided about a person, for one target age."""
+
+    target: float
+    look: Look
+    placed: Look
+    """The same where the frames live."""
+
+
 Chain = dict[int, _Keys]
 """Track id -> its keys, since the boundary that the chain belongs to."""
 
@@ -203,7 +216,7 @@ class Renderer:
         self._tracks = sorted(tracks, key=lambda aged: (aged.track.first_frame, aged.track.track_id))
         self._key_frames = {aged.track.track_id: aged.key_frames() for aged in tracks}
         self._boundaries = {int(edge) for edge in plan.boundaries[:-1]}
-        self._looks: dict[int, tuple[float, Look]] = {}  # track in view -> the last target, what the ager decided
+        self._looks: dict[int, _Decided] = {}  # of the tracks in view
         self.identities: dict[int, float] = {}
         """Track id -> cosine of the embeddings before and after at its first key frame, if that was rendered."""
 
@@ -248,17 +261,17 @@ class Renderer:
                     yield self._blend(chain, in_view, frame, index)
                 del frame
 
-    def _look(self, aged: AgedTrack, frame: int) -> Look:
+    def _look(self, aged: AgedTrack, index: int, frame: Frame) -> _Decided:
         """Return what the ager decides about a person at a key frame; nothing new where the target has not moved."""
-        target = float(aged.target_ages[frame - aged.track.first_frame])
+        target = float(aged.target_ages[index - aged.track.first_frame])
         known = self._looks.get(aged.track.track_id)
-        if known and known[0] == target:
-            return known[1]
+        if known and known.target == target:
+            return known
         ager = self._networks.ager
         source, wanted = np.array([aged.source_age], np.float32), np.array([target], np.float32)
         (look,) = ager.look([aged.appearance] if ager.needs_appearance else [], source, wanted)
-        self._looks[aged.track.track_id] = target, look
-        return look
+        decided = self._looks[aged.track.track_id] = _Decided(target, look, beside(frame, look))
+        return decided
 
     def _boundary_after(self, frame: int) -> int:
         edges = self._plan.boundaries
@@ -310,8 +323,9 @@ class Renderer:
             ]
         known = [chain[aged.track.track_id] for aged, _ in batch]
         with self.timer("age"):
-            looks = [self._look(aged, frame) for aged, frame in batch]
-            keys = ager.observe(looks, crops, [mine.keys[-1] if mine.keys else None for mine in known])
+            decided = [self._look(aged, frame, frames[0]) for aged, frame in batch]
+            looks = [each.look for each in decided]
+            keys = ager.observe(looks, crops, [mine.newest for mine in known])
             is_first = [frame == self._key_frames[aged.track.track_id][0] for aged, frame in batch]
             if is_shown and any(is_first):
                 rows = [row for row, first_time in enumerate(is_first) if first_time]
@@ -319,10 +333,11 @@ class Renderer:
                 measured = self._networks.measure_identity(crops[0][np.array(rows)], changes)
                 for row, identity in zip(rows, measured, strict=True):
                     self.identities[batch[row][0].track.track_id] = float(identity)
-        for mine, key, look, (aged, frame) in zip(known, keys, looks, batch, strict=True):
-            mine.frames.append(frame)
-            mine.keys.append(key)
-            mine.looks.append((float(aged.target_ages[frame - aged.track.first_frame]), look))
+            for mine, key, each, (_, frame) in zip(known, keys, decided, batch, strict=True):
+                mine.frames.append(frame)
+                mine.keys.append(beside(frames[0], key))
+                mine.looks.append((each.target, each.placed))
+                mine.newest = key
 
     def _blend(self, chain: Chain, in_view: list[AgedTrack], frame: Frame, index: int) -> Frame:
         """Return the frame with everybody's change added."""

@@ -295,6 +295,24 @@ def test_changes_that_are_reduced(pixel_format, scale):
     assert any((a != b).any() for a, b in zip(after.planes, base.planes, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["ref", "triton"])
+@pytest.mark.parametrize("pixel_format", ["nv12", "p010le", "gray16", "rgba"])
+def test_a_change_of_tensors_is_that_of_arrays(pixel_format, impl):
+    """Twice: what was made of it the first time serves the second one."""
+    base, change = make_frame(pixel_format), rough_change(True, 2)
+    array, frame = replace(base, planes=tuple(plane.copy() for plane in base.planes)), on_device(base)
+    tensors = Change(
+        delta=torch.from_numpy(change.delta).to(DEVICE).permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        gain=torch.from_numpy(change.gain).to(DEVICE),
+        dark=change.dark,
+    )
+    for name, weight in (("same size", 0.6), ("over the border", 1.0)):
+        apply_change(array, change, FACES[name], weight, impl="ref")
+        apply_change(frame, tensors, FACES[name], weight, impl=impl)
+    assert_nearly_equal(frame.planes, array.planes, base.layout)
+    assert any((a != b).any() for a, b in zip(array.planes, base.planes, strict=True))
+
+
 def test_what_does_not_change_keeps_its_bits():
     frame = make_frame("p010le")
     for plane in frame.planes:
