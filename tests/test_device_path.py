@@ -141,7 +141,9 @@ def test_a_video_of_tensors_is_the_video_of_arrays(facegan, on_device, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("wish", "views"), [({"age": 75, "source_age": 30}, 2), ({"age": 25, "source_age": 60}, 1)], ids=["older", "younger"]
+    ("wish", "views"),
+    [({"age": 75, "source_age": 30}, 2), ({"age": 25, "source_age": 60}, 1)],
+    ids=["older", "younger"],
 )
 def test_the_default_model_draws_on_the_device(tiny_model, tmp_path, monkeypatch, wish, views):
     """Face and hair, or the face with FaceGAN's share; on key frames and between them."""
