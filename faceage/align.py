@@ -8,7 +8,7 @@ import numpy as np
 
 from faceage.errors import ShapeError
 from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template, template_5
-from faceage.kernels import gather_crops, to_host
+from faceage.kernels import all_to_host, gather_crops
 from faceage.types import Crops, FloatArray, Frame, IntArray, View
 
 FRONTAL_TURN = 0.6
@@ -55,9 +55,24 @@ def prepare_crops(
         view: how the faces are framed.
         size_px: one of the view's sizes.
     """
-    matrices = align_faces(landmarks, size_px, view.template)
-    pixels = to_host(gather_crops(frames, frame_index, matrices, size_px))
-    return Crops(pixels=pixels, landmarks=apply_affine(matrices, landmarks), frame_to_crop=matrices)
+    (crops,) = prepare_views(frames, frame_index, landmarks, [view], [size_px])
+    return crops
+
+
+def prepare_views(
+    frames: Sequence[Frame],
+    frame_index: IntArray,
+    landmarks: FloatArray,
+    views: Sequence[View],
+    sizes_px: Sequence[int],
+) -> list[Crops]:
+    """Do so for several views, with a size each: a device is waited for once."""
+    matrices = [align_faces(landmarks, size, view.template) for view, size in zip(views, sizes_px, strict=True)]
+    gathered = [gather_crops(frames, frame_index, m, size) for m, size in zip(matrices, sizes_px, strict=True)]
+    return [
+        Crops(pixels=pixels, landmarks=apply_affine(m, landmarks), frame_to_crop=m)
+        for pixels, m in zip(all_to_host(gathered), matrices, strict=True)
+    ]
 
 
 def choose_size(landmarks: FloatArray, view: View) -> int:

@@ -9,11 +9,11 @@ comes back, which a look ahead of a few frames sees.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from faceage.kernels import Thumbnail, thumbnail
+from faceage.kernels import Thumbnail, begin_thumbnail
 from faceage.types import Frame
 
 CORRELATION_NOISE = 3.0
@@ -47,53 +47,59 @@ def _differs(a: Thumbnail, b: Thumbnail) -> bool:
     )
 
 
-def mark_cuts(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool]]:
-    """Yield every frame with whether it is the first one of a shot; reads `LOOK_AHEAD` frames ahead."""
-    ahead: deque[tuple[Frame, Thumbnail]] = deque()
+def mark_cuts(frames: Iterable[Frame]) -> Iterator[tuple[Frame, bool, Thumbnail]]:
+    """Yield every frame with whether it is the first one of a shot, and its thumbnail.
+
+    It reads `LOOK_AHEAD` frames ahead: what a device is asked for has come by the time that it is needed.
+    """
+    ahead: deque[tuple[Frame, Callable[[], Thumbnail]]] = deque()
     changes: deque[float] = deque(maxlen=HISTORY)
     before: Thumbnail | None = None
 
-    def mark() -> tuple[Frame, bool]:
+    def mark() -> tuple[Frame, bool, Thumbnail]:
         nonlocal before
-        frame, seen = ahead.popleft()
+        frame, begun = ahead.popleft()
+        seen = begun()
         if before is None:
             before = seen
-            return frame, True
+            return frame, True, seen
         change = _difference(before, seen)
         usual = sum(changes) / len(changes) if changes else 0.0
         cut = change > MIN_RATIO * usual and _differs(before, seen)
         # The last frame in view stands for what comes after a flash, or for the new shot.
-        if cut and ahead and not _differs(before, ahead[-1][1]):
-            return frame, False  # `before` stays: the end of the flash is no cut either
+        if cut and ahead and not _differs(before, ahead[-1][1]()):
+            return frame, False, seen  # `before` stays: the end of the flash is no cut either
         if cut:
             changes.clear()
         else:
             changes.append(change)
         before = seen
-        return frame, cut
+        return frame, cut, seen
 
     for frame in frames:
-        ahead.append((frame, thumbnail(frame)))
+        ahead.append((frame, begin_thumbnail(frame)))
         if len(ahead) > LOOK_AHEAD:
             yield mark()
     while ahead:
         yield mark()
 
 
-def split_spans(frames: Iterable[Frame], length: int) -> Iterator[tuple[list[Frame], bool]]:
+def split_spans(frames: Iterable[Frame], length: int) -> Iterator[tuple[list[Frame], bool, Thumbnail]]:
     """Cut the frames into spans of `length` + 1, each beginning with the last frame of the one before.
 
     Yields:
-        A span and whether it ends its shot. The spans of a shot overlap by one frame.
+        A span, whether it ends its shot, and the thumbnail of its last frame. The spans of a shot overlap by one frame.
     """
     span: list[Frame] = []
-    for frame, starts_shot in mark_cuts(frames):
-        if starts_shot and span:
-            yield span, True
+    last: Thumbnail | None = None
+    for frame, starts_shot, seen in mark_cuts(frames):
+        if starts_shot and last:
+            yield span, True, last
             span = []
         span.append(frame)
+        last = seen
         if len(span) > length:
-            yield span, False
+            yield span, False, last
             span = [frame]
-    if span:
-        yield span, True
+    if last:
+        yield span, True, last

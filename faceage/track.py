@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from faceage.cuts import split_spans
 from faceage.follow import FaceDetector, Follower, TrackConfig
-from faceage.kernels import Thumbnail, thumbnail
+from faceage.kernels import Thumbnail
 from faceage.smooth import smooth_landmarks
 from faceage.types import Faces, FloatArray, Frame, IntArray
 
@@ -130,9 +130,8 @@ class Tracker:
         """Yield the spans of the video, whether they end their shots, and the least face to detect at their ends."""
         seen: Thumbnail | None = None  # the newest complete detection of the shot
         ago = 0
-        for span, ends_shot in split_spans(frames, self._config.detect_every):
+        for span, ends_shot, now in split_spans(frames, self._config.detect_every):
             ago += 1
-            now = thumbnail(span[-1])
             # The first key frame after a shot's start is complete too: people may look away at first.
             is_complete = seen is None or ends_shot or ago >= self._config.complete_every or _has_changed(seen, now)
             yield span, ends_shot, 1.0 if is_complete else COARSE_LEAST

@@ -11,7 +11,7 @@ from faceage.kernels.candidates import Candidates, select_candidates
 from faceage.kernels.color import color_of, rgb_to_yuv_delta, yuv_to_rgb
 from faceage.kernels.gather import gather_crops
 from faceage.kernels.placement import cut_out
-from faceage.kernels.thumbnail import Thumbnail, luma_plane, thumbnail
+from faceage.kernels.thumbnail import Thumbnail, begin_thumbnail, luma_plane
 from faceage.kernels.transfer import (
     all_to_host,
     beside,
@@ -32,6 +32,7 @@ __all__ = [
     "Thumbnail",
     "all_to_host",
     "apply_change",
+    "begin_thumbnail",
     "beside",
     "change_crop",
     "clone_planes",
@@ -42,7 +43,6 @@ __all__ = [
     "luma_plane",
     "rgb_to_yuv_delta",
     "select_candidates",
-    "thumbnail",
     "to_device",
     "to_host",
     "upload_planes",

@@ -12,6 +12,7 @@ OpenCV in another way; thumbnails are only compared with those of the same video
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import cv2
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import upright
-from faceage.kernels.transfer import as_tensor, to_device, to_host
+from faceage.kernels.transfer import as_tensor, begin_to_host, to_device
 from faceage.types import FloatArray, Frame, HostPlane, Plane
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def _area_matrix(count: int, samples: int) -> npt.NDArray[np.float32]:
     return (np.diff(covered, axis=0) * count / samples).astype(np.float32)
 
 
-def thumbnail(frame: Frame, *, impl: Literal["auto"] | Implementation = "auto") -> Thumbnail:
-    """Return what a frame looks like from afar, on the host.
+def begin_thumbnail(frame: Frame, *, impl: Literal["auto"] | Implementation = "auto") -> Callable[[], Thumbnail]:
+    """Find out what a frame looks like from afar; return what gives that, and waits only if it is not there yet.
 
     Args:
         frame: arrays or tensors.
@@ -65,7 +66,8 @@ def thumbnail(frame: Frame, *, impl: Literal["auto"] | Implementation = "auto") 
     """
     chosen = choose_implementation(frame, impl)
     if chosen == "cpu":
-        return _thumbnail_cpu(frame)
+        seen = _thumbnail_cpu(frame)
+        return lambda: seen
     luma = as_tensor(frame.planes[0])[::SUBSAMPLE, ::SUBSAMPLE]
     luma = luma[..., 1] if luma.ndim == 3 else luma
     shift = frame.layout.shift + frame.layout.bit_depth - 8
@@ -75,9 +77,14 @@ def thumbnail(frame: Frame, *, impl: Literal["auto"] | Implementation = "auto") 
         values = thumbnail_triton(luma, shift, THUMBNAIL_PX, HISTOGRAM_BINS)
     else:
         values = _thumbnail_ref(luma, shift)
-    found = to_host(values)  # one way to the host for both
-    pixels, counts = found[:-HISTOGRAM_BINS], found[-HISTOGRAM_BINS:]
-    return Thumbnail(pixels.reshape(THUMBNAIL_PX[::-1]), counts / np.float32(luma.shape[0] * luma.shape[1]))
+    arrived = begin_to_host(values)  # one way to the host for both
+
+    def finish() -> Thumbnail:
+        found = arrived()
+        pixels, counts = found[:-HISTOGRAM_BINS], found[-HISTOGRAM_BINS:]
+        return Thumbnail(pixels.reshape(THUMBNAIL_PX[::-1]), counts / np.float32(luma.shape[0] * luma.shape[1]))
+
+    return finish
 
 
 def _thumbnail_ref(luma: torch.Tensor, shift: int) -> torch.Tensor:

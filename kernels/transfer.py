@@ -7,8 +7,9 @@ are copied while kernels of other frames run; the default stream waits for the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
@@ -28,6 +29,27 @@ PITCH_BYTES = 256
 def to_host(samples: Samples) -> FloatArray:
     """Return values as an array. A tensor's device is waited for: few and small ones only."""
     return samples if isinstance(samples, np.ndarray) else samples.cpu().numpy()
+
+
+def begin_to_host(samples: torch.Tensor) -> Callable[[], FloatArray]:
+    """Begin to copy values to the host; return what gives them as an array, and waits only if they are not there yet.
+
+    The copy is ordered after what was asked of the device so far, and other work goes on meanwhile.
+    """
+    import torch
+
+    if samples.device.type != "cuda":
+        return partial(to_host, samples)
+    target = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+    target.copy_(samples, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(samples.device))
+
+    def finish() -> FloatArray:
+        arrived.synchronize()
+        return target.numpy()
+
+    return finish
 
 
 def all_to_host(samples: Sequence[Samples]) -> list[FloatArray]:

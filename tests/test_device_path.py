@@ -20,16 +20,21 @@ from faceage.kernels import transfer
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
 from faceage.pipeline.photos import age_frames, age_photos
+from faceage.pipeline.plan import KEY_EVERY_FRAMES
 from faceage.pipeline.request import AgeRequest, load_networks
 from faceage.pipeline.video import age_video
+from faceage.track import TrackConfig
 from faceage.types import RGB, Frame
 
 # Of these names the package has the functions.
 apply_change, area_means, gather, thumbnail = (
     import_module(f"faceage.kernels.{name}") for name in ("apply_change", "area_means", "gather", "thumbnail")
 )
-WAITS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
-"""What of a tensor waits for its device."""
+WAITS = (
+    "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__",
+    "nonzero", "unique", "masked_select", "equal", "allclose",
+)  # fmt: skip
+"""What of a tensor waits for its device; reading by a mask does too."""
 INTERPRETER = triton.runtime.interpreter.__file__
 """Triton's, which stands in for a GPU and reads the arguments of kernels."""
 MAX_DIFFERENT = 2e-4
@@ -92,6 +97,13 @@ def no_waiting():
     with pytest.MonkeyPatch.context() as patch:
         for name in WAITS:
             patch.setattr(torch.Tensor, name, guarded(name, getattr(torch.Tensor, name)))
+        read, read_by_mask = torch.Tensor.__getitem__, guarded("a mask", torch.Tensor.__getitem__)
+
+        def getitem(self, at):
+            masks = [i for i in (at if isinstance(at, tuple) else (at,)) if getattr(i, "dtype", None) == torch.bool]
+            return (read_by_mask if masks else read)(self, at)
+
+        patch.setattr(torch.Tensor, "__getitem__", getitem)
         yield waited
 
 
@@ -99,7 +111,7 @@ def test_the_guard_raises_outside_the_one_place():
     with no_waiting() as waited:
         transfer.to_host(torch.ones(2))
         assert waited == ["cpu", "numpy"]
-        for wait in (torch.Tensor.item, bool, float, np.asarray):
+        for wait in (torch.Tensor.item, bool, float, np.asarray, torch.Tensor.nonzero, lambda x: x[x > 0]):
             with pytest.raises(AssertionError, match="of a tensor in"):
                 wait(torch.ones(()))
 
@@ -111,16 +123,25 @@ def assert_alike(tensors, arrays):
         assert (apart > 0).mean() <= MAX_DIFFERENT
 
 
+def expected_waits(frames):
+    """How often a video is waited for that shows one face."""
+    thumbnails = frames  # asked for some frames ahead: a GPU has sent them by the time that they are needed
+    followed = frames - 1  # by O-Net
+    searches = len({*range(0, frames, TrackConfig().detect_every), frames - 1})
+    refined = 2  # a face that is new
+    windows = -(-frames // TrackConfig().detect_every)  # in each an age is read, and an appearance
+    keys = len({*range(0, frames, KEY_EVERY_FRAMES), frames - 1})
+    # A search takes P-, R- and O-Net, and O-Net twice more for the landmarks.
+    return thumbnails + followed + 5 * searches + refined + 2 * windows + keys
+
+
 def age_arrays_and_tensors(facegan, on_device, clip, folder):
     """The video aged of arrays and of tensors: every frame of the source, and of both."""
     request = AgeRequest(age=70, source_age=30)
     first = age_video(facegan, clip, folder / "arrays.mkv", request, encode=LOSSLESS)
     with no_waiting() as waited:
         second = age_video(on_device, clip, folder / "tensors.mkv", request, encode=LOSSLESS)
-    # A frame is waited for twice: its thumbnail, and its faces by O-Net. A search takes P-, R- and O-Net, and two
-    # refinements; reading people, three more; a key frame, its crops.
-    searches = keys = -(-first.frames // 10) + 1
-    assert 2 * first.frames < waited.count("cpu") <= 2 * first.frames + 8 * searches + 3 * keys
+    assert waited.count("cpu") == expected_waits(first.frames)
     assert first.frames_with_faces == second.frames_with_faces == first.frames
     return [decoded(path) for path in (clip, folder / "arrays.mkv", folder / "tensors.mkv")]
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from faceage import cuts
 from faceage.align import face_weights
 from faceage.cuts import LOOK_AHEAD, mark_cuts
 from faceage.detect import load_detector
 from faceage.engines.store import EngineStore
 from faceage.geometry import template_5
+from faceage.kernels import begin_thumbnail
 from faceage.media.video import VideoReader
 from faceage.smooth import smooth_landmarks, solve_penalised
 from faceage.track import TrackConfig, Tracker
@@ -397,7 +399,7 @@ def test_config_is_checked(bad):
 
 def cuts_of(pictures: Sequence[np.ndarray]) -> list[int]:
     frames = [make_frame(luma, n) for n, luma in enumerate(pictures)]
-    return [frame.pts for frame, cut in mark_cuts(frames) if cut]
+    return [frame.pts for frame, cut, _ in mark_cuts(frames) if cut]
 
 
 def photo(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -474,6 +476,21 @@ def test_looking_for_cuts_is_cheap():
     start = time.perf_counter()
     assert len(list(mark_cuts(frames))) == 20
     assert (time.perf_counter() - start) / 20 < 5e-3  # 0.2 ms when nothing else runs
+
+
+def test_thumbnails_are_asked_for_before_they_are_needed(monkeypatch):
+    """So a device has sent them by then."""
+    events = []
+
+    def begin(frame):
+        events.append(("begun", frame.pts))
+        return lambda: events.append(("needed", frame.pts)) or begin_thumbnail(frame)()
+
+    monkeypatch.setattr(cuts, "begin_thumbnail", begin)
+    planes = (np.full((54, 96), 99, np.uint8),)
+    frames = [Frame(planes=planes, pixel_format="gray", color=ColorSpec(), pts=number) for number in range(8)]
+    for frame, _, _ in mark_cuts(frames):
+        assert events.index(("needed", frame.pts)) > events.index(("begun", min(frame.pts + LOOK_AHEAD, 7)))
 
 
 # ------------------------------------------------------------------ smoothing

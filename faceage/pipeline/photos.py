@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faceage.agers.base import Look
-from faceage.align import choose_size, pose_weights, prepare_crops
+from faceage.align import choose_size, pose_weights, prepare_views
 from faceage.blend import blend_faces
 from faceage.checkpoint import sha256_of
 from faceage.errors import FaceAgeError, MediaError
@@ -152,10 +152,7 @@ def _draw(
         rows = np.flatnonzero((sizes == kind).all(1))
         some = faces[rows]
         with timer("gather"):
-            crops = [
-                prepare_crops(frames, some.frame_index, some.landmarks, view, size)
-                for view, size in zip(views, kind, strict=True)
-            ]
+            crops = prepare_views(frames, some.frame_index, some.landmarks, views, kind)
         matrices[rows] = np.stack([each.frame_to_crop for each in crops], 1)
         with timer("age"):
             mine = [looks[int(row)] for row in rows]

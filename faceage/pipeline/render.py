@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faceage.agers.base import Ager, Key, Look, mix_changes
-from faceage.align import align_faces, choose_size, face_weights, prepare_crops
+from faceage.align import align_faces, choose_size, face_weights, prepare_views
 from faceage.blend import blend_faces
 from faceage.errors import MediaError
 from faceage.kernels import beside
@@ -317,10 +317,7 @@ class Renderer:
         with self.timer("gather"):
             landmarks = np.stack([aged.track.landmarks[frame - aged.track.first_frame] for aged, frame in batch])
             indices = np.array([frame - first for _, frame in batch])
-            crops = [
-                prepare_crops(frames, indices, landmarks, view, size)
-                for view, size in zip(ager.views, batch[0][0].sizes_px, strict=True)
-            ]
+            crops = prepare_views(frames, indices, landmarks, ager.views, batch[0][0].sizes_px)
         known = [chain[aged.track.track_id] for aged, _ in batch]
         with self.timer("age"):
             decided = [self._look(aged, frame, frames[0]) for aged, frame in batch]

@@ -26,7 +26,7 @@ from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
-from faceage.kernels import change_crop, gather_crops, to_host
+from faceage.kernels import all_to_host, change_crop, gather_crops, to_host
 from faceage.models import DEFAULT_MODEL, facenet_file, find_model
 from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame
 
@@ -171,8 +171,9 @@ class Networks:
         matrices = align_faces(faces.landmarks, self.identity_px)
         pixels = gather_crops(frames, faces.frame_index, matrices, self.identity_px)
         (embeddings,) = self.identity(pixels)
-        thumbnails = _shrink(to_host(pixels), THUMBNAIL_PX)
-        return [Appearance(embedding=e, thumbnail=t) for e, t in zip(to_host(embeddings), thumbnails, strict=True)]
+        crops, vectors = all_to_host([pixels, embeddings])
+        thumbnails = _shrink(crops, THUMBNAIL_PX)
+        return [Appearance(embedding=e, thumbnail=t) for e, t in zip(vectors, thumbnails, strict=True)]
 
     def measure_identity(self, crops: Crops, changes: Sequence[Change | None]) -> FloatArray:
         """Return the cosine between each face's embedding and that of the changed face: float32 [F], in [-1, 1].

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from faceage.kernels import AreaMeans, apply_change, gather_crops, thumbnail
+from faceage.kernels import AreaMeans, apply_change, begin_thumbnail, gather_crops
 from faceage.types import Change
 
 TYPES = {
@@ -52,4 +52,4 @@ for pixel_format in ("nv12", "p010le", "gray", "rgb24", "rgb48"):
     means = AreaMeans([frame], impl="triton")
     means.pictures(40, 40)
     means.pictures(5, 5)
-    thumbnail(frame, impl="triton")
+    begin_thumbnail(frame, impl="triton")

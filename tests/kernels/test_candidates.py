@@ -1,10 +1,13 @@
 import numpy as np
+import pytest
 from torch import from_numpy
 
-from faceage.kernels import select_candidates
+from faceage.kernels import candidates, select_candidates
 
 
-def test_tensors_and_arrays_give_the_same_cells_in_the_same_order():
+@pytest.mark.parametrize("at_once", [50, 4096], ids=["more than come at once", "all at once"])
+def test_tensors_and_arrays_give_the_same_cells_in_the_same_order(monkeypatch, at_once):
+    monkeypatch.setattr(candidates, "AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     shapes = [(2, 30, 41), (2, 13, 7), (2, 1, 1), (2, 5, 6)]
     scores = [rng.random(shape).astype(np.float32) for shape in shapes]

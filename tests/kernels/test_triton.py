@@ -12,7 +12,15 @@ import torch
 from frames import as_tensors, noise_frame
 from numerics import ADD_ATOL_CODES, KERNEL_ADD_MAX_TIES, KERNEL_ATOL
 
-from faceage.kernels import AreaMeans, apply_change, color_of, gather_crops, rgb_to_yuv_delta, thumbnail, yuv_to_rgb
+from faceage.kernels import (
+    AreaMeans,
+    apply_change,
+    begin_thumbnail,
+    color_of,
+    gather_crops,
+    rgb_to_yuv_delta,
+    yuv_to_rgb,
+)
 from faceage.kernels import implementation as implementation_module
 from faceage.kernels.apply_change import BLACK_OFFSET, RGB_LUMA, enlarge_factor, luma_codes
 from faceage.kernels.gather import box_factors
@@ -346,7 +354,7 @@ def test_no_change_and_no_overlap_touch_nothing():
 @pytest.mark.parametrize("pixel_format", ["nv12", "p010le", "gray16", "rgb24", "rgba64"])
 def test_thumbnails(pixel_format, size):
     frame = noise_frame(pixel_format, *size, padding=5, span=(0, 1))
-    got, want = thumbnail(on_device(frame), impl="triton"), thumbnail(frame, impl="ref")
+    got, want = (begin_thumbnail(f, impl=impl)() for f, impl in ((on_device(frame), "triton"), (frame, "ref")))
     assert np.abs(got.luma - want.luma).max() <= 1
     assert (got.luma != want.luma).mean() < 0.04  # halves, of which few samples give many
     np.testing.assert_allclose(got.histogram, want.histogram, atol=1e-6)
