@@ -32,13 +32,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, HEIGHT = 45, 37
 SIZE = 10
 ROTATIONS = (0, 90, 180, 270)
-FORMATS = (
-    "yuv420p", "yuv422p", "yuvj444p", "nv12", "yuv440p10le", "yuv411p", "yuv420p12le", "yuv444p10le", "p010le",
-    "gray", "gray12le", "gray16", "rgb24", "rgba", "rgb48", "rgba64",
-)  # fmt: skip
-"""Each way in which samples lie in planes, and each depth; the others are made of the same parts."""
-
-
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch):
     """The interpreter takes the same time for a large block as for a small one."""
@@ -120,7 +113,7 @@ def crop_by_formula(frame, frame_to_crop):
     return to_rgb(frame, sampled)
 
 
-@pytest.mark.parametrize("pixel_format", FORMATS)
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
 def test_gathered_crops(pixel_format):
     frame = make_frame(pixel_format)
     matrices = np.stack(list(FACES.values()))
@@ -177,7 +170,7 @@ def means_by_formula(frame, low, high, bins_x, bins_y):
     return to_rgb(frame, planes)
 
 
-@pytest.mark.parametrize("pixel_format", FORMATS)
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
 def test_area_means(pixel_format):
     frame = make_frame(pixel_format)
     low, high = (LOW, HIGH) if frame.rotation % 180 == 0 else (TURNED_LOW, TURNED_HIGH)
@@ -266,7 +259,7 @@ def assert_nearly_equal(tensors, arrays, layout):
 
 
 @pytest.mark.parametrize("has_gain", [False, True], ids=["delta", "gain and delta"])
-@pytest.mark.parametrize("pixel_format", FORMATS)
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
 def test_overlapping_changes(pixel_format, has_gain):
     """One on the other: compared with the reference and the formula after each."""
     base = make_frame(pixel_format, span=(0.05, 0.95))
