@@ -32,6 +32,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, HEIGHT = 45, 37
 SIZE = 10
 ROTATIONS = (0, 90, 180, 270)
+
+
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch):
     """The interpreter takes the same time for a large block as for a small one."""
