@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from faceage.errors import ShapeError
 from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template, template_5
-from faceage.kernels import all_to_host, gather_crops
+from faceage.kernels import gather_crops, to_host
 from faceage.types import Crops, FloatArray, Frame, IntArray, View
 
 FRONTAL_TURN = 0.6
@@ -46,7 +47,7 @@ def align_faces(landmarks: FloatArray, size_px: int, template: FloatArray = TEMP
 def prepare_crops(
     frames: Sequence[Frame], frame_index: IntArray, landmarks: FloatArray, view: View, size_px: int
 ) -> Crops:
-    """Align faces and gather their crops, on the host.
+    """Align faces and gather their crops in one view, on the host; see `prepare_views`.
 
     Args:
         frames: the pictures.
@@ -56,7 +57,7 @@ def prepare_crops(
         size_px: one of the view's sizes.
     """
     (crops,) = prepare_views(frames, frame_index, landmarks, [view], [size_px])
-    return crops
+    return replace(crops, pixels=to_host(crops.pixels))
 
 
 def prepare_views(
@@ -66,13 +67,21 @@ def prepare_views(
     views: Sequence[View],
     sizes_px: Sequence[int],
 ) -> list[Crops]:
-    """Do so for several views, with a size each: a device is waited for once."""
-    matrices = [align_faces(landmarks, size, view.template) for view, size in zip(views, sizes_px, strict=True)]
-    gathered = [gather_crops(frames, frame_index, m, size) for m, size in zip(matrices, sizes_px, strict=True)]
-    return [
-        Crops(pixels=pixels, landmarks=apply_affine(m, landmarks), frame_to_crop=m)
-        for pixels, m in zip(all_to_host(gathered), matrices, strict=True)
-    ]
+    """Align faces and gather their crops in several views, where the frames live.
+
+    Args:
+        frames: the pictures.
+        frame_index: int64 [F], the position of each face's picture. F may be 0.
+        landmarks: float32 [F, 5, 2], frame pixels.
+        views: how the faces are framed.
+        sizes_px: a size of each view.
+    """
+    prepared = []
+    for view, size in zip(views, sizes_px, strict=True):
+        matrices = align_faces(landmarks, size, view.template)
+        pixels = gather_crops(frames, frame_index, matrices, size)
+        prepared.append(Crops(pixels=pixels, landmarks=apply_affine(matrices, landmarks), frame_to_crop=matrices))
+    return prepared
 
 
 def choose_size(landmarks: FloatArray, view: View) -> int:

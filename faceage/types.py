@@ -236,10 +236,10 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """Faces in one view, in crops of one size: `align.prepare_crops` makes them. F may be 0."""
+    """Faces in one view, in crops of one size: `align.prepare_views` makes them. F may be 0."""
 
-    pixels: FloatArray
-    """float32 [F, 3, S, S], RGB in [-1, 1], aligned."""
+    pixels: Samples
+    """float32 [F, 3, S, S], RGB in [-1, 1], aligned; where the faces' frames live."""
     landmarks: FloatArray
     """float32 [F, 5, 2], the faces' own, in crop pixels: near the view's template, but not on it."""
     frame_to_crop: FloatArray
@@ -264,7 +264,7 @@ class Crops:
     @property
     def size_px(self) -> int:
         """S, the side of the crops."""
-        return self.pixels.shape[-1]
+        return int(self.pixels.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ from faceage.kernels.color import LUMA_WEIGHTS, color_of, luma_codes, rgb_to_yuv
 from faceage.kernels.gather import warp_samples
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane, invert_affine
-from faceage.kernels.transfer import as_tensor, to_device
+from faceage.kernels.transfer import as_tensor, to_device, to_host
 from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout, Samples
 
 if TYPE_CHECKING:
@@ -480,12 +480,12 @@ def change_crop(pixels: FloatArray, change: Change) -> FloatArray:
 
     Args:
         pixels: float32 [3, S, S], RGB in [-1, 1].
-        change: of arrays, of the same side S.
+        change: of the same side S; what is on a device comes to the host.
     """
-    after = pixels + change.delta
+    after = pixels + to_host(change.delta)
     if change.gain is not None:
         luma = (np.einsum("c,chw->hw", RGB_LUMA, pixels) + 1) / 2
-        after += 2 * change.gain * (luma + np.float32(BLACK_OFFSET))
+        after += 2 * to_host(change.gain) * (luma + np.float32(BLACK_OFFSET))
         if change.dark is not None:
             whole, none = change.dark
             after = pixels + (after - pixels) * np.clip((none - luma) / (none - whole), 0, 1)

@@ -74,19 +74,20 @@ def to_device(array: npt.NDArray, device: torch.device | str) -> torch.Tensor:
     return tensor
 
 
-def beside(frame: Frame, value: T) -> T:
-    """Return a value with its arrays where a frame's planes live: beside arrays, the value itself.
+def beside(home: Frame | Samples, value: T) -> T:
+    """Return a value with its arrays where a frame or other samples live: beside arrays, the value itself.
 
     Args:
-        frame: its planes say where.
+        home: says where.
         value: an array, a dataclass with arrays in it, at any depth, or anything else, which stays as it is.
     """
-    if frame.is_array:
+    plane = home.planes[0] if isinstance(home, Frame) else home
+    if isinstance(plane, np.ndarray):
         return value
     if isinstance(value, np.ndarray):
-        return cast(T, to_device(value, frame.device))
+        return cast(T, to_device(value, plane.device))
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {part.name: beside(frame, getattr(value, part.name)) for part in fields(value) if part.init}
+        parts = {part.name: beside(plane, getattr(value, part.name)) for part in fields(value) if part.init}
         return replace(value, **parts)
     return value
 

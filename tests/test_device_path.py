@@ -14,8 +14,11 @@ from frames import as_tensors
 from PIL import Image
 from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
 
+from faceage.agers.facegan import FaceGAN
 from faceage.agers.space import SpaceAger
 from faceage.detect import DetectConfig, Detector
+from faceage.engines.base import Runtime
+from faceage.engines.registry import BACKENDS
 from faceage.kernels import transfer
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
@@ -71,7 +74,8 @@ def moved_to_device(networks):
 @pytest.fixture
 def on_device(facegan):
     """FaceGAN's networks there: an optimized latent would enlarge what rounding differs."""
-    return moved_to_device(facegan)
+    ager = FaceGAN(unet=lambda size_px: OnDevice(facegan.ager._unet(size_px)), view=facegan.ager.views[0])
+    return dataclasses.replace(moved_to_device(facegan), ager=ager)
 
 
 @contextmanager
@@ -123,8 +127,8 @@ def assert_alike(tensors, arrays):
         assert (apart > 0).mean() <= MAX_DIFFERENT
 
 
-def expected_waits(frames):
-    """How often a video is waited for that shows one face."""
+def expected_waits(frames, *, key_frame, first_key):
+    """How often a video is waited for that shows one face, given how often at each key frame, and the first one."""
     thumbnails = frames  # asked for some frames ahead: a GPU has sent them by the time that they are needed
     followed = frames - 1  # by O-Net
     searches = len({*range(0, frames, TrackConfig().detect_every), frames - 1})
@@ -132,7 +136,7 @@ def expected_waits(frames):
     windows = -(-frames // TrackConfig().detect_every)  # in each an age is read, and an appearance
     keys = len({*range(0, frames, KEY_EVERY_FRAMES), frames - 1})
     # A search takes P-, R- and O-Net, and O-Net twice more for the landmarks.
-    return thumbnails + followed + 5 * searches + refined + 2 * windows + keys
+    return thumbnails + followed + 5 * searches + refined + 2 * windows + key_frame * keys + first_key
 
 
 def age_arrays_and_tensors(facegan, on_device, clip, folder):
@@ -141,7 +145,8 @@ def age_arrays_and_tensors(facegan, on_device, clip, folder):
     first = age_video(facegan, clip, folder / "arrays.mkv", request, encode=LOSSLESS)
     with no_waiting() as waited:
         second = age_video(on_device, clip, folder / "tensors.mkv", request, encode=LOSSLESS)
-    assert waited.count("cpu") == expected_waits(first.frames)
+    # FaceGAN's crops and changes stay where they are, but for the first ones, whose identity is measured.
+    assert waited.count("cpu") == expected_waits(first.frames, key_frame=0, first_key=2)
     assert first.frames_with_faces == second.frames_with_faces == first.frames
     return [decoded(path) for path in (clip, folder / "arrays.mkv", folder / "tensors.mkv")]
 
@@ -162,13 +167,16 @@ def test_a_video_of_tensors_is_the_video_of_arrays(facegan, on_device, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("wish", "views"),
-    [({"age": 75, "source_age": 30}, 2), ({"age": 25, "source_age": 60}, 1)],
+    ("wish", "views", "calls"),
+    [({"age": 75, "source_age": 30}, 2, 1), ({"age": 25, "source_age": 60}, 1, 2)],
     ids=["older", "younger"],
 )
-def test_the_default_model_draws_on_the_device(tiny_model, tmp_path, monkeypatch, wish, views):
-    """Face and hair, or the face with FaceGAN's share; on key frames and between them."""
-    space, drawn = load_networks(model="space"), []
+def test_the_default_model_draws_on_the_device(tiny_model, tmp_path, monkeypatch, wish, views, calls):
+    """Face and hair, or the face with FaceGAN's share; on key frames and between them.
+
+    By torch's engines, which take arrays and tensors.
+    """
+    space, drawn = load_networks(model="space", runtime=Runtime(backend=BACKENDS["torch"])), []
     draw = SpaceAger.draw
 
     def watched(self, look, before, after, share):
@@ -178,13 +186,15 @@ def test_the_default_model_draws_on_the_device(tiny_model, tmp_path, monkeypatch
 
     monkeypatch.setattr(SpaceAger, "draw", watched)
     clip = write_clip(tmp_path / "in.mkv", moving_face(14))
-    for networks, name in ((space, "arrays"), (moved_to_device(space), "tensors")):
+    for networks, name in ((space, "arrays"), (dataclasses.replace(space, device="cpu"), "tensors")):
         drawn.clear()
-        with no_waiting() if name == "tensors" else nullcontext():
+        with no_waiting() if name == "tensors" else nullcontext([]) as waited:
             age_video(networks, clip, tmp_path / f"{name}.mkv", AgeRequest(**wish), encode=LOSSLESS)
         kinds = {type(change.delta) for share, changes in drawn[1:] for change in changes}  # the first: for the report
         assert kinds == {np.ndarray if name == "arrays" else torch.Tensor}
         assert {len(changes) for share, changes in drawn if 0 < share < 1} == {views}
+    # At a key frame all that was seen comes at once, and FaceGAN's share; an identity is one crop, and two embeddings.
+    assert waited.count("cpu") == expected_waits(14, key_frame=calls, first_key=3)
     source, arrays, tensors = [decoded(path) for path in (clip, tmp_path / "arrays.mkv", tmp_path / "tensors.mkv")]
     assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
     for a, b in zip(tensors, arrays, strict=True):

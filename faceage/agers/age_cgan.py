@@ -23,7 +23,7 @@ from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.errors import CheckpointError
 from faceage.geometry import face_mask, skin_mask
-from faceage.kernels import maps
+from faceage.kernels import maps, to_host
 from faceage.types import Appearance, Change, Crops, FloatArray, View
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class AgeCGAN:
         The landmarks play no part: at 64 pixels the template's are as good, and the generator was taught with those.
         """
         (faces,) = crops
+        pixels = to_host(faces.pixels)
         source, target = Ages.columns(looks)
         keys: dict[int, FittedFace] = {}
         known = [face.latent for face in previous if face is not None]
@@ -116,7 +117,7 @@ class AgeCGAN:
         for rows, latents in ((np.flatnonzero(~is_known), None), (np.flatnonzero(is_known), known)):
             if len(rows):
                 z = None if latents is None else np.stack(latents)
-                fitted = self._age(faces.pixels[rows], source[rows], target[rows], z)
+                fitted = self._age(pixels[rows], source[rows], target[rows], z)
                 keys |= zip(rows.tolist(), fitted, strict=True)
         return [keys[row] for row in range(len(faces))]
 

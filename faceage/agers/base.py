@@ -62,7 +62,8 @@ class Ager(Protocol):
 
         Args:
             looks: of the F people. F may be 0.
-            crops: one a view, in the order of `views`, of the same F faces; each in one of its view's sizes.
+            crops: one a view, in the order of `views`, of the same F faces; each in one of its view's sizes. Of arrays,
+                or of tensors on the device of the ager's engines.
             previous: what an earlier call gave for the same person, to start from; None for people seen first.
         """
 

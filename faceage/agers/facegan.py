@@ -19,8 +19,8 @@ from faceage.checkpoint import read_header
 from faceage.engines.base import Axis, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import face_mask, skin_masks
-from faceage.kernels import maps
-from faceage.types import Appearance, Change, Crops, FloatArray, View
+from faceage.kernels import beside, maps
+from faceage.types import Appearance, Change, Crops, FloatArray, Samples, View
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,23 +52,25 @@ class FaceGAN:
         return Ages.rows(source_age, target_age)
 
     def observe(
-        self, looks: Sequence[Ages], crops: Sequence[Crops], previous: Sequence[FloatArray | None]
-    ) -> list[FloatArray]:
-        """Return the changes of faces, float32 [3, S, S] each; see `base.Ager.observe`."""
+        self, looks: Sequence[Ages], crops: Sequence[Crops], previous: Sequence[Samples | None]
+    ) -> list[Samples]:
+        """Return the changes of faces, float32 [3, S, S] each, where the crops live; see `base.Ager.observe`."""
         (faces,) = crops
         source, target = Ages.columns(looks)
         size = faces.size_px
         with self._loading:
             unet = self._unet(size)
-        deltas = np.empty_like(faces.pixels)
+        masks = skin_masks(faces.landmarks, size)[:, None]  # eyeballs and teeth do not get older
+        keys: list[Samples] = []
         step = BATCH_PIXELS // size**2
         for start in range(0, len(faces), step):
             part = slice(start, start + step)
-            (deltas[part],) = unet(faces.pixels[part], source[part], target[part])
-        deltas *= skin_masks(faces.landmarks, size)[:, None]  # eyeballs and teeth do not get older
-        return list(deltas)
+            now, wanted, mask = (beside(faces.pixels, each[part]) for each in (source, target, masks))
+            (deltas,) = unet(faces.pixels[part], now, wanted)
+            keys += list(deltas * mask)
+        return keys
 
-    def draw(self, look: Ages, before: FloatArray, after: FloatArray, share: float) -> list[Change | None]:
+    def draw(self, look: Ages, before: Samples, after: Samples, share: float) -> list[Change | None]:
         """Return the change inside the blend mask; see `base.Ager.draw`."""
         delta = before if before is after else (1 - share) * before + share * after
         return [Change(delta=delta * maps.constant(face_mask, delta.shape[-1], like=delta))]

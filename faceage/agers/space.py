@@ -16,7 +16,7 @@ wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import TEMPLATES, apply_affine, face_mask, similarity_to_template, template_5
-from faceage.kernels import BLACK_OFFSET, RGB_LUMA, maps
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA, all_to_host, beside, maps
 from faceage.types import Appearance, Change, Crops, FloatArray, Samples, View
 
 if TYPE_CHECKING:
@@ -160,13 +160,17 @@ class SpaceAger:
         faces = crops[0]
         landmarks = ((faces.landmarks + 0.5) / faces.size_px).astype(np.float32).reshape(-1, 10)
         small = _reduce(faces.pixels, self.views[0].sizes_px[0])
-        (fractions,) = self._coordinates(small, landmarks)
+        (fractions,) = self._coordinates(small, beside(small, landmarks))
+        logits = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0])) if self._hair else ()
+        # What follows is OpenCV's: all that it needs of a device comes in one piece.
+        small, fractions, *rest = all_to_host([small, fractions, *(each.pixels for each in crops), *logits])
+        crops = [replace(each, pixels=rest.pop(0)) for each in crops]
+        faces = crops[0]
         where = np.ascontiguousarray(fractions.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
         if self._hair is None:
             hair: list[HairKey | None] = [None] * len(faces)
         else:
-            (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
-            hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
+            hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, rest[0], strict=True)]
         keys = []
         close, personal = _close(faces), self._draw_personal(looks, faces)
         for look, pixels, face, coordinates, found, near, own in zip(

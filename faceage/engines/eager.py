@@ -13,6 +13,7 @@ import numpy as np
 from faceage.engines.base import Backend, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
 from faceage.extras import missing
+from faceage.kernels import all_to_host, to_device
 from faceage.types import FloatArray
 
 if TYPE_CHECKING:
@@ -53,14 +54,12 @@ class TorchEngine:
         with torch.inference_mode():
             # Contiguous: compiled code takes the strides of its inputs for granted.
             tensors = [
-                torch.tensor(np.ascontiguousarray(array), device=self._device)
-                if isinstance(array, np.ndarray)
-                else array.contiguous()
+                to_device(array, self._device) if isinstance(array, np.ndarray) else array.contiguous()
                 for array in arrays
             ]
             outputs = self._run(*tensors)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        return tuple(outputs) if are_tensors else tuple(output.cpu().numpy() for output in outputs)
+        return tuple(outputs) if are_tensors else tuple(all_to_host(outputs))
 
 
 def has_gpu() -> bool:

@@ -182,12 +182,12 @@ class Networks:
             crops: in the view "face".
             changes: of the same faces, in the same view.
         """
+        before = to_host(crops.pixels)
         changed = [
-            face if change is None else change_crop(face, change)
-            for face, change in zip(crops.pixels, changes, strict=True)
+            face if change is None else change_crop(face, change) for face, change in zip(before, changes, strict=True)
         ]
-        after = np.stack(changed) if changed else crops.pixels
-        embeddings = [self.identity(self._frame_face(faces))[0] for faces in (crops.pixels, after)]
+        after = np.stack(changed) if changed else before
+        embeddings = [self.identity(self._frame_face(faces))[0] for faces in (before, after)]
         return (embeddings[0] * embeddings[1]).sum(1)
 
     def _frame_face(self, pixels: FloatArray) -> FloatArray:
