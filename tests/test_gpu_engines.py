@@ -325,6 +325,7 @@ def test_the_backends_of_a_gpu_are_tried_in_order_and_each_says_what_mends_it(fa
     with caplog.at_level(logging.WARNING):
         runtime = choose_runtime()
     assert (runtime.backend.name, runtime.device, runtime.precision) == ("torch", "cuda", "fp32")
+    assert not runtime.fallbacks
     first, second = (line for line in caplog.messages if line.startswith("backend"))
     assert first == "backend tensorrt for target portable needs it; run: pip install 'faceage[tensorrt]'"
     assert second.startswith(
@@ -334,6 +335,31 @@ def test_the_backends_of_a_gpu_are_tried_in_order_and_each_says_what_mends_it(fa
     assert choose_runtime().backend.name == "aotinductor"
     fake.capability = (9, 0)
     assert choose_runtime(device="cuda:0").backend.name == "aotinductor"
+    fake.capability = (8, 9)
+    monkeypatch.setattr(tensorrt, "missing", lambda extra, what: None)
+    runtime = choose_runtime()
+    assert [backend.name for backend in (runtime.backend, *runtime.fallbacks)] == ["tensorrt", "aotinductor", "torch"]
+    assert not choose_runtime(backend="tensorrt").fallbacks
+
+
+def test_a_network_that_a_backend_cannot_build_is_run_by_the_next_one(monkeypatch, tmp_path, caplog):
+    """As where TensorRT for RTX refuses the driver and no compiler works; what was named is not replaced."""
+    rnet, store = PROGRAMS["mtcnn-rnet"], EngineStore(tmp_path)
+
+    def fail(self, program, *_):
+        raise EngineError(f"{program.name}: {self.name} fails; mend it")
+
+    monkeypatch.setattr(type(BACKENDS["openvino"]), "build", fail)
+    monkeypatch.setattr(type(BACKENDS["aotinductor"]), "build", fail)
+    runtime = Runtime(backend=BACKENDS["openvino"], fallbacks=(BACKENDS["aotinductor"], BACKENDS["torch"]))
+    with caplog.at_level(logging.WARNING):
+        assert store.load(rnet, runtime).backend == "torch"
+    assert caplog.messages == [
+        "mtcnn-rnet: openvino fails; mend it; mtcnn-rnet is run by aotinductor",
+        "mtcnn-rnet: aotinductor fails; mend it; mtcnn-rnet is run by torch",
+    ]
+    with pytest.raises(EngineError, match="openvino fails; mend it"):
+        store.load(rnet, replace(runtime, fallbacks=()))
 
 
 def test_without_torch_a_gpu_is_left_alone_and_that_is_said(monkeypatch, caplog):

@@ -296,6 +296,8 @@ class Runtime:
     threads: int = 1
     """Threads of one call on the CPU."""
     precision: Precision = "fp32"
+    fallbacks: tuple[Backend, ...] = ()
+    """What a network that the backend cannot build or open here is run by, in this order."""
 
     def describe(self) -> dict[str, str]:
         """Return its parts as text, for reports and keys; the threads are left out, for they change no result."""

@@ -44,7 +44,8 @@ def choose_runtime(
 ) -> Runtime:
     """Return what is given, and of what is "auto" the fastest on this machine.
 
-    A backend that would be faster but cannot be used is logged, with what mends that.
+    A backend that would be faster but cannot be used is logged, with what mends that. On a GPU the slower ones are
+    fallbacks, unless a backend is named: that one is installed does not say that it works with the driver.
 
     Args:
         backend: the name of one.
@@ -59,10 +60,14 @@ def choose_runtime(
     if device == "auto":
         kinds = ("cpu", "cuda") if chosen is None else chosen.kinds
         device = kinds[0] if len(kinds) == 1 else "cuda" if has_gpu() else "cpu"
+    fallbacks: list[Backend] = []
     if chosen is None:
         chosen = best_backend(device)
+        if device != "cpu":
+            _, *fallbacks = backends_for(device)
     return Runtime(
         backend=chosen,
+        fallbacks=tuple(fallbacks),
         device=device,
         threads=threads,
         precision=chosen.best_precision(device) if precision == "auto" else precision,

@@ -81,12 +81,25 @@ class EngineStore:
 
         Args:
             program: the network.
-            runtime: what runs it. A network that measures is computed in fp32 where bf16 is asked for.
+            runtime: what runs it. A network that measures is computed in fp32 where bf16 is asked for. That a network
+                is run by one of the fallbacks is logged, with the reason.
 
         Raises:
             EngineError: for a backend that is not installed, a device that is not there, an engine that differs from
                 torch, or a folder that cannot be written.
         """
+        try:
+            return self._load(program, runtime)
+        except EngineError as error:
+            if not runtime.fallbacks:
+                raise
+            backend, *rest = runtime.fallbacks
+            logger.warning("%s; %s is run by %s", error, program.name, backend.name)
+        precision = backend.best_precision(runtime.device)
+        return self.load(program, replace(runtime, backend=backend, precision=precision, fallbacks=tuple(rest)))
+
+    def _load(self, program: Program, runtime: Runtime) -> Engine:
+        """Do so by the runtime's own backend."""
         backend = runtime.backend
         specs = [program.spec(target, runtime.precision) for target in backend.targets(runtime.device)]
         runtime = replace(runtime, precision=specs[0].precision)
