@@ -7,6 +7,7 @@ from faceage.geometry import face_mask
 from faceage.kernels import maps
 
 ATOL = 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def noise(*shape):
@@ -15,11 +16,12 @@ def noise(*shape):
 
 def assert_same(operation, *arrays, atol=ATOL):
     """Of tensors an operation gives tensors, with the same values as of arrays."""
-    of_arrays, of_tensors = operation(*arrays), operation(*(torch.from_numpy(array.copy()) for array in arrays))
+    of_arrays = operation(*arrays)
+    of_tensors = operation(*(torch.from_numpy(array.copy()).to(DEVICE) for array in arrays))
     assert isinstance(of_arrays, np.ndarray)
     assert isinstance(of_tensors, torch.Tensor)
     assert of_tensors.shape == of_arrays.shape
-    np.testing.assert_allclose(of_tensors.numpy(), of_arrays, atol=atol)
+    np.testing.assert_allclose(of_tensors.cpu().numpy(), of_arrays, atol=atol)
 
 
 @pytest.mark.parametrize("channels", [(), (2,), (3,), (4,)], ids=str)
