@@ -20,8 +20,8 @@ from faceage.pipeline.video import age_video
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda:0"
 MIN_PSNR_DB = 50
-"""Between what a GPU and a CPU make: their float32 differs, which Age-cGAN's optimized latents enlarge. On tensors of the
-CPU it was 56 dB with Age-cGAN and 100 with the others; ageing is at 26 to 40."""
+"""Between what a GPU and a CPU make: their float32 differs, which Age-cGAN's optimized latents enlarge. On tensors of
+the CPU it was 56 dB with Age-cGAN and 100 with the others; ageing is at 26 to 40."""
 
 
 @pytest.fixture(autouse=True)
