@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from faceage.kernels.apply_change import RGB_LUMA
 from faceage.kernels.transfer import as_tensor, to_device
@@ -86,26 +85,40 @@ def channel(maps: Samples, number: int) -> Samples:
     return cv2.extractChannel(maps, number) if isinstance(maps, np.ndarray) else maps[..., number].clone()
 
 
-def transform(maps: Samples, matrix: npt.NDArray) -> Samples:
-    """Return `matrix` [D, C] times the channels of each pixel of maps [H, W, C]: [H, W, D]."""
-    if isinstance(maps, np.ndarray):
-        return cv2.transform(maps, matrix)
-    return maps @ to_device(matrix.T.astype(np.float32), maps.device)
+def transform(maps: Samples, make_matrix: Callable[[], FloatArray]) -> Samples:
+    """Return a matrix [D, C] times the channels of each pixel of maps [H, W, C]: [H, W, D]."""
+    matrix = constant(make_matrix, like=maps)
+    return cv2.transform(maps, matrix) if isinstance(maps, np.ndarray) else maps @ matrix.T
 
 
 def luma_of(rgb: Samples) -> Samples:
     """Return the luma of RGB [H, W, 3]: [H, W]."""
-    if isinstance(rgb, np.ndarray):
-        return rgb @ RGB_LUMA
-    red, green, blue = RGB_LUMA.tolist()
-    return red * rgb[..., 0] + green * rgb[..., 1] + blue * rgb[..., 2]
+    return rgb @ constant(_luma_weights, like=rgb)
 
 
-def weighted_sum(first: Samples, weight: float, second: Samples, other_weight: float) -> Samples:
-    """Return weight * first + other_weight * second."""
-    if isinstance(first, np.ndarray):
-        return cv2.addWeighted(first, weight, second, other_weight, 0)
-    return weight * first + other_weight * second
+def _luma_weights() -> FloatArray:
+    return RGB_LUMA
+
+
+def mix(before: Samples, after: Samples, share: float) -> Samples:
+    """Return (1 - share) * before + share * after."""
+    if before is after:
+        return before
+    if isinstance(before, np.ndarray):
+        return cv2.addWeighted(before, 1 - share, after, share, 0)
+    return before.lerp(after, share)
+
+
+def clear_rim(planes: Samples) -> Samples:
+    """Set the outer two pixels of maps [C, S, S] to 0, in place, and return them."""
+    if isinstance(planes, np.ndarray):
+        planes[:, :2], planes[:, -2:], planes[:, :, :2], planes[:, :, -2:] = 0, 0, 0, 0
+        return planes
+    return planes.mul_(constant(_inside_rim, planes.shape[-1], like=planes))
+
+
+def _inside_rim(size_px: int) -> FloatArray:
+    return clear_rim(np.ones((1, size_px, size_px), np.float32))[0]
 
 
 def zeros(*shape: int, like: Samples) -> Samples:

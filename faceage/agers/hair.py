@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA, maps
+from faceage.kernels.maps import clear_rim
 from faceage.types import Change, FloatArray, Samples
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
@@ -225,24 +226,16 @@ def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share
     top, bottom = min(before.rows[0], after.rows[0]), max(before.rows[1], after.rows[1])
     rows, half_rows = slice(top, bottom), slice(top // 2, bottom // 2)
 
-    def mix(a: Samples, b: Samples) -> Samples:
-        return a if before is after else maps.weighted_sum(a, 1 - share, b, share)
+    def mix(a: Samples, b: Samples, rows: slice) -> Samples:
+        return a[rows] if before is after else maps.mix(a[rows], b[rows], share)
 
-    amount = grey * mix(before.mask[rows], after.mask[rows])
-    change.gain[rows] += amount * mix(before.gain[rows], after.gain[rows])
-    chroma = mix(before.chroma[half_rows], after.chroma[half_rows])
+    amount = grey * mix(before.mask, after.mask, rows)
+    change.gain[rows] += amount * mix(before.gain, after.gain, rows)
+    chroma = mix(before.chroma, after.chroma, half_rows)
     faded = maps.resize(amount, *chroma.shape[:2])[..., None] * chroma
-    amount *= mix(before.lift[rows], after.lift[rows])
-    parts = maps.by_planes(maps.resize(faded, *amount.shape))
-    for plane, part in zip(change.delta[:, rows], parts, strict=True):
-        plane += maps.weighted_sum(amount, 2, part, 2)
+    amount *= mix(before.lift, after.lift, rows)
+    change.delta[:, rows] += 2 * (amount + maps.planes_of(maps.resize(faded, *amount.shape)))
     clear_rim(change.delta)
-
-
-def clear_rim(planes: Samples) -> Samples:
-    """Set the outer two pixels of maps [C, S, S] to 0, in place, and return them."""
-    planes[:, :2], planes[:, -2:], planes[:, :, :2], planes[:, :, -2:] = 0, 0, 0, 0
-    return planes
 
 
 def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -295,14 +296,19 @@ class SpaceAger:
             size_px: S.
         """
         rgb = maps.resize(colours, *tone.shape[:2]) + BLACK_OFFSET
-        change = 2 * rgb * (maps.exp(maps.transform(tone, _TONE_TO_LOG_RGB)) - 1)
+        change = 2 * rgb * (maps.exp(maps.transform(tone, _tone_to_log_rgb)) - 1)
         change -= maps.luma_of(change)[..., None]
         return maps.by_planes(maps.resize(change, size_px, size_px))
 
 
-_RED, _GREEN, _BLUE = RGB_LUMA
-_TONE_TO_LOG_RGB = np.array([[1, 1 - _RED, -_BLUE, 0], [1, -_RED, -_BLUE, 0], [1, -_RED, 1 - _BLUE, 0]], np.float32)
-"""Log ratios of R, G and B from those of luma, R/G and B/G: log G = log Y - 0.299 log R/G - 0.114 log B/G, nearly."""
+@cache
+def _tone_to_log_rgb() -> FloatArray:
+    """Return log ratios of R, G and B from those of luma, R/G and B/G: float32 [3, 4].
+
+    log G = log Y - 0.299 log R/G - 0.114 log B/G, nearly.
+    """
+    red, _, blue = RGB_LUMA
+    return np.array([[1, 1 - red, -blue, 0], [1, -red, -blue, 0], [1, -red, 1 - blue, 0]], np.float32)
 
 
 def _between(source: View, target: View, source_px: int, target_px: int) -> FloatArray:
@@ -315,7 +321,9 @@ def _mix(before: Samples, after: Samples, share: float) -> Samples:
     if before is after:
         return before
     rounded = np.float32(share)
-    return before * float(1 - rounded) + after * float(rounded)
+    if isinstance(before, np.ndarray):
+        return before * float(1 - rounded) + after * float(rounded)
+    return maps.mix(before, after, share)
 
 
 def _reduce(pixels: FloatArray, side_px: int) -> FloatArray:

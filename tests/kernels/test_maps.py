@@ -16,8 +16,8 @@ def noise(*shape):
 
 def assert_same(operation, *arrays, atol=ATOL):
     """Of tensors an operation gives tensors, with the same values as of arrays."""
-    of_arrays = operation(*arrays)
     of_tensors = operation(*(torch.from_numpy(array.copy()).to(DEVICE) for array in arrays))
+    of_arrays = operation(*arrays)
     assert isinstance(of_arrays, np.ndarray)
     assert isinstance(of_tensors, torch.Tensor)
     assert of_tensors.shape == of_arrays.shape
@@ -43,14 +43,19 @@ def test_maps_are_read_where_they_are_told(channels):
     assert_same(maps.remap, values, where.astype(np.float32), atol=atol)
 
 
+def two_rows():
+    return np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
 def test_values_are_computed_alike():
     values, rgb = noise(9, 7), noise(9, 7, 3)
     assert_same(maps.exp, values)
     assert_same(maps.luma_of, rgb)
     assert_same(maps.by_planes, rgb)
     assert_same(lambda m: maps.channel(m, 1), rgb)
-    assert_same(lambda m: maps.transform(m, np.arange(6.0).reshape(2, 3)), rgb)
-    assert_same(lambda a, b: maps.weighted_sum(a, 0.3, b, 2), values, values[::-1].copy())
+    assert_same(lambda m: maps.transform(m, two_rows), rgb)
+    assert_same(lambda a, b: maps.mix(a, b, 0.3), values, values[::-1].copy())
+    assert_same(maps.clear_rim, noise(3, 9, 9))
     assert_same(lambda m: maps.zeros(2, 3, like=m), values)
     assert_same(lambda m: maps.constant(face_mask, 16, like=m), values)
 
