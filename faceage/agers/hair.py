@@ -22,7 +22,6 @@ import cv2
 import numpy as np
 
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA, maps
-from faceage.kernels.maps import clear_rim
 from faceage.types import Change, FloatArray, Samples
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
@@ -200,7 +199,7 @@ def find_brows(rgb: FloatArray, area: FloatArray) -> HairKey:
     skin = cv2.GaussianBlur(luma * bare, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(bare, (0, 0), sigma), 1e-3)
     low, high = BROW_DARKER
     mask = _ramp(((skin - luma) / np.maximum(skin, 0.05) - low) / (high - low)) * area
-    mask = clear_rim(cv2.GaussianBlur(mask, (0, 0), BROW_SIGMA * size)[None])[0]
+    mask = maps.clear_rim(cv2.GaussianBlur(mask, (0, 0), BROW_SIGMA * size)[None])[0]
     # Of skin its chroma is, mostly: brows are thin, and what is left of them without it would be blue.
     chroma = BROW_CHROMA * (rgb - luma[..., None])
     skin_luma = float(np.median(skin[area > 0.5])) if (area > 0.5).any() else 0.0
@@ -235,7 +234,7 @@ def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share
     faded = maps.resize(amount, *chroma.shape[:2])[..., None] * chroma
     amount *= mix(before.lift, after.lift, rows)
     change.delta[:, rows] += 2 * (amount + maps.planes_of(maps.resize(faded, *amount.shape)))
-    clear_rim(change.delta)
+    maps.clear_rim(change.delta)
 
 
 def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:

@@ -27,7 +27,7 @@ import numpy as np
 from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
 from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
 from faceage.agers.facegan import FaceGAN, unet_program
-from faceage.agers.hair import BROW_GREY, HairKey, add_hair, clear_rim, draw_hair, find_brows, find_hair, grey_amount
+from faceage.agers.hair import BROW_GREY, HairKey, add_hair, draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, graph_of, load_network
 from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
@@ -253,7 +253,7 @@ class SpaceAger:
         blur = (1 - share) * before.blur + share * after.blur
         if blur * size > MIN_BLUR_PX:
             tone = maps.blur(tone, blur * size)
-        clear_rim(maps.planes_of(tone))
+        maps.clear_rim(maps.planes_of(tone))
         luma, small = maps.channel(tone, 0), maps.halve(tone)
         if before.uncovered is not None and after.uncovered is not None:
             uncovered = _mix(before.uncovered, after.uncovered, share)
@@ -274,7 +274,7 @@ class SpaceAger:
             delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + BLACK_OFFSET)
         if look.younger is not None and before.personal is not None and after.personal is not None:
             delta += 2 * maps.resize(_mix(before.personal, after.personal, share), size, size)
-        change = Change(delta=clear_rim(delta), gain=clear_rim(gain[None])[0])
+        change = Change(delta=maps.clear_rim(delta), gain=maps.clear_rim(gain[None])[0])
         if look.grey and before.brows is not None and after.brows is not None:
             add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
         return change

@@ -137,7 +137,7 @@ class NetworkOptions:
 model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="See `faceage models list`.")
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
-    help="What runs the networks. auto: openvino on the CPU; on a GPU tensorrt if installed, else aotinductor.",
+    help="What runs the networks. auto: openvino on the CPU; on a GPU the first of tensorrt, aotinductor and torch.",
 )  # fmt: skip
 network_options = group(
     "network",
