@@ -12,6 +12,7 @@ import torch
 import triton.runtime.interpreter
 from frames import as_tensors
 from PIL import Image
+from test_device_media import GPUContainer, Surface
 from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
 
 from faceage.agers.facegan import FaceGAN
@@ -20,8 +21,10 @@ from faceage.detect import DetectConfig, Detector
 from faceage.engines.base import Runtime
 from faceage.engines.registry import BACKENDS
 from faceage.kernels import transfer
+from faceage.media import codecs, device, segment
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
+from faceage.pipeline import timer
 from faceage.pipeline.photos import age_frames, age_photos
 from faceage.pipeline.plan import KEY_EVERY_FRAMES
 from faceage.pipeline.request import AgeRequest, load_networks
@@ -161,6 +164,30 @@ def test_a_video_of_tensors_is_the_video_of_arrays(facegan, on_device, tmp_path,
         source, arrays, tensors = age_arrays_and_tensors(facegan, on_device, clip, tmp_path)
     assert on_device.detector._onet.calls_with_tensors >= 16
     assert on_device.identity.calls_with_tensors
+    assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
+    for a, b in zip(tensors, arrays, strict=True):
+        assert_alike(a, b)
+
+
+def test_a_video_from_nvdec_to_nvenc_is_the_video_of_arrays(facegan, on_device, tmp_path, monkeypatch):
+    """Both by stand-ins, with DLPack in and out: what is decoded "there" goes there into a real encoder."""
+    clip = write_clip(tmp_path / "in.mkv", moving_face(14))
+    given, make = [], device.device_frame
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "_open_on_gpu", lambda info, name: GPUContainer(info.path, Surface))
+        patch.setattr(codecs, "_NVENC", {"libx264": "ffv1"})
+        patch.setattr(codecs, "device_format", lambda info: info.pixel_format)  # which ffv1 knows
+        patch.setattr(codecs, "encoder_missing", lambda *_: None)
+        patch.setattr(codecs, "hardware", lambda _: nullcontext())
+        patch.setattr(segment, "device_frame", lambda frame: given.append(frame) or make(frame))
+        patch.setattr(timer, "_GPUClock", lambda device: None)
+        with no_waiting():
+            networks = dataclasses.replace(on_device, device="cuda:0")
+            age_video(networks, clip, tmp_path / "tensors.mkv", AgeRequest(age=70, source_age=30))
+    assert [frame.pixel_format for frame in given] == ["nv12"] * 14
+    assert all(isinstance(plane, torch.Tensor) for frame in given for plane in frame.planes)
+    age_video(facegan, clip, tmp_path / "arrays.mkv", AgeRequest(age=70, source_age=30), encode=LOSSLESS)
+    source, arrays, tensors = [decoded(path) for path in (clip, tmp_path / "arrays.mkv", tmp_path / "tensors.mkv")]
     assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
     for a, b in zip(tensors, arrays, strict=True):
         assert_alike(a, b)
