@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -164,9 +163,13 @@ def apply_change_triton(frame: Frame, parts: Sequence[tuple[PlaneChange, Rect]])
     is_packed = frame.layout.planes[0].components.startswith("RGB")
     integers, reals = [], []
     for part, rect in parts:
-        for number in range(1 if is_packed else part.delta.shape[2]):
-            its_integers, its_reals = _row_of(part, rect, number)
-            integers.append(its_integers)
+        its_integers, its_reals = _row_of(part, rect)
+        plane, delta = as_tensor(part.plane), as_tensor(part.delta)
+        gain = delta if part.gain is None else as_tensor(part.gain)
+        for number in range(1 if is_packed else delta.shape[2]):
+            address = plane.data_ptr() + number * plane.element_size()
+            maps = delta.data_ptr() + number * delta.stride(2) * delta.element_size(), gain.data_ptr()
+            integers.append([address, *its_integers, delta.stride(0), *maps])
             reals.append(its_reals)
     numbers, same = upload_table(integers, reals, device)
     largest = max((x1 - x0) * (y1 - y0) for _, (x0, y0, x1, y1) in parts)
@@ -179,20 +182,17 @@ def apply_change_triton(frame: Frame, parts: Sequence[tuple[PlaneChange, Rect]])
         )  # fmt: skip
 
 
-def _row_of(part: PlaneChange, rect: Rect, component: int) -> tuple[list[int], list[float]]:
-    """Return the table's row of one component, or of packed RGB.
+def _row_of(part: PlaneChange, rect: Rect) -> tuple[list[int], list[float]]:
+    """Return what the table's rows of a part's components have in common: all but the three addresses and S.
 
-    Integers are address, row stride, column stride; the rectangle's x, y, width and height; the maps' width and height;
-    k, reach and rim along x, then along y (see `_filter_position`); whether there is a gain; 2^shift; the largest code;
-    and the crop's side S: rows of maps are S apart, components S^2; and the addresses of the maps of delta and gain.
-    Reals are the map from the rectangle's samples to D [6]; the steps along x and y; what weights are divided by; what
-    is added to the luma before it is multiplied; its weights; the share of the change at code 0, and how much it falls
-    per code; and the share of the whole change.
+    A row's integers are address, row stride, column stride; the rectangle's x, y, width and height; the maps' width and
+    height; k, reach and rim along x, then along y (see `_filter_position`); whether there is a gain; 2^shift; the
+    largest code; the crop's side S: rows of maps are S apart, components S^2; the addresses of the maps of delta and
+    gain. Its reals are the map from the rectangle's samples to D [6]; the steps along x and y; what weights are divided
+    by; what is added to the luma before it is multiplied; its weights; the share of the change at code 0, and how much
+    it falls per code; and the share of the whole change.
     """
-    plane, delta = as_tensor(part.plane), as_tensor(part.delta)
-    gain = delta if part.gain is None else as_tensor(part.gain)
     x0, y0, x1, y1 = rect
-    address = plane.data_ptr() + component * plane.element_size()
     height, width = part.delta.shape[:2]
     steps = plane_steps(part.matrix)
     (*along_x, divisor_x), (*along_y, divisor_y) = (
@@ -201,28 +201,20 @@ def _row_of(part: PlaneChange, rect: Rect, component: int) -> tuple[list[int], l
     matrix = samples_to_filtered(part.matrix, rect, int(along_x[0]), int(along_y[0]))
     layout = part.layout
     integers = [
-        *(address, *plane.stride()[:2]),
+        *as_tensor(part.plane).stride()[:2],
         *(x0, y0, x1 - x0, y1 - y0, width, height),
         *(*along_x, *along_y),
-        *(int(part.gain is not None), 2**layout.shift, code_max(layout), delta.stride(0)),
-        *(delta.data_ptr() + component * delta.stride(2) * delta.element_size(), gain.data_ptr()),
+        *(int(part.gain is not None), 2**layout.shift, code_max(layout)),
     ]
     added = BLACK_OFFSET * part.span - part.black
     share = share_of_codes(part) if part.dark is not None else (1.0, 0.0)
-    return integers, [
-        *matrix.ravel().tolist(),
-        *steps,
-        divisor_x * divisor_y,
-        added,
-        *RGB_LUMA.tolist(),
-        *share,
-        part.weight,
-    ]
+    luma = divisor_x * divisor_y, added, *RGB_LUMA.tolist()
+    return integers, [*matrix.ravel().tolist(), *steps, *luma, *share, part.weight]
 
 
 def _axis(size: int, step: float) -> tuple[int, int, int, float]:
     """Return k, reach, rim and divisor of the formula's second or third line along one axis."""
     if step < 1:
         return enlarge_factor(step), 2, 0, 1.0
-    offsets = np.arange(-size, size + 1)
-    return 1, math.ceil(step), 1, float(np.maximum(0, 1 - np.abs(offsets) / step).sum())
+    taps = min(math.ceil(step) - 1, size)  # on each side of the middle one, whose weight is 1
+    return 1, math.ceil(step), 1, 1 + 2 * taps - taps * (taps + 1) / step
