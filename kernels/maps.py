@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from faceage.kernels.apply_change import RGB_LUMA
-from faceage.kernels.transfer import as_tensor, to_device
+from faceage.kernels.transfer import to_device
 from faceage.types import FloatArray, Samples
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _constant(make: Callable[..., FloatArray], arguments: tuple[int | float, ...
 
 def _channels_first(maps: torch.Tensor) -> torch.Tensor:
     """Return maps [H, W(, C)] as [1, C, H, W]."""
-    return as_tensor(maps).reshape(*maps.shape[:2], -1).permute(2, 0, 1)[None]
+    return maps.reshape(*maps.shape[:2], -1).permute(2, 0, 1)[None]
 
 
 def _channels_last(planes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
