@@ -40,12 +40,18 @@ OLDER_LIMITS, YOUNGER_LIMITS = (0.27, 0.08), (0.24, 0.14)
 folds; younger ones lose them, and so get brighter."""
 OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
 """Largest change of chroma, as a log ratio."""
-CREASE_GAIN, CREASE_LIMITS = 1.3, (0.26, 0.12)
+FOLD_PX, FOLDS, BESIDE_FOLDS = 10.0, 1.6, 0.95
+"""Width of the blur, in canonical pixels, of whose rest the dark part is a fold; what folds are multiplied by on skin,
+for means of many faces blur them most, and the blurred part, which looks like a tan."""
+CREASE_GAIN, CREASE_LIMITS = 1.0, (0.26, 0.12)
 """What creases are multiplied by, and their limits: in 200-pixel pictures they are milder than on faces."""
 CREASE_SHARES = (0.8, 0.5, 0.3)
 """Of the creases of the most similar old face, and of the next: one face alone often has bare places; more clutter."""
 DETAIL_REDNESS, DETAIL_BLUENESS = -0.30, 0.22
 """Slopes of log R/G and log B/G on log luma in the detail of old skin: dark detail is redder. Measured: -0.40, 0.30."""
+SKIN_REDNESS = 0.29
+"""Median of log R/G of faces. On a face with less of it, in bluish light, these slopes are less steep: creases would be
+red like scars."""
 OLDER_SKIN_CHROMA, YOUNGER_SKIN_CHROMA, FEATURE_CHROMA = 0.25, 0.4, 0.9
 """Share of the prototypes' change of chroma that is kept on skin, older and younger, and on brows and lips."""
 WRINKLED_BY_YEARS, FIRST_WRINKLES_YEARS, ALL_WRINKLES_YEARS = 40.0, 30.0, 65.0
@@ -125,6 +131,8 @@ class Areas:
     """With the mouth."""
     mouth: FloatArray
     """Between the lips."""
+    nose: FloatArray
+    """Its tip and wings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +183,8 @@ class CanonicalModel:
         if years > 0:
             luma = luma + self._creases(covariates, source, target) * _contrast_left(appearance.thumbnail)
         skin = (1 - feature)[..., None]
-        chroma = chroma + skin * luma[..., None] * np.array([DETAIL_REDNESS, DETAIL_BLUENESS], np.float32)
+        slopes = _redness(appearance.thumbnail) * np.array([DETAIL_REDNESS, DETAIL_BLUENESS], np.float32)
+        chroma = chroma + skin * luma[..., None] * slopes
         smoothed = SMOOTHED * np.clip(-years / 30, 0, 1) - np.clip(years / WRINKLED_BY_YEARS, 0, 1)
         smoothed = smoothed * np.clip(1 - feature - areas.eyes, 0, 1)
         chroma *= _colour(appearance.thumbnail)
@@ -191,6 +200,12 @@ class CanonicalModel:
         whole = (CANONICAL_PX, CANONICAL_PX)
         luma = cv2.resize(np.tensordot(weights, self.luma, 1), whole, interpolation=cv2.INTER_CUBIC)
         chroma = cv2.resize(np.tensordot(weights, self.chroma, 1), whole, interpolation=cv2.INTER_LINEAR)
+        if step > 0:
+            wide = cv2.GaussianBlur(luma, (0, 0), FOLD_PX)
+            rest = luma - wide
+            areas = self.areas
+            skin = 1 - np.clip(areas.nose + areas.eyes + areas.brows + areas.lips, 0, 1)
+            luma = BESIDE_FOLDS * wide + rest + (FOLDS - 1) * skin * np.minimum(rest, 0)
         return luma, chroma
 
     def _creases(self, covariates: FloatArray, source: float, target: float) -> FloatArray:
@@ -213,6 +228,12 @@ def _contrast_left(thumbnail: FloatArray) -> float:
     inside = face_mask(thumbnail.shape[-1]) > 0.3
     bright = float((((thumbnail.mean(0) + 1) / 2)[inside] > OVEREXPOSED).mean())
     return 1 - (1 - OVEREXPOSED_CREASES) * min(bright / OVEREXPOSED_SHARE, 1.0)
+
+
+def _redness(thumbnail: FloatArray) -> float:
+    """Return the share of `DETAIL_REDNESS` that a face gets: 0 to 1."""
+    red, green, _ = CovariateBasis.logs(thumbnail[None])[0]
+    return float(np.clip((red - green).mean() / SKIN_REDNESS, 0, 1))
 
 
 def _colour(thumbnail: FloatArray) -> float:
@@ -238,8 +259,11 @@ def read_canonical(checkpoint: Path) -> CanonicalModel:
     }
     top, left = (int(v) for v in arrays["wrinkle_corner"])
     small = arrays["wrinkles"].astype(np.float32) * parts["wrinkle_scale"]
-    wrinkles = np.zeros((len(small), CANONICAL_PX, CANONICAL_PX), np.float32)
-    wrinkles[:, top : top + small.shape[1], left : left + small.shape[2]] = small
+    (side,) = (int(v) for v in arrays["wrinkle_px"])
+    stored = np.zeros((len(small), side, side), np.float32)
+    stored[:, top : top + small.shape[1], left : left + small.shape[2]] = small
+    whole = (CANONICAL_PX, CANONICAL_PX)
+    wrinkles = np.stack([cv2.resize(each, whole, interpolation=cv2.INTER_CUBIC) for each in stored])
     return CanonicalModel(
         basis=CovariateBasis(**group("basis.")),
         areas=Areas(**areas),

@@ -45,6 +45,8 @@ NOSE = (197, 174, 217, 126, 129, 64, 98, 97, 2, 326, 327, 294, 358, 355, 437, 39
 KEPT_FROM_PX = {"eyes": 7, "brows": 2, "lips": 7, "nose": 1, "outline": 14}
 """How far creases stay from what is not skin, or is not where another face has it: there a difference of two faces is
 one of their features, which would change the person and not the age."""
+WRINKLE_PX = 192
+"""Side at which creases are stored: they come from pictures of 200 pixels, in which faces are narrower than that."""
 WRINKLE_RANGE = 0.5
 """Log ratio that int8 -127 and 127 stand for."""
 RIM_PX = 26
@@ -73,6 +75,7 @@ def areas(canonical: Canonical) -> dict[str, np.ndarray]:
         "eyes": soft(np.maximum(*(canonical.area(rim) for rim in EYES)), 3, 1.2),
         "lips": soft(canonical.area(LIPS), 3, 1.5),
         "mouth": soft(canonical.area(MOUTH), 3, 1.5),
+        "nose": soft(canonical.area(NOSE), 9, 4),
     }
     half = (CANONICAL_PX // 2, CANONICAL_PX // 2)
     return {
@@ -183,7 +186,9 @@ def main(folder: Path, prototypes: Path, out: Path) -> None:
     wrinkles *= skin
     spread = np.sqrt((np.square(wrinkles) * skin).sum((1, 2)) / skin.sum())
     wrinkles *= ((CREASE_SPREAD / spread) ** EVENNESS)[:, None, None]
-    ys, xs = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    side = (WRINKLE_PX, WRINKLE_PX)
+    wrinkles = np.stack([cv2.resize(each, side, interpolation=cv2.INTER_AREA) for each in wrinkles])
+    ys, xs = (np.flatnonzero(np.abs(wrinkles).max((0, axis)) > WRINKLE_RANGE / 254) for axis in (2, 1))
     top, bottom, left, right = ys[0], ys[-1] + 1, xs[0], xs[-1] + 1
     codes = np.clip(np.rint(wrinkles[:, top:bottom, left:right] * (127 / WRINKLE_RANGE)), -127, 127).astype(np.int8)
     basis = {f"basis.{name}": torch.from_numpy(fitted[f"basis.{name}"]) for name in CovariateBasis.__dataclass_fields__}
@@ -193,6 +198,7 @@ def main(folder: Path, prototypes: Path, out: Path) -> None:
         "chroma": torch.from_numpy(np.ascontiguousarray(arrays["chroma"])).half(),
         "wrinkles": torch.from_numpy(codes),
         "wrinkle_scale": torch.tensor([WRINKLE_RANGE / 127]),
+        "wrinkle_px": torch.tensor([WRINKLE_PX], dtype=torch.int32),
         "wrinkle_corner": torch.tensor([int(top), int(left)], dtype=torch.int32),
         "wrinkle_covariates": torch.from_numpy(covariates[chosen]),
         **{f"areas.{name}": torch.from_numpy(area) for name, area in areas(canonical).items()},
