@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from clips import frame_times, index_of, irregular_pts, make_clip, make_frame, packets_of, regular_pts
 
+from faceage.align import align_faces
 from faceage.errors import MediaError
+from faceage.geometry import template_5
 from faceage.media.segment import SegmentEncoder, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, transcode
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import choose_boundaries, fingerprint, load_plan, save_plan
-from faceage.pipeline.render import Renderer, decide
+from faceage.pipeline.render import AgedTrack, Renderer, decide
 from faceage.pipeline.request import AgeCurve, AgeRequest
 from faceage.pipeline.scan import scan
 from faceage.pipeline.timer import StageTimer
@@ -127,6 +129,43 @@ def test_frames_that_never_come_out_are_said(tmp_path):
     with pytest.raises(MediaError, match="1 of 5 frames did not come out of libx264"):
         lose_one()
     assert os.listdir(tmp_path) == ["in.mkv"]
+
+
+def nodding_track(eyes_px, depth):
+    """A face whose nose and mouth go down by a share of the distance of the eyes and come back, in frames 26 to 34."""
+    frames = np.arange(49)
+    down = depth * eyes_px * np.clip(1 - np.abs(frames - 25) / 4, 0, 1)
+    landmarks = np.repeat(template_5(eyes_px * 3)[None] + 100, len(frames), 0)
+    landmarks[:, 2:, 1] += down[:, None]
+    landmarks = landmarks.astype(np.float32)
+    return AgedTrack(
+        track=Track(
+            track_id=0,
+            shot=0,
+            first_frame=5,
+            landmarks=landmarks,
+            scores=np.ones(49, np.float32),
+            starts_shot=True,
+            ends_shot=True,
+        ),
+        person=1,
+        appearance=Appearance(embedding=np.ones(4, np.float32), thumbnail=np.zeros((3, 16, 16), np.float32)),
+        source_age=30.0,
+        target_ages=np.full(49, 70, np.float32),
+        sizes_px=(256,),
+        frame_to_crop=(align_faces(landmarks, 256),),
+        weights=np.ones(49, np.float32),
+    )
+
+
+def test_quick_turns_of_large_faces_get_more_key_frames():
+    regular = [5, 12, 24, 36, 48, 53]
+    assert nodding_track(100, 0.0).key_frames() == regular
+    assert nodding_track(30, 0.15).key_frames() == regular  # too small to be seen
+    more = nodding_track(100, 0.15).key_frames()
+    assert set(regular) < set(more)
+    assert all(24 < frame < 36 for frame in set(more) - set(regular))
+    assert min(b - a for a, b in pairwise(more)) >= 3
 
 
 def test_boundaries_lie_at_shots_where_there_are_some_and_else_at_key_frames():

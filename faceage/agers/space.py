@@ -59,7 +59,7 @@ SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 CLOSE_PX = (260, 400)
 """Side of a face's crop in pixels of the frame from which on, and from which on in full, it is a close-up: the pictures
 that creases are from are smaller and have lost their sharpness."""
-CRISP_SIGMA, CRISP_DARKER, CRISP_BRIGHTER = 2.0, 1.2, 0.3
+CRISP_SIGMA, CRISP_DARKER, CRISP_BRIGHTER = 4.0, 1.3, 0.3
 """How wide the detail is that gets stronger there, in canonical pixels, and by how much what of it is dark, and what is
 bright, which soon looks like wax."""
 ROUGHNESS, COARSENED = 0.03, (0.3, 0.8)

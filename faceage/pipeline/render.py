@@ -19,6 +19,7 @@ from faceage.agers.base import Ager, Key, Look, mix_changes
 from faceage.align import align_faces, choose_size, face_weights, prepare_views
 from faceage.blend import blend_faces
 from faceage.errors import MediaError
+from faceage.geometry import apply_affine
 from faceage.kernels import beside
 from faceage.media.video import writable
 from faceage.pipeline.plan import KEY_EVERY_FRAMES, Plan, PlannedTrack, person_age
@@ -30,6 +31,12 @@ from faceage.types import Appearance, Change, FloatArray, Frame
 DRAW_FRAMES = 2
 """Frames that one drawing of a change serves: it moves with the face, but what lies between key frames is mixed anew
 only so often."""
+TURNED, TURNED_PX = 0.012, 180
+"""Farthest that a landmark may be from where it is at the nearer key frame, in sides of the aligned crop: between key
+frames changes are mixed, not moved, and in a quick nod hair would be grey where it was and where it will be. In faces
+whose crops have less than so many pixels of the frame it is not seen."""
+MIN_KEY_FRAMES = 3
+"""Key frames are no nearer to each other for it."""
 
 People = Mapping[int, AgeRequest | None]
 """Number of a person -> how this one is aged; None: not at all."""
@@ -53,7 +60,7 @@ class AgedTrack:
     """float32 [T], in [0, 1]."""
 
     def key_frames(self) -> list[int]:
-        """Return the frames at which the change is computed: the grid's, and the ends of the track.
+        """Return the frames at which the change is computed: the grid's, the track's ends, and more in quick turns.
 
         Intervals in which the weight is 0 throughout need none.
         """
@@ -65,7 +72,25 @@ class AgedTrack:
             at = frame - first
             return bool(visible[max(0, at - KEY_EVERY_FRAMES) : at + KEY_EVERY_FRAMES + 1].any())
 
-        return [frame for frame in sorted({first, last, *grid}) if matters(frame)]
+        regular = [frame for frame in sorted({first, last, *grid}) if matters(frame)]
+        spans = [span for span in itertools.pairwise(regular) if span[1] - span[0] <= KEY_EVERY_FRAMES]
+        between = [self._turns(low - first, high - first) for low, high in spans]
+        return sorted({*regular, *(first + at for some in between for at in some)})
+
+    def _turns(self, low: int, high: int) -> list[int]:
+        """Return the rows between two, at which the head has turned far from both, and from each other."""
+        matrices, rows = self.frame_to_crop[0][low : high + 1], slice(low, high + 1)
+        sides = self.sizes_px[0] / np.sqrt(np.abs(np.linalg.det(matrices[:, :, :2])))
+        if high - low < 2 * MIN_KEY_FRAMES or np.median(sides) < TURNED_PX:
+            return []
+        landmarks = apply_affine(matrices, self.track.landmarks[rows]) / self.sizes_px[0]
+        off = np.min(
+            [np.linalg.norm(landmarks - end, axis=-1).max(-1) for end in (landmarks[0], landmarks[-1])], axis=0
+        )
+        if off.max() < TURNED:
+            return []
+        middle = int(np.clip(low + off.argmax(), low + MIN_KEY_FRAMES, high - MIN_KEY_FRAMES))
+        return [*self._turns(low, middle), middle, *self._turns(middle, high)]
 
 
 def decide(
