@@ -40,7 +40,7 @@ OLDER_LIMITS, YOUNGER_LIMITS = (0.27, 0.08), (0.24, 0.14)
 folds; younger ones lose them, and so get brighter."""
 OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
 """Largest change of chroma, as a log ratio."""
-FOLD_PX, FOLDS, BESIDE_FOLDS = 10.0, 1.6, 0.95
+FOLD_PX, FOLDS, BESIDE_FOLDS = 10.0, 1.4, 0.95
 """Width of the blur, in canonical pixels, of whose rest the dark part is a fold; what folds are multiplied by on skin,
 for means of many faces blur them most, and the blurred part, which looks like a tan."""
 CREASE_GAIN, CREASE_LIMITS = 1.0, (0.26, 0.12)

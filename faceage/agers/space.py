@@ -51,7 +51,7 @@ COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
 UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
-PERSONAL, PERSONAL_PX = 0.45, 128
+PERSONAL, PERSONAL_PX = 0.4, 128
 """Share of FaceGAN's change that younger faces get too, and the side of the crop in which it is made: FaceGAN sees
 the folds of this very face. Older faces get none of it: they looked less real with it."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
