@@ -40,11 +40,8 @@ OLDER_LIMITS, YOUNGER_LIMITS = (0.27, 0.08), (0.24, 0.14)
 folds; younger ones lose them, and so get brighter."""
 OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
 """Largest change of chroma, as a log ratio."""
-FOLD_PX, FOLDS, BESIDE_FOLDS = 10.0, 1.4, 0.95
-"""Width of the blur, in canonical pixels, of whose rest the dark part is a fold; what folds are multiplied by on skin,
-for means of many faces blur them most, and the blurred part, which looks like a tan."""
-CREASE_GAIN, CREASE_LIMITS = 1.0, (0.26, 0.12)
-"""What creases are multiplied by, and their limits: in 200-pixel pictures they are milder than on faces."""
+CREASE_GAIN, CREASE_LIMITS = 0.8, (0.26, 0.12)
+"""What creases are multiplied by, and their limits."""
 CREASE_SHARES = (0.8, 0.5, 0.3)
 """Of the creases of the most similar old face, and of the next: one face alone often has bare places; more clutter."""
 DETAIL_REDNESS, DETAIL_BLUENESS = -0.30, 0.22
@@ -131,8 +128,6 @@ class Areas:
     """With the mouth."""
     mouth: FloatArray
     """Between the lips."""
-    nose: FloatArray
-    """Its tip and wings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +195,6 @@ class CanonicalModel:
         whole = (CANONICAL_PX, CANONICAL_PX)
         luma = cv2.resize(np.tensordot(weights, self.luma, 1), whole, interpolation=cv2.INTER_CUBIC)
         chroma = cv2.resize(np.tensordot(weights, self.chroma, 1), whole, interpolation=cv2.INTER_LINEAR)
-        if step > 0:
-            wide = cv2.GaussianBlur(luma, (0, 0), FOLD_PX)
-            rest = luma - wide
-            areas = self.areas
-            skin = 1 - np.clip(areas.nose + areas.eyes + areas.brows + areas.lips, 0, 1)
-            luma = BESIDE_FOLDS * wide + rest + (FOLDS - 1) * skin * np.minimum(rest, 0)
         return luma, chroma
 
     def _creases(self, covariates: FloatArray, source: float, target: float) -> FloatArray:

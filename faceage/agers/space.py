@@ -5,8 +5,8 @@ colours and the appearance of the person) and wrinkles (creases of real old face
 mixed to one canonical change. At key frames a small network says where each pixel of the crop lies on the canonical
 face; in every frame the change is read there, and scales the luma of the picture. Wrinkles are thus as sharp as they
 are stored, the same in the whole shot, and stay on the skin. Old skin gets more of its own fine detail, young skin
-less, and a part of what FaceGAN draws on this very face (`agers.facegan`). Hair is found by another network in a wider
-crop and turns grey strand by strand (`agers.hair`).
+less. A part of what FaceGAN draws on this very face (`agers.facegan`) is added, for only it knows where the face folds.
+Hair is found by another network in a wider crop and turns grey strand by strand (`agers.hair`).
 
 Reference: Burt and Perrett, Proc. R. Soc. B 1995 (prototypes); Tiddeman, Burt, Perrett, IEEE CG&A 2001 (means lose
 wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densely aligned); Güler et al., CVPR 2017
@@ -51,9 +51,13 @@ COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
 UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
-PERSONAL, PERSONAL_PX = 0.4, 128
-"""Share of FaceGAN's change that younger faces get too, and the side of the crop in which it is made: FaceGAN sees
-the folds of this very face. Older faces get none of it: they looked less real with it."""
+PERSONAL_PX = 128
+"""Side of the crop in which FaceGAN draws its change: it sees the folds of this very face."""
+YOUNGER_PERSONAL, OLDER_PERSONAL = 0.4, 0.6
+"""Share of FaceGAN's change that younger and older faces get too. Of older ones only the folds: what is wider are
+patches."""
+FOLD_SIGMA, BESIDE_FOLDS = 6.0, 0.3
+"""Folds are what a blur of this many pixels of FaceGAN's crop takes away; share of what of that is bright."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -80,8 +84,7 @@ class Look:
     """float32 [256, 256], log ratio of luma that makes creases as sharp as close-ups show them."""
     grey: float
     """0 to 1."""
-    younger: Ages | None
-    """The ages, if the target is the lower one."""
+    ages: Ages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ class FaceKey:
     coarsening: float
     """See `_coarsening`."""
     personal: FloatArray | None
-    """float32 [128, 128], added to luma in [0, 1]; None where the face is not to be younger."""
+    """float32 [128, 128], added to luma in [0, 1]; None where its age is to stay."""
     blur: float
     """Width of the blur that creases get, in sides of the crop."""
     uncovered: FloatArray | None
@@ -131,7 +134,7 @@ class SpaceAger:
             coordinates: (faces [F, 3, S, S], landmarks [F, 10] as fractions of the crop) -> coordinates
                 [F, 2, M, M], fractions of the canonical picture.
             hair: heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]; None: hair keeps its colour.
-            personal: draws what age changes of this very face, for younger ones.
+            personal: draws what age changes of this very face.
             canonical: what age changes.
             views: the face's, and the head's where there is a hair network.
         """
@@ -149,7 +152,7 @@ class SpaceAger:
                     tone=tone,
                     crisp=_crisp(tone),
                     grey=grey_amount(*ages),
-                    younger=ages if target < source else None,
+                    ages=ages,
                 )
             )
         return looks
@@ -201,7 +204,7 @@ class SpaceAger:
 
     def _draw_personal(self, looks: Sequence[Look], faces: Crops) -> list[FloatArray | None]:
         """Return `FaceKey.personal` of each face."""
-        chosen = [i for i, look in enumerate(looks) if look.younger is not None]
+        chosen = [i for i, look in enumerate(looks) if look.ages.target != look.ages.source]
         drawn: list[FloatArray | None] = [None] * len(looks)
         if not chosen:
             return drawn
@@ -213,13 +216,17 @@ class SpaceAger:
             landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[chosen]),
             frame_to_crop=np.zeros((len(chosen), 2, 3), np.float32),
         )
-        ages = [look.younger for look in looks if look.younger is not None]
+        ages = [looks[i].ages for i in chosen]
         back = _between(view, self.views[0], PERSONAL_PX, PERSONAL_PX)
         deltas = self._personal.observe(ages, (crops,), [None] * len(chosen))
         for i, delta in zip(chosen, deltas, strict=True):
-            luma = np.tensordot(RGB_LUMA, delta, 1)
-            luma *= PERSONAL / 2 * face_mask(PERSONAL_PX)
-            drawn[i] = cv2.warpAffine(luma.astype(np.float32), back, side)
+            luma = np.tensordot(RGB_LUMA, delta, 1).astype(np.float32)
+            if looks[i].ages.target > looks[i].ages.source:
+                folds = luma - cv2.GaussianBlur(luma, (0, 0), FOLD_SIGMA)
+                luma = OLDER_PERSONAL * (np.minimum(folds, 0) + BESIDE_FOLDS * np.maximum(folds, 0))
+            else:
+                luma *= YOUNGER_PERSONAL
+            drawn[i] = cv2.warpAffine(luma * (face_mask(PERSONAL_PX) / 2), back, side)
         return drawn
 
     def _brows(self, coordinates: FloatArray, size_px: int) -> FloatArray:
@@ -272,7 +279,7 @@ class SpaceAger:
             taken = ratio * maps.resize(detail, size, size)
             gain -= taken
             delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + BLACK_OFFSET)
-        if look.younger is not None and before.personal is not None and after.personal is not None:
+        if before.personal is not None and after.personal is not None:
             delta += 2 * maps.resize(_mix(before.personal, after.personal, share), size, size)
         change = Change(delta=maps.clear_rim(delta), gain=maps.clear_rim(gain[None])[0])
         if look.grey and before.brows is not None and after.brows is not None:

@@ -75,7 +75,6 @@ def areas(canonical: Canonical) -> dict[str, np.ndarray]:
         "eyes": soft(np.maximum(*(canonical.area(rim) for rim in EYES)), 3, 1.2),
         "lips": soft(canonical.area(LIPS), 3, 1.5),
         "mouth": soft(canonical.area(MOUTH), 3, 1.5),
-        "nose": soft(canonical.area(NOSE), 9, 4),
     }
     half = (CANONICAL_PX // 2, CANONICAL_PX // 2)
     return {
