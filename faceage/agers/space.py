@@ -253,7 +253,7 @@ class SpaceAger:
 
     def _draw_face(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> Change:
         size = before.size_px
-        where = _mix(before.coordinates, after.coordinates, share)
+        where = maps.mix(before.coordinates, after.coordinates, share)
         tone = self._read(look.tone, where, size)
         if close := (1 - share) * before.close + share * after.close:
             tone[..., 0] += close * self._read(look.crisp, where, size)
@@ -263,10 +263,10 @@ class SpaceAger:
         maps.clear_rim(maps.planes_of(tone))
         luma, small = maps.channel(tone, 0), maps.halve(tone)
         if before.uncovered is not None and after.uncovered is not None:
-            uncovered = _mix(before.uncovered, after.uncovered, share)
+            uncovered = maps.mix(before.uncovered, after.uncovered, share)
             luma *= maps.resize(uncovered, size, size)
             small *= maps.resize(uncovered, size // 2, size // 2)[..., None]
-        colours = _mix(before.colours, after.colours, share)
+        colours = maps.mix(before.colours, after.colours, share)
         headroom = ((BRIGHT[1] - maps.luma_of(colours)) / (BRIGHT[1] - BRIGHT[0])).clip(0, 1)
         luma = luma.clip(max=0) + luma.clip(min=0) * maps.resize(headroom, size, size)
         ratio = maps.exp(luma)
@@ -278,9 +278,9 @@ class SpaceAger:
             detail = detail.clip(min=0) + detail.clip(max=0) * coarsening
             taken = ratio * maps.resize(detail, size, size)
             gain -= taken
-            delta += 2 * taken * (_mix(before.smooth, after.smooth, share) + BLACK_OFFSET)
+            delta += 2 * taken * (maps.mix(before.smooth, after.smooth, share) + BLACK_OFFSET)
         if before.personal is not None and after.personal is not None:
-            delta += 2 * maps.resize(_mix(before.personal, after.personal, share), size, size)
+            delta += 2 * maps.resize(maps.mix(before.personal, after.personal, share), size, size)
         change = Change(delta=maps.clear_rim(delta), gain=maps.clear_rim(gain[None])[0])
         if look.grey and before.brows is not None and after.brows is not None:
             add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
@@ -322,15 +322,6 @@ def _between(source: View, target: View, source_px: int, target_px: int) -> Floa
     """Return the map from crops of one view to those of another: float32 [2, 3]."""
     points = template_5(source_px, source.template)[None]
     return similarity_to_template(points, template_5(target_px, target.template))[0]
-
-
-def _mix(before: Samples, after: Samples, share: float) -> Samples:
-    if before is after:
-        return before
-    rounded = np.float32(share)
-    if isinstance(before, np.ndarray):
-        return before * float(1 - rounded) + after * float(rounded)
-    return maps.mix(before, after, share)
 
 
 def _reduce(pixels: FloatArray, side_px: int) -> FloatArray:
