@@ -6,13 +6,14 @@ A 2x3 matrix A maps a point p to A[:, :2] @ p + A[:, 2].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
 from faceage.errors import ShapeError
-from faceage.types import FloatArray
+from faceage.kernels import beside, maps
+from faceage.types import FloatArray, Samples
 
 LANDMARKS_5 = ("left eye", "right eye", "nose", "left mouth corner", "right mouth corner")
 """The order of the five landmarks: MTCNN's, left and right as the viewer sees them."""
@@ -92,7 +93,7 @@ def face_mask(size_px: int) -> FloatArray:
     Returns:
         float32 [size_px, size_px], in [0, 1].
     """
-    mask = _soft_ellipse(size_px, _MASK_CENTRE, _MASK_RADII, _MASK_CORE)
+    mask = _soft_ellipse(size_px, np.array([*_MASK_CENTRE, *_MASK_RADII, 1.0, 0.0]), _MASK_CORE)
     mask[:2], mask[-2:], mask[:, :2], mask[:, -2:] = 0, 0, 0, 0
     mask.flags.writeable = False  # it is made once a size and shared
     return mask
@@ -106,7 +107,7 @@ def skin_mask(size_px: int) -> FloatArray:
     return mask
 
 
-def skin_masks(landmarks: FloatArray, size_px: int) -> FloatArray:
+def skin_masks(landmarks: FloatArray, size_px: int, home: Samples | None = None) -> Samples:
     """Return 1 over the skin of aligned crops, falling smoothly to 0 over the eyeballs and between the lips.
 
     Each feature is a soft ellipse that lies and is as wide as the face's own landmarks say.
@@ -114,12 +115,24 @@ def skin_masks(landmarks: FloatArray, size_px: int) -> FloatArray:
     Args:
         landmarks: float32 [F, 5, 2], crop pixels, ordered as `LANDMARKS_5`. F may be 0.
         size_px: side of the crops.
+        home: samples beside which the masks are to live; None: they are arrays.
 
     Returns:
         float32 [F, size_px, size_px], in [0, 1].
     """
-    masks = np.ones((len(landmarks), size_px, size_px), np.float32)
-    for mask, points in zip(masks, (landmarks + 0.5) / size_px, strict=True):
+    ellipses = _features(landmarks, size_px)
+    ellipses = ellipses if home is None else beside(home, ellipses)
+    masks = maps.zeros(len(ellipses), size_px, size_px, like=ellipses if home is None else home) + 1
+    for mask, features in zip(masks, ellipses, strict=True):
+        for ellipse in features:
+            mask *= 1 - _soft_ellipse(size_px, ellipse, _FEATURE_CORE)
+    return masks
+
+
+def _features(landmarks: FloatArray, size_px: int) -> npt.NDArray[np.float64]:
+    """Return the ellipses of the eyes and the teeth of faces: float64 [F, 3, 6], see `_soft_ellipse`."""
+    ellipses = np.empty((len(landmarks), 3, 6))
+    for mine, points in zip(ellipses, (landmarks + 0.5) / size_px, strict=True):
         left, right, _, mouth_left, mouth_right = points
         eyes, mouth = right - left, mouth_right - mouth_left
         apart, width = float(np.hypot(*eyes)), float(np.hypot(*mouth))
@@ -130,33 +143,32 @@ def skin_masks(landmarks: FloatArray, size_px: int) -> FloatArray:
         mouth_radii = (_MOUTH_RADII[0] * width / _MOUTH_WIDTH, _MOUTH_RADII[1] + _SMILE_OPENS * smile)
         # Heights do not shrink with widths, on a face that is turned to a side.
         eye_radii = (_EYE_RADII[0] * apart / _EYES_APART, _EYE_RADII[1])
-        for centre, along, radii in ((left, eyes, eye_radii), (right, eyes, eye_radii), (teeth, mouth, mouth_radii)):
-            mask *= 1 - _soft_ellipse(size_px, centre, radii, _FEATURE_CORE, along)
-    return masks
+        features = ((left, eyes, eye_radii), (right, eyes, eye_radii), (teeth, mouth, mouth_radii))
+        for row, (centre, along, radii) in zip(mine, features, strict=True):
+            row[:2], row[2:4] = centre, np.maximum(radii, 1e-6)
+            row[4:] = np.asarray(along, np.float64) / max(np.hypot(*along), 1e-6)
+    return ellipses
 
 
-def _soft_ellipse(
-    size_px: int,
-    centre: Sequence[float] | FloatArray,
-    radii: Sequence[float],
-    core: float,
-    along: Sequence[float] | FloatArray = (1, 0),
-) -> FloatArray:
-    """Return 1 inside `core` of the radii, falling smoothly to 0 at them; fractions of the crop.
+def _soft_ellipse(size_px: int, ellipse: Samples, core: float) -> Samples:
+    """Return 1 inside `core` of the half axes of an ellipse, falling smoothly to 0 at them: float32 [S, S].
 
     Args:
-        size_px: side of the crop.
-        centre: (x, y).
-        radii: the half axes, the first one along `along`; 0 draws nothing.
-        core: share of the radii.
-        along: direction of the first half axis, of any length.
+        size_px: S, the side of the crop.
+        ellipse: float64 [6], fractions of the crop: x and y of the centre, both half axes, and the direction of the
+            first one, of length 1. Half axes of nearly 0 draw nothing.
+        core: share of the half axes.
     """
-    pixels = (np.arange(size_px, dtype=np.float64) + 0.5) / size_px
-    x, y = (pixels - centre[0])[None, :], (pixels - centre[1])[:, None]
-    cos, sin = np.asarray(along, np.float64) / max(np.hypot(*along), 1e-6)
-    u, v = (cos * x + sin * y) / max(radii[0], 1e-6), (cos * y - sin * x) / max(radii[1], 1e-6)
-    ramp = np.clip((1 - np.hypot(u, v)) / (1 - core), 0, 1)
-    return (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+    centre_x, centre_y, half_u, half_v, cos, sin = ellipse
+    pixels = maps.constant(_pixel_centres, size_px, like=ellipse)
+    x, y = (pixels - centre_x)[None, :], (pixels - centre_y)[:, None]
+    u, v = (cos * x + sin * y) / half_u, (cos * y - sin * x) / half_v
+    ramp = ((1 - maps.namespace(ellipse).hypot(u, v)) / (1 - core)).clip(0, 1)
+    return maps.single(ramp * ramp * (3 - 2 * ramp))
+
+
+def _pixel_centres(size_px: int) -> npt.NDArray[np.float64]:
+    return (np.arange(size_px) + 0.5) / size_px
 
 
 _MASK_CENTRE = (0.5, 0.515)

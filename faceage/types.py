@@ -190,9 +190,9 @@ class Change:
     """float32 [3, S, S], what is added to RGB in units of its [-1, 1] range (2 is black to white)."""
     gain: Samples | None = None
     """float32 [S, S], the relative change of the luma: -0.1 makes it a tenth darker; None: the luma is not scaled."""
-    dark: tuple[float, float] | None = None
+    dark: tuple[float, float] | tuple[Tensor, Tensor] | None = None
     """Lumas in [0, 1] of a sample up to which its luma changes in full, and from which on not at all; None: all samples
-    change. It needs a gain."""
+    change. It needs a gain. Those that a device computed are tensors without dimensions."""
     kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     """What `kernels.apply_change` made of it, for the next time that it is applied."""
 
@@ -216,7 +216,7 @@ class Change:
 
     def plus(self, other: Change) -> Change:
         """Return the sum of two changes of one face, which are meant for the same samples."""
-        assert self.dark == other.dark, f"changes for other samples: {self.dark} and {other.dark}"
+        assert (self.dark is None) == (other.dark is None), "changes for other samples"
         gains = [change.gain for change in (self, other) if change.gain is not None]
         gain = sum(gains[1:], gains[0]) if gains else None
         return Change(delta=self.delta + other.delta, gain=gain, dark=self.dark)

@@ -5,10 +5,10 @@ an operation, where it has one, is in the file of the same name with `_triton`. 
 frame of tensors or a reference is at hand, or Triton before a frame on a GPU is.
 """
 
-from faceage.kernels.apply_change import BLACK_OFFSET, RGB_LUMA, Rect, apply_change, change_crop
+from faceage.kernels.apply_change import BLACK_OFFSET, Rect, apply_change, change_crop
 from faceage.kernels.area_means import AreaMeans
 from faceage.kernels.candidates import Candidates, select_candidates
-from faceage.kernels.color import color_of, rgb_to_yuv_delta, yuv_to_rgb
+from faceage.kernels.color import RGB_LUMA, color_of, rgb_to_yuv_delta, yuv_to_rgb
 from faceage.kernels.gather import gather_crops
 from faceage.kernels.placement import cut_out
 from faceage.kernels.thumbnail import Thumbnail, begin_thumbnail, luma_plane

@@ -48,11 +48,12 @@ import numpy as np
 import numpy.typing as npt
 
 from faceage.errors import ShapeError
-from faceage.kernels.color import LUMA_WEIGHTS, color_of, luma_codes, rgb_to_yuv_delta
+from faceage.kernels import maps
+from faceage.kernels.color import RGB_LUMA, color_of, luma_codes, rgb_to_yuv_delta
 from faceage.kernels.gather import warp_samples
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane, invert_affine
-from faceage.kernels.transfer import as_tensor, to_device, to_host
+from faceage.kernels.transfer import as_tensor, beside, to_device
 from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout, Samples
 
 if TYPE_CHECKING:
@@ -66,10 +67,6 @@ BLACK_OFFSET = 0.04
 
 MAX_ENLARGE = 4
 """Largest k: bilinear sampling of D errs by at most 1 / (8 k^2) < 1 % of the change's second derivative."""
-
-_KR, _KB = LUMA_WEIGHTS["bt601"]
-RGB_LUMA = np.array([_KR, 1 - _KR - _KB, _KB], np.float32)
-"""Weights of R, G and B in the luma of packed RGB."""
 
 STEPS_PER_PX = 16
 """A tent whose half-width differs by less than a sixteenth of a crop pixel gives the same picture."""
@@ -101,7 +98,7 @@ class PlaneChange:
     black: float
     span: float
     """Codes of E'Y = 0, and of the range of E'Y."""
-    dark: tuple[float, float] | None
+    dark: tuple[float, float] | tuple[torch.Tensor, torch.Tensor] | None
     """`Change.dark`; None for chroma."""
 
 
@@ -213,13 +210,6 @@ def samples_to_filtered(crop_to_samples: Matrix23, rect: Rect, kx: int, ky: int)
 def code_max(layout: PixelLayout) -> int:
     """Return the largest code, as it is stored."""
     return (2**layout.bit_depth - 1) << layout.shift
-
-
-def share_of_codes(part: PlaneChange) -> tuple[float, float]:
-    """Return the share of a change for dark samples at code 0, and how much it falls per code as it is stored."""
-    assert part.dark is not None
-    whole, none = (part.black + part.span * luma for luma in part.dark)
-    return none / (none - whole), 2.0**-part.layout.shift / (none - whole)
 
 
 def _filter_matrix_ref(size: int, step: float) -> tuple[FloatArray, int]:
@@ -368,8 +358,9 @@ def _with_gain(change: FloatArray, gain: FloatArray, samples: HostPlane, part: P
         luma = cv2.transform(luma, RGB_LUMA[None]).reshape(gain.shape)
     change = cv2.add(change, _spread(cv2.multiply(gain, luma, dst=gain), samples), dst=change)
     if part.dark is not None:
-        at_zero, per_code = (np.float32(v) for v in share_of_codes(part))
-        share = np.clip(at_zero - per_code * luma, 0, 1)
+        whole, none = (part.black + part.span * cast(float, limit) for limit in part.dark)
+        per_code = 2.0**-part.layout.shift / (none - whole)
+        share = np.clip(np.float32(none / (none - whole)) - np.float32(per_code) * luma, 0, 1)
         change = cv2.multiply(change, _spread(share, samples), dst=change)
     return change
 
@@ -475,18 +466,18 @@ def apply_change(
     return min(x0s), min(y0s), min(max(x1s), width), min(max(y1s), height)
 
 
-def change_crop(pixels: FloatArray, change: Change) -> FloatArray:
+def change_crop(pixels: Samples, change: Change) -> Samples:
     """Return an RGB crop with its change applied, by the module's first formula, within [-1, 1].
 
     Args:
         pixels: float32 [3, S, S], RGB in [-1, 1].
-        change: of the same side S; what is on a device comes to the host.
+        change: of the same side S; of arrays, or where the pixels are.
     """
-    after = pixels + to_host(change.delta)
+    after = pixels + beside(pixels, change.delta)
     if change.gain is not None:
-        luma = (np.einsum("c,chw->hw", RGB_LUMA, pixels) + 1) / 2
-        after += 2 * to_host(change.gain) * (luma + np.float32(BLACK_OFFSET))
+        luma = (maps.luma_of_planes(pixels) + 1) / 2
+        after += 2 * beside(pixels, change.gain) * (luma + BLACK_OFFSET)
         if change.dark is not None:
             whole, none = change.dark
-            after = pixels + (after - pixels) * np.clip((none - luma) / (none - whole), 0, 1)
-    return np.clip(after, -1, 1, out=after)
+            after = pixels + (after - pixels) * ((none - luma) / (none - whole)).clip(0, 1)
+    return after.clip(-1, 1)

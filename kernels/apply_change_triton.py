@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from faceage.kernels.apply_change import (
     BLACK_OFFSET,
-    RGB_LUMA,
     PlaneChange,
     Rect,
     code_max,
     enlarge_factor,
     plane_steps,
     samples_to_filtered,
-    share_of_codes,
 )
+from faceage.kernels.color import RGB_LUMA
 from faceage.kernels.strided import code_type, upload_table
-from faceage.kernels.transfer import as_tensor
+from faceage.kernels.transfer import as_tensor, to_device
 from faceage.types import Frame
 
-INTEGERS, REALS = 21, 16
+INTEGERS, REALS = 22, 16
 """Columns of the table: see `_row_of`."""
 BLOCK = 128
 """Samples of a plane a program."""
@@ -139,8 +140,13 @@ def _apply_change_kernel(
         luma = tl.load(m + 10).to(tl.float32) * luma + tl.load(m + 11).to(tl.float32) * code_1.to(tl.float32)
         luma += tl.load(m + 12).to(tl.float32) * code_2.to(tl.float32)
     # What is brighter than the change is meant for changes less, down to nothing.
-    share = tl.load(m + 13).to(tl.float32) - tl.load(m + 14).to(tl.float32) * luma
-    share = tl.minimum(tl.maximum(share, 0.0), 1.0) * tl.load(m + 15).to(tl.float32)
+    dark = tl.load(table + row + 21)
+    limits = tl.cast(dark, tl.pointer_type(tl.float32))
+    whole = tl.load(limits, mask=dark != 0, other=0.0)
+    none = tl.load(limits + 1, mask=dark != 0, other=1.0)
+    signal = (luma / unit.to(tl.float32) - tl.load(m + 13).to(tl.float32)) / tl.load(m + 14).to(tl.float32)
+    share = tl.minimum(tl.maximum((none - signal) / (none - whole), 0.0), 1.0)
+    share = tl.where(dark != 0, share, 1.0) * tl.load(m + 15).to(tl.float32)
     divisor = tl.load(m + 8).to(tl.float32)
     added = tl.sum(relative, 1) * (luma / unit.to(tl.float32) + tl.load(m + 9).to(tl.float32))
     _store_changed(samples, code_0, (tl.sum(change_0, 1) + added) / divisor * share, unit, largest, is_sample)
@@ -161,15 +167,17 @@ def apply_change_triton(frame: Frame, parts: Sequence[tuple[PlaneChange, Rect]])
     """Change the given rectangles of a frame's planes in one launch."""
     device = torch.device(frame.device)
     is_packed = frame.layout.planes[0].components.startswith("RGB")
-    integers, reals = [], []
+    integers, reals, limits = [], [], []
     for part, rect in parts:
         its_integers, its_reals = _row_of(part, rect)
         plane, delta = as_tensor(part.plane), as_tensor(part.delta)
         gain = delta if part.gain is None else as_tensor(part.gain)
+        dark = None if part.dark is None else _as_tensor(part.dark, device)
+        limits.append(dark)  # it has to be there until the kernel is started
         for number in range(1 if is_packed else delta.shape[2]):
             address = plane.data_ptr() + number * plane.element_size()
             maps = delta.data_ptr() + number * delta.stride(2) * delta.element_size(), gain.data_ptr()
-            integers.append([address, *its_integers, delta.stride(0), *maps])
+            integers.append([address, *its_integers, delta.stride(0), *maps, 0 if dark is None else dark.data_ptr()])
             reals.append(its_reals)
     numbers, same = upload_table(integers, reals, device)
     largest = max((x1 - x0) * (y1 - y0) for _, (x0, y0, x1, y1) in parts)
@@ -182,15 +190,22 @@ def apply_change_triton(frame: Frame, parts: Sequence[tuple[PlaneChange, Rect]])
         )  # fmt: skip
 
 
+def _as_tensor(dark: tuple[float, float] | tuple[torch.Tensor, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return the two values of `Change.dark` on a device."""
+    if isinstance(dark[0], torch.Tensor):
+        return torch.stack(cast(tuple[torch.Tensor, torch.Tensor], dark))
+    return to_device(np.array(dark, np.float32), device)
+
+
 def _row_of(part: PlaneChange, rect: Rect) -> tuple[list[int], list[float]]:
-    """Return what the table's rows of a part's components have in common: all but the three addresses and S.
+    """Return what the table's rows of a part's components have in common: all but the four addresses and S.
 
     A row's integers are address, row stride, column stride; the rectangle's x, y, width and height; the maps' width and
     height; k, reach and rim along x, then along y (see `_filter_position`); whether there is a gain; 2^shift; the
     largest code; the crop's side S: rows of maps are S apart, components S^2; the addresses of the maps of delta and
-    gain. Its reals are the map from the rectangle's samples to D [6]; the steps along x and y; what weights are divided
-    by; what is added to the luma before it is multiplied; its weights; the share of the change at code 0, and how much
-    it falls per code; and the share of the whole change.
+    gain, and of the two values of `Change.dark` (0: all samples change). Its reals are the map from the rectangle's
+    samples to D [6]; the steps along x and y; what weights are divided by; what is added to the luma before it is
+    multiplied; its weights; the codes of E'Y = 0, and of its range; and the share of the whole change.
     """
     x0, y0, x1, y1 = rect
     height, width = part.delta.shape[:2]
@@ -207,9 +222,8 @@ def _row_of(part: PlaneChange, rect: Rect) -> tuple[list[int], list[float]]:
         *(int(part.gain is not None), 2**layout.shift, code_max(layout)),
     ]
     added = BLACK_OFFSET * part.span - part.black
-    share = share_of_codes(part) if part.dark is not None else (1.0, 0.0)
-    luma = divisor_x * divisor_y, added, *RGB_LUMA.tolist()
-    return integers, [*matrix.ravel().tolist(), *steps, *luma, *share, part.weight]
+    luma = divisor_x * divisor_y, added, *RGB_LUMA.tolist(), part.black, part.span
+    return integers, [*matrix.ravel().tolist(), *steps, *luma, part.weight]
 
 
 def _axis(size: int, step: float) -> tuple[int, int, int, float]:

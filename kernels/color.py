@@ -33,6 +33,9 @@ LUMA_WEIGHTS = {
     "smpte240m": (0.212, 0.087),
 }
 """Kr and Kb of each matrix."""
+_KR, _KB = LUMA_WEIGHTS["bt601"]
+RGB_LUMA = np.array([_KR, 1 - _KR - _KB, _KB], np.float32)
+"""Weights of R, G and B in the luma of packed RGB."""
 
 
 def color_of(frame: Frame) -> ColorSpec:

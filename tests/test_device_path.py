@@ -18,15 +18,15 @@ from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
 from faceage.agers.facegan import FaceGAN
 from faceage.agers.space import SpaceAger
 from faceage.detect import DetectConfig, Detector
+from faceage.engines import eager
 from faceage.engines.base import Runtime
 from faceage.engines.registry import BACKENDS
-from faceage.kernels import transfer
+from faceage.kernels import maps, strided, transfer
 from faceage.media import codecs, device, segment
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
 from faceage.pipeline import timer
 from faceage.pipeline.photos import age_frames, age_photos
-from faceage.pipeline.plan import KEY_EVERY_FRAMES
 from faceage.pipeline.request import AgeRequest, load_networks
 from faceage.pipeline.video import age_video
 from faceage.track import TrackConfig
@@ -43,6 +43,9 @@ WAITS = (
 """What of a tensor waits for its device; reading by a mask does too."""
 INTERPRETER = triton.runtime.interpreter.__file__
 """Triton's, which stands in for a GPU and reads the arguments of kernels."""
+FEW_BYTES = 50_000
+"""What crosses the bus for a frame of one face at most: where faces may be. All else is far less: outlines of faces,
+thumbnails for cuts, and what kernels are told."""
 MAX_DIFFERENT = 2e-4
 """Share of the samples that may differ, by one code: changes that lie half-way between two codes."""
 
@@ -81,13 +84,33 @@ def on_device(facegan):
     return dataclasses.replace(moved_to_device(facegan), ager=ager)
 
 
+class Waits(list):
+    """Names of what waited."""
+
+    largest_bytes = 0
+
+
+def sent_to_device(monkeypatch, *modules):
+    """Bytes of each array that functions of modules bring to a device, but for constants, which go there once."""
+    sent, send = [], transfer.to_device
+
+    def to_device(array, where):
+        if sys._getframe(1).f_code.co_name != "_constant":
+            sent.append(array.nbytes)
+        return send(array, where)
+
+    for module in modules:
+        monkeypatch.setattr(module, "to_device", to_device)
+    return sent
+
+
 @contextmanager
 def no_waiting():
     """Whatever waits for a tensor's device raises, but in the one place from which values go to the host.
 
-    Yields the waits there, by their names.
+    Yields the waits there, by their names, and the bytes of each.
     """
-    waited = []
+    waited = Waits()
 
     def guarded(name, original):
         def call(self, *args, **kwargs):
@@ -97,6 +120,7 @@ def no_waiting():
             if caller.co_filename != transfer.__file__ or caller.co_name != "to_host":
                 raise AssertionError(f"{name} of a tensor in {caller.co_filename}:{caller.co_name}")
             waited.append(name)
+            waited.largest_bytes = max(waited.largest_bytes, self.numel() * self.element_size())
             return original(self, *args, **kwargs)
 
         return call
@@ -130,16 +154,16 @@ def assert_alike(tensors, arrays):
         assert (apart > 0).mean() <= MAX_DIFFERENT
 
 
-def expected_waits(frames, *, key_frame, first_key):
-    """How often a video is waited for that shows one face, given how often at each key frame, and the first one."""
+def expected_waits(frames):
+    """How often a video is waited for that shows one face."""
     thumbnails = frames  # asked for some frames ahead: a GPU has sent them by the time that they are needed
     followed = frames - 1  # by O-Net
     searches = len({*range(0, frames, TrackConfig().detect_every), frames - 1})
     refined = 2  # a face that is new
     windows = -(-frames // TrackConfig().detect_every)  # in each an age is read, and an appearance
-    keys = len({*range(0, frames, KEY_EVERY_FRAMES), frames - 1})
-    # A search takes P-, R- and O-Net, and O-Net twice more for the landmarks.
-    return thumbnails + followed + 5 * searches + refined + 2 * windows + key_frame * keys + first_key
+    # A search takes P-, R- and O-Net, and O-Net twice more for the landmarks. At key frames of a change nothing waits,
+    # but for the two embeddings of each person's first one, of which the report has the cosine.
+    return thumbnails + followed + 5 * searches + refined + 2 * windows + 1
 
 
 def age_arrays_and_tensors(facegan, on_device, clip, folder):
@@ -148,8 +172,7 @@ def age_arrays_and_tensors(facegan, on_device, clip, folder):
     first = age_video(facegan, clip, folder / "arrays.mkv", request, encode=LOSSLESS)
     with no_waiting() as waited:
         second = age_video(on_device, clip, folder / "tensors.mkv", request, encode=LOSSLESS)
-    # FaceGAN's crops and changes stay where they are, but for the first ones, whose identity is measured.
-    assert waited.count("cpu") == expected_waits(first.frames, key_frame=0, first_key=2)
+    assert waited.count("cpu") == expected_waits(first.frames)
     assert first.frames_with_faces == second.frames_with_faces == first.frames
     return [decoded(path) for path in (clip, folder / "arrays.mkv", folder / "tensors.mkv")]
 
@@ -201,7 +224,7 @@ def test_a_video_from_nvdec_to_nvenc_is_the_video_of_arrays(facegan, on_device, 
 def test_the_default_model_draws_on_the_device(tiny_model, tmp_path, monkeypatch, wish, views):
     """Face with FaceGAN's share, and hair of older ones; on key frames and between them.
 
-    By torch's engines, which take arrays and tensors.
+    By torch's engines, which take arrays and tensors. No picture, no map and no change crosses the bus.
     """
     space, drawn = load_networks(model="space", runtime=Runtime(backend=BACKENDS["torch"])), []
     draw = SpaceAger.draw
@@ -215,13 +238,17 @@ def test_the_default_model_draws_on_the_device(tiny_model, tmp_path, monkeypatch
     clip = write_clip(tmp_path / "in.mkv", moving_face(14))
     for networks, name in ((space, "arrays"), (dataclasses.replace(space, device="cpu"), "tensors")):
         drawn.clear()
+        if name == "tensors":
+            space.ager._canonical_beside(torch.zeros(1))
+            sent = sent_to_device(monkeypatch, transfer, maps, eager)
         with no_waiting() if name == "tensors" else nullcontext([]) as waited:
             age_video(networks, clip, tmp_path / f"{name}.mkv", AgeRequest(**wish), encode=LOSSLESS)
         kinds = {type(change.delta) for share, changes in drawn[1:] for change in changes}  # the first: for the report
         assert kinds == {np.ndarray if name == "arrays" else torch.Tensor}
         assert {len(changes) for share, changes in drawn if 0 < share < 1} == {views}
-    # At a key frame all that was seen comes at once, and FaceGAN's share; an identity is one crop, and two embeddings.
-    assert waited.count("cpu") == expected_waits(14, key_frame=2, first_key=3)
+    assert waited.count("cpu") == expected_waits(14)
+    assert waited.largest_bytes <= FEW_BYTES
+    assert 0 < max(sent) < 1000
     source, arrays, tensors = [decoded(path) for path in (clip, tmp_path / "arrays.mkv", tmp_path / "tensors.mkv")]
     assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
     for a, b in zip(tensors, arrays, strict=True):
@@ -247,6 +274,7 @@ def test_a_video_by_the_kernels_is_the_video_of_arrays(facegan, on_device, tmp_p
         monkeypatch.setattr(
             module, "choose_implementation", lambda f, i, choose=choose: "triton" if not f.is_array else choose(f, i)
         )
+    sent = sent_to_device(monkeypatch, transfer, maps, strided, apply_change)
     few = DetectConfig(min_face_px=47)  # few pictures in the pyramid, and the CPU shrinks none
     facegan, on_device = (
         dataclasses.replace(n, detector=Detector(n.detector._pnet, n.detector._rnet, n.detector._onet, few))
@@ -254,6 +282,7 @@ def test_a_video_by_the_kernels_is_the_video_of_arrays(facegan, on_device, tmp_p
     )
     clip = write_clip(tmp_path / "in.mkv", moving_face(2))
     source, arrays, tensors = age_arrays_and_tensors(facegan, on_device, clip, tmp_path)
+    assert 0 < max(sent) < 10_000  # what rectangles R- and O-Net see
     assert any((a != b).any() for a, b in zip(source[1], arrays[1], strict=True))
     for a, b in zip(tensors, arrays, strict=True):
         assert_alike(a, b)

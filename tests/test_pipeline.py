@@ -346,7 +346,7 @@ class Darkener:
     def __init__(self):
         self.appearances, self.observed, self.shares = [], [], []
 
-    def look(self, appearances, source_age, target_age):
+    def look(self, appearances, source_age, target_age, home=None):
         self.appearances += appearances
         return list(zip(source_age.tolist(), target_age.tolist(), strict=True))
 

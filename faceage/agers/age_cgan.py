@@ -24,7 +24,7 @@ from faceage.engines.examples import example_faces
 from faceage.errors import CheckpointError
 from faceage.geometry import face_mask, skin_mask
 from faceage.kernels import maps, to_host
-from faceage.types import Appearance, Change, Crops, FloatArray, View
+from faceage.types import Appearance, Change, Crops, FloatArray, Frame, Samples, View
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +97,13 @@ class AgeCGAN:
         device = self._latent.device
         return optimize_latents(self._latent, start, problem, config, root=root, budget=budget, device=device)
 
-    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Ages]:
+    def look(
+        self,
+        appearances: Sequence[Appearance],
+        source_age: FloatArray,
+        target_age: FloatArray,
+        home: Frame | Samples | None = None,
+    ) -> list[Ages]:
         """Return the ages; see `base.Ager.look`."""
         return Ages.rows(source_age, target_age)
 

@@ -13,7 +13,7 @@ from faceage.checkpoint import read_header
 from faceage.engines.base import Engine, Program
 from faceage.errors import CheckpointError
 from faceage.geometry import TEMPLATES
-from faceage.types import Appearance, Change, Crops, FloatArray, View
+from faceage.types import Appearance, Change, Crops, FloatArray, Frame, Samples, View
 
 Composite = Literal["delta", "replace"]
 
@@ -22,7 +22,7 @@ Look = Any
 Key = Any
 """What an ager's networks made of one face at one key frame: opaque to the pipeline, never changed once it is made.
 
-Looks and keys are arrays, or dataclasses with arrays in them: `kernels.beside` brings those to a device.
+Keys are arrays or tensors, or dataclasses with such in them: `kernels.beside` brings them to a device.
 """
 
 
@@ -48,13 +48,20 @@ class Ager(Protocol):
         0: `previous` plays no part.
         """
 
-    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> Sequence[Look]:
+    def look(
+        self,
+        appearances: Sequence[Appearance],
+        source_age: FloatArray,
+        target_age: FloatArray,
+        home: Frame | Samples | None = None,
+    ) -> Sequence[Look]:
         """Decide how people are to be changed, once a person and shot.
 
         Args:
             appearances: one a person; none at all where `needs_appearance` is False.
             source_age: float32 [F], years, in the range that `pipeline.request.resolve_ages` gives.
             target_age: float32 [F], years, in the same range.
+            home: a frame or samples, where looks with maps in them are to live; None: they are arrays.
         """
 
     def observe(self, looks: Sequence[Look], crops: Sequence[Crops], previous: Sequence[Key | None]) -> Sequence[Key]:

@@ -11,7 +11,7 @@ what of them goes with age is taken out. Nobody's gender or origin is predicted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -19,7 +19,8 @@ import numpy as np
 import safetensors
 
 from faceage.geometry import face_mask
-from faceage.types import Appearance, FloatArray
+from faceage.kernels import beside, maps
+from faceage.types import Appearance, FloatArray, Frame, Samples
 
 CANONICAL_PX = 256
 """Side of the canonical picture."""
@@ -77,9 +78,10 @@ def age_features(ages: FloatArray, covariates: FloatArray) -> FloatArray:
     return np.concatenate([hats(ages), both], 1)
 
 
-def limit(x: FloatArray, down: float, up: float) -> FloatArray:
+def limit(x: Samples, down: float, up: float) -> Samples:
     """Return x, softly limited to -down and up."""
-    return np.where(x > 0, up * np.tanh(x / up), -down * np.tanh(-x / down)).astype(np.float32)
+    xp = maps.namespace(x)
+    return xp.where(x > 0, up * xp.tanh(x / up), -down * xp.tanh(-x / down))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,32 +122,37 @@ class CovariateBasis:
 class Areas:
     """Where things are on the canonical face: float32 [256, 256] each, in [0, 1], with soft rims."""
 
-    mask: FloatArray
+    mask: Samples
     """1 on the face, 0 at its outline."""
-    brows: FloatArray
-    eyes: FloatArray
-    lips: FloatArray
+    brows: Samples
+    eyes: Samples
+    lips: Samples
     """With the mouth."""
-    mouth: FloatArray
+    mouth: Samples
     """Between the lips."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CanonicalModel:
-    """The parameters of the space model."""
+    """The parameters of the space model. Its maps may lie on a device; all else are arrays."""
 
     basis: CovariateBasis
     areas: Areas
     mixing: FloatArray
     """[R, 8 + 4 C]."""
-    luma: FloatArray
+    luma: Samples
     """[R, H, H], log ratio of luma; exposure is taken out."""
-    chroma: FloatArray
+    chroma: Samples
     """[R, H', H', 2], changes of log R/G and of log B/G."""
-    wrinkles: FloatArray
+    wrinkles: Samples
     """[M, 256, 256], creases of old faces: log ratios of luma."""
     wrinkle_covariates: FloatArray
     """[M, C]."""
+
+    def maps_beside(self, home: Frame | Samples) -> CanonicalModel:
+        """Return the model with its maps where a frame or other samples live."""
+        names = ("areas", "luma", "chroma", "wrinkles")
+        return replace(self, **{name: beside(home, getattr(self, name)) for name in names})
 
     def mix(self, appearance: Appearance, source: float, target: float) -> FloatArray:
         """Return the canonical change of one person.
@@ -157,15 +164,17 @@ class CanonicalModel:
 
         Returns:
             float32 [256, 256, 4]: log ratio of luma, changes of log R/G and of log B/G, and the share of fine detail
-            that is taken away; below 0, what part is added of what old skin has more of; all 0 outside the face.
+            that is taken away; below 0, what part is added of what old skin has more of; all 0 outside the face. It is
+            where the model's maps are, to which go the weights of the mixture alone.
         """
+        xp = maps.namespace(self.luma)
         covariates = self.basis(appearance.thumbnail[None], appearance.embedding[None], np.array([source], np.float32))[
             0
         ]
         years = target - source
         luma, chroma = self._prototypes(covariates, source, target)
         areas = self.areas
-        feature = np.clip(areas.brows + areas.lips, 0, 1)
+        feature = (areas.brows + areas.lips).clip(0, 1)
         limits, chroma_limit, skin_chroma = (
             (OLDER_LIMITS, OLDER_CHROMA_LIMIT, OLDER_SKIN_CHROMA)
             if years > 0
@@ -179,37 +188,37 @@ class CanonicalModel:
             luma = luma + self._creases(covariates, source, target) * _contrast_left(appearance.thumbnail)
         skin = (1 - feature)[..., None]
         slopes = _redness(appearance.thumbnail) * np.array([DETAIL_REDNESS, DETAIL_BLUENESS], np.float32)
-        chroma = chroma + skin * luma[..., None] * slopes
+        chroma = chroma + skin * luma[..., None] * beside(luma, slopes)
         smoothed = SMOOTHED * np.clip(-years / 30, 0, 1) - np.clip(years / WRINKLED_BY_YEARS, 0, 1)
-        smoothed = smoothed * np.clip(1 - feature - areas.eyes, 0, 1)
+        smoothed = (1 - feature - areas.eyes).clip(0, 1) * smoothed
         chroma *= _colour(appearance.thumbnail)
-        tone = np.concatenate([luma[..., None], chroma, smoothed[..., None]], -1)
-        return (tone * areas.mask[..., None]).astype(np.float32)
+        tone = xp.concatenate([luma[..., None], chroma, smoothed[..., None]], -1)
+        return maps.single(tone * areas.mask[..., None])
 
-    def _prototypes(self, covariates: FloatArray, source: float, target: float) -> tuple[FloatArray, FloatArray]:
+    def _prototypes(self, covariates: FloatArray, source: float, target: float) -> tuple[Samples, Samples]:
         """Return the prototypes' change at the person's covariates: luma [256, 256] and chroma [256, 256, 2]."""
         step = np.clip((target - source) / REACH_OVER_YEARS, -1, 1)
         beyond = target + step * (OLDER_REACH_YEARS if step > 0 else YOUNGER_REACH_YEARS)
         now, then = age_features(np.array([source, beyond], np.float32), np.stack([covariates] * 2))
         weights = (OLDER_GAIN if step > 0 else YOUNGER_GAIN) * (self.mixing @ (then - now))
+        luma, chroma = (maps.weighted_sum(weights, stack) for stack in (self.luma, self.chroma))
         whole = (CANONICAL_PX, CANONICAL_PX)
-        luma = cv2.resize(np.tensordot(weights, self.luma, 1), whole, interpolation=cv2.INTER_CUBIC)
-        chroma = cv2.resize(np.tensordot(weights, self.chroma, 1), whole, interpolation=cv2.INTER_LINEAR)
-        return luma, chroma
+        return maps.resize(luma, *whole, is_cubic=True), maps.resize(chroma, *whole)
 
-    def _creases(self, covariates: FloatArray, source: float, target: float) -> FloatArray:
+    def _creases(self, covariates: FloatArray, source: float, target: float) -> Samples:
         """Return the creases of the old faces that are most like the person, [256, 256]."""
         off = np.square(covariates - self.wrinkle_covariates)
         distance = off[:, :LIGHT_COVARIATES].sum(1) + 0.7 * off[:, LIGHT_COVARIATES:].sum(1)
         nearest = np.argsort(distance, kind="stable")[: len(CREASE_SHARES)]
-        creases = np.tensordot(np.array(CREASE_SHARES[: len(nearest)], np.float32), self.wrinkles[nearest], 1)
+        shares = np.array(CREASE_SHARES[: len(nearest)], np.float32)
+        creases = maps.weighted_sum(shares, [self.wrinkles[int(row)] for row in nearest])
         span = ALL_WRINKLES_YEARS - FIRST_WRINKLES_YEARS
         amount = np.clip((target - source) / WRINKLED_BY_YEARS, 0, 1.15) * np.clip(
             (target - FIRST_WRINKLES_YEARS) / span, 0, 1.1
         )
         areas = self.areas
         where = (1 - areas.mouth) * (1 - areas.eyes) * (1 - 0.7 * areas.brows) * (1 - 0.5 * areas.lips)
-        return limit(CREASE_GAIN * creases, *CREASE_LIMITS) * (amount * where)
+        return limit(CREASE_GAIN * creases, *CREASE_LIMITS) * (where * amount)
 
 
 def _contrast_left(thumbnail: FloatArray) -> float:

@@ -20,7 +20,7 @@ from faceage.engines.base import Axis, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import face_mask, skin_masks
 from faceage.kernels import beside, maps
-from faceage.types import Appearance, Change, Crops, FloatArray, Samples, View
+from faceage.types import Appearance, Change, Crops, FloatArray, Frame, Samples, View
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,13 @@ class FaceGAN:
         self._loading = Lock()  # several threads may be the first to need a size
         self.views = (view,)
 
-    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Ages]:
+    def look(
+        self,
+        appearances: Sequence[Appearance],
+        source_age: FloatArray,
+        target_age: FloatArray,
+        home: Frame | Samples | None = None,
+    ) -> list[Ages]:
         """Return the ages; see `base.Ager.look`."""
         return Ages.rows(source_age, target_age)
 
@@ -60,14 +66,14 @@ class FaceGAN:
         size = faces.size_px
         with self._loading:
             unet = self._unet(size)
-        masks = skin_masks(faces.landmarks, size)[:, None]  # eyeballs and teeth do not get older
         keys: list[Samples] = []
         step = BATCH_PIXELS // size**2
         for start in range(0, len(faces), step):
             part = slice(start, start + step)
-            now, wanted, mask = (beside(faces.pixels, each[part]) for each in (source, target, masks))
+            now, wanted = (beside(faces.pixels, ages[part]) for ages in (source, target))
             (deltas,) = unet(faces.pixels[part], now, wanted)
-            keys += list(deltas * mask)
+            masks = skin_masks(faces.landmarks[part], size, deltas)  # eyeballs and teeth do not get older
+            keys += list(deltas * masks[:, None])
         return keys
 
     def draw(self, look: Ages, before: Samples, after: Samples, share: float) -> list[Change | None]:

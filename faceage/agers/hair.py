@@ -21,7 +21,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from faceage.kernels import BLACK_OFFSET, RGB_LUMA, maps
+from faceage.kernels import BLACK_OFFSET, maps
 from faceage.types import Change, FloatArray, Samples
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
@@ -78,15 +78,15 @@ class HairKey:
     What turning all grey would do to a pixel of hair; it is linear in the share of hair, and in how grey it gets.
     """
 
-    mask: FloatArray
+    mask: Samples
     """Share of hair in a pixel."""
-    gain: FloatArray
+    gain: Samples
     """Of luma, as `types.Change.gain`."""
-    lift: FloatArray
+    lift: Samples
     """Added to luma in [0, 1]."""
-    chroma: FloatArray
+    chroma: Samples
     """[S/2, S/2, 3], added to RGB in [0, 1]; without luma."""
-    dark: tuple[float, float]
+    dark: tuple[maps.Number, maps.Number]
     """As `types.Change.dark`."""
     rows: tuple[int, int]
     """There is hair from the first to before the second, both even: drawing the others would cost as much."""
@@ -98,57 +98,63 @@ def grey_amount(source: float, target: float) -> float:
     return float(max(0.0, (then - now) / (1 - now)))
 
 
-def find_hair(pixels: FloatArray, logit: FloatArray) -> HairKey:
-    """Return what greying needs of one head.
+def find_hair(pixels: Samples, logit: Samples) -> HairKey:
+    """Return what greying needs of one head, where its pixels live.
 
     Args:
         pixels: float32 [3, S, S], RGB in [-1, 1].
         logit: float32 [C, C], the network's; its rims are softer than strands.
     """
-    size = pixels.shape[-1]
-    rgb = (pixels.transpose(1, 2, 0) + 1) / 2
-    luma = rgb @ RGB_LUMA
-    probability = cv2.resize(1 / (1 + np.exp(-logit)), (size, size), interpolation=cv2.INTER_LINEAR)
-    mask = np.clip((_guided(probability, luma) - UNSURE) / (SURE - UNSURE), 0, 1)
+    xp, size = maps.namespace(pixels), pixels.shape[-1]
+    rgb = (maps.pixels_of(pixels) + 1) / 2
+    luma = maps.luma_of(rgb)
+    probability = maps.resize(1 / (1 + xp.exp(-logit)), size, size)
+    mask = ((_guided(probability, luma) - UNSURE) / (SURE - UNSURE)).clip(0, 1)
     mask = mask * mask * (3 - 2 * mask) * _own_head(mask)
-    calm = cv2.bilateralFilter(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
+    calm = maps.bilateral(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
     base = _within(calm, mask, BASE_SIGMA * size)
     # What is far brighter than the strands around it is the background behind them. A margin is left to it: the head
     # moves between key frames, and a bright background that is taken for hair would shine.
     dark = _ramp((BRIGHTER[1] - (luma - base)) / (BRIGHTER[1] - BRIGHTER[0]))
     margin = 2 * round(MARGIN * size) + 1
-    mask = mask * cv2.blur(cv2.erode(dark, np.ones((margin, margin), np.uint8)), (margin, margin))
-    seen = np.sqrt(cv2.GaussianBlur(np.square(luma - base), (0, 0), BASE_SIGMA * size))
-    skin = slice(int(0.42 * size), int(0.52 * size))
-    skin_rgb = np.median(rgb[skin, int(0.42 * size) : int(0.58 * size)], axis=(0, 1)).astype(np.float32)
-    strands = STRANDS * _strands(size) * _ramp(1 - seen / STRANDS_SEEN)
-    return _key(mask, base, rgb - luma[..., None], float(skin_rgb @ RGB_LUMA), LIFT + strands, _grey_chroma(skin_rgb))
+    mask = mask * maps.mean_around(maps.erode(dark, margin), margin)
+    seen = xp.sqrt(maps.blur(xp.square(luma - base), BASE_SIGMA * size))
+    skin = maps.single(maps.median(rgb[int(0.42 * size) : int(0.52 * size), int(0.42 * size) : int(0.58 * size)]))
+    strands = STRANDS * maps.constant(_strands, size, like=luma) * _ramp(1 - seen / STRANDS_SEEN)
+    skin_luma = maps.number(maps.luma_of(skin))
+    return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands, _grey_chroma(skin))
 
 
-def _grey_chroma(skin: FloatArray) -> FloatArray:
+def _grey_chroma(skin: Samples) -> Samples:
     """Return RGB less luma of grey hair of luma 1 beside skin of a colour [3]; see `GREY_COLOUR`."""
-    red, green, blue = np.maximum(skin, np.float32(0.02))
-    logs = np.array([1, np.log(red / green), np.log(blue / green)], np.float32)
-    share = np.clip(np.abs(logs[1:]).sum() / COLOURFUL, 0, 1)  # hair of black-and-white pictures stays without colour
-    red, blue = np.exp(share * np.clip(GREY_COLOUR @ logs, -GREY_COLOURS, GREY_COLOURS))
-    colour = np.array([red, 1, blue], np.float32)
-    return (colour / (colour @ RGB_LUMA) - 1).astype(np.float32)
+    xp = maps.namespace(skin)
+    red, green, blue = skin.clip(min=0.02)
+    one = green / green
+    logs = xp.stack([one, xp.log(red / green), xp.log(blue / green)])
+    share = (abs(logs[1:]).sum() / COLOURFUL).clip(0, 1)  # hair of black-and-white pictures stays without colour
+    matrix = maps.constant(_grey_colour, like=logs)
+    red, blue = xp.exp(share * (matrix @ logs).clip(-GREY_COLOURS, GREY_COLOURS))
+    colour = xp.stack([red, one, blue])
+    return colour / maps.luma_of(colour) - 1
 
 
-def _within(x: FloatArray, mask: FloatArray, sigma: float) -> FloatArray:
+def _grey_colour() -> FloatArray:
+    return GREY_COLOUR
+
+
+def _within(x: Samples, mask: Samples, sigma: float) -> Samples:
     """Return a blur of x that sees only what is in the mask; far from it, the mean of that."""
-    mean = float((x * mask).sum() / max(float(mask.sum()), 1e-6))
-    weight = cv2.GaussianBlur(mask, (0, 0), sigma)
-    return (cv2.GaussianBlur((x - mean) * mask, (0, 0), sigma) / (weight + np.float32(1e-3)) + mean).astype(np.float32)
+    mean = maps.number((x * mask).sum() / maps.limit(mask.sum(), 1e-6))
+    return maps.blur((x - mean) * mask, sigma) / (maps.blur(mask, sigma) + 1e-3) + mean
 
 
 def _key(
-    mask: FloatArray,
-    base: FloatArray,
-    chroma: FloatArray,
-    skin_luma: float,
-    lift: FloatArray | float,
-    grey: FloatArray | float = 0.0,
+    mask: Samples,
+    base: Samples,
+    chroma: Samples,
+    skin_luma: maps.Number,
+    lift: Samples | float,
+    grey: Samples | float = 0.0,
 ) -> HairKey:
     """Put the module's formula together.
 
@@ -160,50 +166,51 @@ def _key(
         lift: the formula's LIFT, one or a map.
         grey: RGB less luma of grey hair of luma 1; 0: it has none.
     """
-    size = mask.shape[0]
     # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
-    target = np.float32(np.clip(GREY_SHARE * skin_luma, min(GREY_RANGE[0], skin_luma), GREY_RANGE[1]))
-    darker = np.maximum(target - base, 0)
-    hair_luma = float((base * mask).sum() / max(float(mask.sum()), 1e-6))
-    contrast = max(skin_luma - hair_luma, MIN_CONTRAST)
-    gain = darker * (DETAIL / max(target, np.float32(1e-3)))
-    chroma = np.float32(FADE) * (grey * (base + np.float32(LIFT) * darker)[..., None] - chroma)
+    target = maps.limit(GREY_SHARE * skin_luma, maps.limit(skin_luma, 0, GREY_RANGE[0]), GREY_RANGE[1])
+    target = maps.single(target)
+    darker = (target - base).clip(min=0)
+    hair_luma = maps.number((base * mask).sum() / maps.limit(mask.sum(), 1e-6))
+    contrast = maps.limit(skin_luma - hair_luma, MIN_CONTRAST)
+    gain = darker * (DETAIL / maps.limit(target, 1e-3))
+    chroma = FADE * (grey * (base + LIFT * darker)[..., None] - chroma)
     return HairKey(
         mask=mask,
         gain=gain,
-        lift=lift * darker - gain * (base + np.float32(BLACK_OFFSET)),
-        chroma=cv2.resize(chroma, (size // 2, size // 2), interpolation=cv2.INTER_AREA),
+        lift=lift * darker - gain * (base + BLACK_OFFSET),
+        chroma=maps.halve(chroma),
         dark=(hair_luma + DARK[0] * contrast, hair_luma + DARK[1] * contrast),
         rows=_rows(mask),
     )
 
 
-def _rows(mask: FloatArray) -> tuple[int, int]:
-    """Return `HairKey.rows` of a mask [S, S]."""
+def _rows(mask: Samples) -> tuple[int, int]:
+    """Return `HairKey.rows` of a mask [S, S]. Of a tensor these are all rows: nobody waits for its device to know."""
+    if not isinstance(mask, np.ndarray):
+        return 0, len(mask)
     found = np.flatnonzero(mask.any(1))
     # Two rows more on each side: half of the maps' side is enlarged, which reads the neighbouring rows.
     return (max(found[0] // 2 * 2 - 2, 0), min(found[-1] // 2 * 2 + 4, len(mask))) if len(found) else (0, 2)
 
 
-def find_brows(rgb: FloatArray, area: FloatArray) -> HairKey:
-    """Return what greying needs of the brows.
+def find_brows(rgb: Samples, area: Samples) -> HairKey:
+    """Return what greying needs of the brows, where the face lives.
 
     Args:
         rgb: float32 [S, S, 3] in [0, 1], a face.
         area: float32 [S, S], 1 where brows can be. Of it, what is darker than the skin around it is hair.
     """
     size = rgb.shape[0]
-    luma = rgb @ RGB_LUMA
+    luma = maps.luma_of(rgb)
     bare = 1 - area
     sigma = SKIN_SIGMA * size
-    skin = cv2.GaussianBlur(luma * bare, (0, 0), sigma) / np.maximum(cv2.GaussianBlur(bare, (0, 0), sigma), 1e-3)
+    skin = maps.blur(luma * bare, sigma) / maps.blur(bare, sigma).clip(min=1e-3)
     low, high = BROW_DARKER
-    mask = _ramp(((skin - luma) / np.maximum(skin, 0.05) - low) / (high - low)) * area
-    mask = maps.clear_rim(cv2.GaussianBlur(mask, (0, 0), BROW_SIGMA * size)[None])[0]
+    mask = _ramp(((skin - luma) / skin.clip(min=0.05) - low) / (high - low)) * area
+    mask = maps.clear_rim(maps.blur(mask, BROW_SIGMA * size)[None])[0]
     # Of skin its chroma is, mostly: brows are thin, and what is left of them without it would be blue.
     chroma = BROW_CHROMA * (rgb - luma[..., None])
-    skin_luma = float(np.median(skin[area > 0.5])) if (area > 0.5).any() else 0.0
-    return _key(mask, cv2.GaussianBlur(luma, (0, 0), BROW_SIGMA * size), chroma, skin_luma, LIFT)
+    return _key(mask, maps.blur(luma, BROW_SIGMA * size), chroma, maps.median_where(skin, area > 0.5), LIFT)
 
 
 def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Change:
@@ -237,51 +244,56 @@ def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share
     maps.clear_rim(change.delta)
 
 
-def _guided(p: FloatArray, guide: FloatArray) -> FloatArray:
+def _guided(p: Samples, guide: Samples) -> Samples:
     """Return the guided filter of p by a picture (He, Sun, Tang, ECCV 2010): rims move to the picture's edges."""
-    radius = max(2, round(GUIDE_RADIUS * p.shape[0]))
-    window = (2 * radius + 1, 2 * radius + 1)
+    side = 2 * max(2, round(GUIDE_RADIUS * p.shape[0])) + 1
 
-    def mean(x: np.ndarray) -> np.ndarray:
-        return cv2.blur(x, window, borderType=cv2.BORDER_REPLICATE)
+    def mean(x: Samples) -> Samples:
+        return maps.mean_around(x, side, is_replicated=True)
 
     mean_p, mean_i = mean(p), mean(guide)
     slope = (mean(p * guide) - mean_p * mean_i) / (mean(guide * guide) - mean_i * mean_i + GUIDE_EPSILON)
     return mean(slope) * guide + mean(mean_p - slope * mean_i)
 
 
-def _own_head(mask: FloatArray) -> FloatArray:
+def _own_head(mask: Samples) -> Samples:
     """Return which hair of a mask [S, S] is the crop's own head's: its neighbours' hair is theirs to change.
 
     Hair hangs together: what does not come near the face is somebody else's.
     """
-    near, within = _reaches(mask.shape[0])
-    hair = cv2.morphologyEx((mask > 0.5).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    count, labels = cv2.connectedComponents(hair)
-    own = np.zeros(count, np.float32)
-    own[np.unique(labels[near])] = 1
-    own[0] = 0
-    rim = 2 * round(RIM * mask.shape[0] / 4) + 1
-    return cv2.blur(cv2.dilate(own[labels], np.ones((rim, rim), np.uint8)), (rim, rim)) * within
+    size = mask.shape[0]
+    hair = maps.dilate(maps.erode(maps.single(mask > 0.5), 3), 3)
+    own = maps.connected(hair, maps.constant(_near_face, size, like=mask))
+    rim = 2 * round(RIM * size / 4) + 1
+    return maps.mean_around(maps.dilate(own, rim), rim) * maps.constant(_reach, size, like=mask)
 
 
 @cache
-def _reaches(size_px: int) -> tuple[np.ndarray, FloatArray]:
-    """Return where some hair of a crop's own head is, bool [S, S], and where all of it can be, float32 [S, S].
+def _near_face(size_px: int) -> np.ndarray:
+    """Return where some hair of a crop's own head is: bool [S, S]."""
+    return _away(size_px) < OWN_REACH
 
-    Distances are from a vertical line through the face, from its middle downwards. The second map falls smoothly to 0,
-    and to exactly 0 on the outer two pixels.
+
+@cache
+def _reach(size_px: int) -> FloatArray:
+    """Return where all hair of a crop's own head can be: float32 [S, S].
+
+    It falls smoothly to 0, and to exactly 0 on the outer two pixels.
     """
-    pixels = ((np.arange(size_px) + 0.5) / size_px).astype(np.float32)
-    beside = pixels[None, :] - 0.5
-    above = UPWARDS * np.minimum(pixels[:, None] - FACE_CENTRE, 0)
-    away = np.hypot(beside, above)
     near, far = REACH
     distance = np.minimum(np.arange(size_px), np.arange(size_px)[::-1]) - 1.5
     rim = _ramp(distance / (RIM * size_px))
-    within = _ramp((far - away) / (far - near)) * rim[:, None] * rim[None, :]
+    within = _ramp((far - _away(size_px)) / (far - near)) * rim[:, None] * rim[None, :]
     within.flags.writeable = False
-    return away < OWN_REACH, within
+    return within
+
+
+def _away(size_px: int) -> FloatArray:
+    """Return distances from a vertical line through the face, from its middle downwards: float32 [S, S]."""
+    pixels = ((np.arange(size_px) + 0.5) / size_px).astype(np.float32)
+    beside = pixels[None, :] - 0.5
+    above = UPWARDS * np.minimum(pixels[:, None] - FACE_CENTRE, 0)
+    return np.hypot(beside, above)
 
 
 @cache
@@ -304,6 +316,6 @@ def _strands(size_px: int) -> FloatArray:
     return strands
 
 
-def _ramp(x: np.ndarray) -> FloatArray:
-    x = np.clip(x, 0, 1).astype(np.float32)
+def _ramp(x: Samples) -> Samples:
+    x = maps.single(x.clip(0, 1))
     return x * x * (3 - 2 * x)

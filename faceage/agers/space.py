@@ -16,12 +16,11 @@ wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
 from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
@@ -33,8 +32,8 @@ from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import TEMPLATES, apply_affine, face_mask, similarity_to_template, template_5
-from faceage.kernels import BLACK_OFFSET, RGB_LUMA, all_to_host, beside, maps
-from faceage.types import Appearance, Change, Crops, FloatArray, Samples, View
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA, beside, maps
+from faceage.types import Appearance, Change, Crops, FloatArray, Frame, Samples, View
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,14 +72,11 @@ gets as much of its own detail in addition as it lacks, within these limits: mor
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What was decided for one person: the canonical change, and how grey the hair gets.
+    """What was decided for one person: the canonical change, and how grey the hair gets."""
 
-    What is an array here and in keys is a tensor where the change is drawn on a device, see `kernels.beside`.
-    """
-
-    tone: FloatArray
+    tone: Samples
     """float32 [256, 256, 4], as `CanonicalModel.mix` returns it."""
-    crisp: FloatArray
+    crisp: Samples
     """float32 [256, 256], log ratio of luma that makes creases as sharp as close-ups show them."""
     grey: float
     """0 to 1."""
@@ -93,21 +89,21 @@ class FaceKey:
 
     size_px: int
     """S, the side of the crop in which the change is drawn."""
-    coordinates: FloatArray
+    coordinates: Samples
     """float32 [M, M, 2], canonical pixels."""
-    colours: FloatArray
+    colours: Samples
     """float32 [32, 32, 3], RGB in [0, 1]."""
-    smooth: FloatArray | None
+    smooth: Samples | None
     """float32 [S, S], luma in [0, 1] without fine detail; None where that stays as it is."""
     close: float
     """How near it is seen, 0 to 1."""
-    coarsening: float
+    coarsening: maps.Number
     """See `_coarsening`."""
-    personal: FloatArray | None
+    personal: Samples | None
     """float32 [128, 128], added to luma in [0, 1]; None where its age is to stay."""
-    blur: float
+    blur: maps.Number
     """Width of the blur that creases get, in sides of the crop."""
-    uncovered: FloatArray | None
+    uncovered: Samples | None
     """float32 [64, 64], 1 where no hair covers the face; None: not looked for."""
     hair: HairKey | None
     brows: HairKey | None
@@ -139,23 +135,33 @@ class SpaceAger:
             views: the face's, and the head's where there is a hair network.
         """
         self._coordinates, self._hair, self._personal, self._canonical = coordinates, hair, personal, canonical
+        self._canonical_on: dict[str, CanonicalModel] = {}
         self.views = views
 
-    def look(self, appearances: Sequence[Appearance], source_age: FloatArray, target_age: FloatArray) -> list[Look]:
+    def look(
+        self,
+        appearances: Sequence[Appearance],
+        source_age: FloatArray,
+        target_age: FloatArray,
+        home: Frame | Samples | None = None,
+    ) -> list[Look]:
         """Mix each person's canonical change; see `base.Ager.look`."""
-        looks = []
+        canonical, looks = self._canonical_beside(home), []
         for appearance, source, target in zip(appearances, source_age, target_age, strict=True):
-            tone = self._canonical.mix(appearance, float(source), float(target))
+            tone = canonical.mix(appearance, float(source), float(target))
             ages = Ages(float(source), float(target))
-            looks.append(
-                Look(
-                    tone=tone,
-                    crisp=_crisp(tone),
-                    grey=grey_amount(*ages),
-                    ages=ages,
-                )
-            )
+            looks.append(Look(tone=tone, crisp=_crisp(tone), grey=grey_amount(*ages), ages=ages))
         return looks
+
+    def _canonical_beside(self, home: Frame | Samples | None) -> CanonicalModel:
+        """Return the canonical model with its maps where frames or samples live, to which they are brought once."""
+        samples = home.planes[0] if isinstance(home, Frame) else home
+        if samples is None or isinstance(samples, np.ndarray):
+            return self._canonical
+        device = str(samples.device)
+        if device not in self._canonical_on:
+            self._canonical_on[device] = self._canonical.maps_beside(samples)
+        return self._canonical_on[device]
 
     def observe(
         self, looks: Sequence[Look], crops: Sequence[Crops], previous: Sequence[FaceKey | None]
@@ -165,30 +171,25 @@ class SpaceAger:
         landmarks = ((faces.landmarks + 0.5) / faces.size_px).astype(np.float32).reshape(-1, 10)
         small = _reduce(faces.pixels, self.views[0].sizes_px[0])
         (fractions,) = self._coordinates(small, beside(small, landmarks))
-        logits = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0])) if self._hair else ()
-        # What follows is OpenCV's: all that it needs of a device comes in one piece.
-        small, fractions, *rest = all_to_host([small, fractions, *(each.pixels for each in crops), *logits])
-        crops = [replace(each, pixels=rest.pop(0)) for each in crops]
-        faces = crops[0]
-        where = np.ascontiguousarray(fractions.transpose(0, 2, 3, 1)) * CANONICAL_PX - 0.5
-        if self._hair is None:
-            hair: list[HairKey | None] = [None] * len(faces)
-        else:
-            hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, rest[0], strict=True)]
+        hair: list[HairKey | None] = [None] * len(faces)
+        if self._hair is not None:
+            (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
+            hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
         keys = []
         close, personal = _close(faces), self._draw_personal(looks, faces)
-        for look, pixels, face, coordinates, found, near, own in zip(
-            looks, faces.pixels, small, where, hair, close, personal, strict=True
+        for look, pixels, face, where, found, near, own in zip(
+            looks, faces.pixels, small, fractions, hair, close, personal, strict=True
         ):
-            rgb = (pixels.transpose(1, 2, 0) + 1) / 2
-            luma = rgb @ RGB_LUMA
-            smooth = _smooth(luma) if look.tone[..., 3].any() else None
+            coordinates = maps.by_pixels(where) * CANONICAL_PX - 0.5
+            rgb = (maps.pixels_of(pixels) + 1) / 2
+            luma = maps.luma_of(rgb)
+            smooth = _smooth(luma) if look.ages.target != look.ages.source else None
             keys.append(
                 FaceKey(
                     size_px=faces.size_px,
                     coordinates=coordinates,
-                    colours=cv2.resize(rgb, (COLOUR_PX, COLOUR_PX), interpolation=cv2.INTER_AREA),
-                    blur=BLUR_SIGMA * float(np.clip((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1)),
+                    colours=maps.shrink(rgb, COLOUR_PX),
+                    blur=BLUR_SIGMA * maps.limit((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1),
                     smooth=smooth,
                     close=float(near),
                     personal=own,
@@ -202,17 +203,17 @@ class SpaceAger:
             )
         return keys
 
-    def _draw_personal(self, looks: Sequence[Look], faces: Crops) -> list[FloatArray | None]:
+    def _draw_personal(self, looks: Sequence[Look], faces: Crops) -> list[Samples | None]:
         """Return `FaceKey.personal` of each face."""
         chosen = [i for i, look in enumerate(looks) if look.ages.target != look.ages.source]
-        drawn: list[FloatArray | None] = [None] * len(looks)
+        drawn: list[Samples | None] = [None] * len(looks)
         if not chosen:
             return drawn
-        (view,), side = self._personal.views, (PERSONAL_PX, PERSONAL_PX)
+        (view,) = self._personal.views
         matrix = _between(self.views[0], view, faces.size_px, PERSONAL_PX)
-        pixels = [cv2.warpAffine(faces.pixels[i].transpose(1, 2, 0), matrix, side) for i in chosen]
+        pixels = [maps.by_planes(maps.warp(maps.pixels_of(faces.pixels[i]), matrix, PERSONAL_PX)) for i in chosen]
         crops = Crops(
-            pixels=np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)),
+            pixels=maps.namespace(pixels[0]).stack(pixels),
             landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[chosen]),
             frame_to_crop=np.zeros((len(chosen), 2, 3), np.float32),
         )
@@ -220,26 +221,26 @@ class SpaceAger:
         back = _between(view, self.views[0], PERSONAL_PX, PERSONAL_PX)
         deltas = self._personal.observe(ages, (crops,), [None] * len(chosen))
         for i, delta in zip(chosen, deltas, strict=True):
-            luma = np.tensordot(RGB_LUMA, delta, 1).astype(np.float32)
+            luma = maps.luma_of_planes(delta)
             if looks[i].ages.target > looks[i].ages.source:
-                folds = luma - cv2.GaussianBlur(luma, (0, 0), FOLD_SIGMA)
-                luma = OLDER_PERSONAL * (np.minimum(folds, 0) + BESIDE_FOLDS * np.maximum(folds, 0))
+                folds = luma - maps.blur(luma, FOLD_SIGMA)
+                luma = OLDER_PERSONAL * (folds.clip(max=0) + BESIDE_FOLDS * folds.clip(min=0))
             else:
-                luma *= YOUNGER_PERSONAL
-            drawn[i] = cv2.warpAffine(luma * (face_mask(PERSONAL_PX) / 2), back, side)
+                luma = YOUNGER_PERSONAL * luma
+            mask = maps.constant(face_mask, PERSONAL_PX, like=luma)
+            drawn[i] = maps.warp(luma * (mask / 2), back, PERSONAL_PX)
         return drawn
 
-    def _brows(self, coordinates: FloatArray, size_px: int) -> FloatArray:
+    def _brows(self, coordinates: Samples, size_px: int) -> Samples:
         """Return where brows can be in a face's crop: float32 [S, S]."""
-        where = cv2.resize(coordinates, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
-        return cv2.remap(self._canonical.areas.brows, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+        brows = self._canonical_beside(coordinates).areas.brows
+        return maps.remap(brows, maps.resize(coordinates, size_px, size_px))
 
-    def _uncovered(self, hair: HairKey) -> FloatArray:
+    def _uncovered(self, hair: HairKey) -> Samples:
         """Return where a face's crop shows no hair: float32 [64, 64]."""
         face, head = self.views
         matrix = _between(head, face, hair.mask.shape[0], UNCOVERED_PX)
-        covered = cv2.warpAffine(hair.mask, matrix, (UNCOVERED_PX, UNCOVERED_PX), flags=cv2.INTER_LINEAR)
-        return 1 - np.clip(covered, 0, 1)
+        return 1 - maps.warp(hair.mask, matrix, UNCOVERED_PX).clip(0, 1)
 
     def draw(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> list[Change | None]:
         """Read the change where the face lies; see `base.Ager.draw`."""
@@ -258,8 +259,7 @@ class SpaceAger:
         if close := (1 - share) * before.close + share * after.close:
             tone[..., 0] += close * self._read(look.crisp, where, size)
         blur = (1 - share) * before.blur + share * after.blur
-        if blur * size > MIN_BLUR_PX:
-            tone = maps.blur(tone, blur * size)
+        tone = maps.blur_within(tone, blur * size, MIN_BLUR_PX, BLUR_SIGMA * size)
         maps.clear_rim(maps.planes_of(tone))
         luma, small = maps.channel(tone, 0), maps.halve(tone)
         if before.uncovered is not None and after.uncovered is not None:
@@ -324,26 +324,27 @@ def _between(source: View, target: View, source_px: int, target_px: int) -> Floa
     return similarity_to_template(points, template_5(target_px, target.template))[0]
 
 
-def _reduce(pixels: FloatArray, side_px: int) -> FloatArray:
+def _reduce(pixels: Samples, side_px: int) -> Samples:
     """Return crops [F, 3, S, S] at the side that a network takes; S is a multiple of it."""
     times = pixels.shape[-1] // side_px
     return pixels if times == 1 else pixels.reshape(-1, 3, side_px, times, side_px, times).mean((3, 5))
 
 
-def _fineness(face: FloatArray) -> float:
+def _fineness(face: Samples) -> maps.Number:
     """Return how sharp a face [3, S, S] is: its detail below 0.6 % of the crop's side to that of 0.6 to 2.5 %."""
-    side = face.shape[-1]
+    xp, side = maps.namespace(face), face.shape[-1]
     middle = slice(side // 4, 3 * side // 4)
-    luma = np.tensordot(RGB_LUMA, face[:, middle, middle], 1)
-    fine, coarse = (cv2.GaussianBlur(luma, (0, 0), sigma * side / 128) for sigma in (0.8, 3.2))
-    return float((luma - fine).std() / max(float((fine - coarse).std()), 1e-6))
+    luma = maps.luma_of_planes(face[:, middle, middle])
+    fine, coarse = (maps.blur(luma, sigma * side / 128) for sigma in (0.8, 3.2))
+    fine_detail, coarse_detail = (xp.std(each, correction=0) for each in (luma - fine, fine - coarse))
+    return maps.number(fine_detail / maps.limit(coarse_detail, 1e-6))
 
 
-def _crisp(tone: FloatArray) -> FloatArray:
+def _crisp(tone: Samples) -> Samples:
     """Return `Look.crisp` of a canonical change, 0 where that is to be younger."""
-    luma = cv2.extractChannel(tone, 0)
-    detail = luma - cv2.GaussianBlur(luma, (0, 0), CRISP_SIGMA)
-    return (CRISP_DARKER * np.minimum(detail, 0) + CRISP_BRIGHTER * np.maximum(detail, 0)) * (tone[..., 3] < 0)
+    luma = maps.channel(tone, 0)
+    detail = luma - maps.blur(luma, CRISP_SIGMA)
+    return (CRISP_DARKER * detail.clip(max=0) + CRISP_BRIGHTER * detail.clip(min=0)) * (tone[..., 3] < 0)
 
 
 def _close(crops: Crops) -> FloatArray:
@@ -353,7 +354,7 @@ def _close(crops: Crops) -> FloatArray:
     return np.clip((side - far) / (near - far), 0, 1)
 
 
-def _coarsening(luma: FloatArray, smooth: FloatArray) -> float:
+def _coarsening(luma: Samples, smooth: Samples) -> maps.Number:
     """Return what share of its own fine detail is added to skin that gets old; see `ROUGHNESS`.
 
     Args:
@@ -362,14 +363,14 @@ def _coarsening(luma: FloatArray, smooth: FloatArray) -> float:
     """
     side = len(luma)
     middle = (slice(side // 4, 3 * side // 4),) * 2
-    detail = np.abs(luma[middle] - smooth[middle]) / (luma[middle] + np.float32(BLACK_OFFSET))
-    return float(np.clip(ROUGHNESS / max(float(np.median(detail)), 1e-4) - 1, *COARSENED))
+    detail = abs(luma[middle] - smooth[middle]) / (luma[middle] + BLACK_OFFSET)
+    return maps.limit(ROUGHNESS / maps.limit(maps.number(maps.median(detail)), 1e-4) - 1, *COARSENED)
 
 
-def _smooth(luma: FloatArray) -> FloatArray:
+def _smooth(luma: Samples) -> Samples:
     """Return luma [S, S] in [0, 1] without fine detail; edges are kept."""
-    half = cv2.resize(luma, (luma.shape[1] // 2, luma.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    return cv2.resize(cv2.bilateralFilter(half, -1, SMOOTH_RANGE, SMOOTH_SIGMA * half.shape[0]), luma.shape[::-1])
+    half = maps.halve(luma)
+    return maps.resize(maps.bilateral(half, -1, SMOOTH_RANGE, SMOOTH_SIGMA * half.shape[0]), *luma.shape)
 
 
 def coordinates_program(checkpoint: Path) -> Program:

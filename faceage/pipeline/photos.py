@@ -102,7 +102,8 @@ def age_frames(
         appearances = networks.sample_appearances(frames, faces) if networks.ager.needs_appearance else []
     source, target = resolve_ages(estimated, request)
     weights = pose_weights(faces.landmarks, faces.scores) * request.strength
-    drawn = _draw(networks, frames, faces, networks.ager.look(appearances, source, target), timer)
+    looks = networks.ager.look(appearances, source, target, frames[0] if frames else None)
+    drawn = _draw(networks, frames, faces, looks, timer)
     results = []
     with timer("blend"):
         for i, frame in enumerate(frames):

@@ -181,8 +181,8 @@ class _Keys:
     frames: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     """The ager's, one a frame, where the frames live."""
-    looks: list[tuple[float, Look]] = field(default_factory=list)
-    """The target age, and what the ager decided, one a frame, where the frames live."""
+    looks: list[_Decided] = field(default_factory=list)
+    """What the ager decided, one a frame."""
     newest: Key | None = None
     """The last key on the host, from which the next one is found."""
     drawn: tuple[int, float, Sequence[Change | None]] = (-1, 0.0, ())
@@ -221,12 +221,10 @@ def _share(frame: int, count: int) -> float:
 
 
 class _Decided(NamedTuple):
-    """What the ager decided about a person, for one target age."""
+    """What the ager decided about a person, for one target age; where the frames live."""
 
     target: float
     look: Look
-    placed: Look
-    """The same where the frames live."""
 
 
 Chain = dict[int, _Keys]
@@ -294,8 +292,8 @@ class Renderer:
             return known
         ager = self._networks.ager
         source, wanted = np.array([aged.source_age], np.float32), np.array([target], np.float32)
-        (look,) = ager.look([aged.appearance] if ager.needs_appearance else [], source, wanted)
-        decided = self._looks[aged.track.track_id] = _Decided(target, look, beside(frame, look))
+        (look,) = ager.look([aged.appearance] if ager.needs_appearance else [], source, wanted, frame)
+        decided = self._looks[aged.track.track_id] = _Decided(target, look)
         return decided
 
     def _boundary_after(self, frame: int) -> int:
@@ -358,7 +356,7 @@ class Renderer:
             for mine, key, each, (_, frame) in zip(known, keys, decided, batch, strict=True):
                 mine.frames.append(frame)
                 mine.keys.append(beside(frames[0], key))
-                mine.looks.append((each.target, each.placed))
+                mine.looks.append(each)
                 mine.newest = key
 
     def _blend(self, chain: Chain, in_view: list[AgedTrack], frame: Frame, index: int) -> Frame:

@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 
 from faceage.agers.base import Ager, Composite, ModelFiles
@@ -26,9 +25,9 @@ from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
-from faceage.kernels import all_to_host, change_crop, gather_crops, to_host
+from faceage.kernels import all_to_host, change_crop, gather_crops, maps, to_host
 from faceage.models import DEFAULT_MODEL, facenet_file, find_model
-from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame
+from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame, Samples
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +170,7 @@ class Networks:
         matrices = align_faces(faces.landmarks, self.identity_px)
         pixels = gather_crops(frames, faces.frame_index, matrices, self.identity_px)
         (embeddings,) = self.identity(pixels)
-        crops, vectors = all_to_host([pixels, embeddings])
-        thumbnails = _shrink(crops, THUMBNAIL_PX)
+        thumbnails, vectors = all_to_host([_shrink(pixels, THUMBNAIL_PX), embeddings])
         return [Appearance(embedding=e, thumbnail=t) for e, t in zip(vectors, thumbnails, strict=True)]
 
     def measure_identity(self, crops: Crops, changes: Sequence[Change | None]) -> FloatArray:
@@ -182,15 +180,15 @@ class Networks:
             crops: in the view "face".
             changes: of the same faces, in the same view.
         """
-        before = to_host(crops.pixels)
+        before = crops.pixels
         changed = [
             face if change is None else change_crop(face, change) for face, change in zip(before, changes, strict=True)
         ]
-        after = np.stack(changed) if changed else before
-        embeddings = [self.identity(self._frame_face(faces))[0] for faces in (before, after)]
+        after = maps.namespace(before).stack(changed) if changed else before
+        embeddings = all_to_host([self.identity(self._frame_face(faces))[0] for faces in (before, after)])
         return (embeddings[0] * embeddings[1]).sum(1)
 
-    def _frame_face(self, pixels: FloatArray) -> FloatArray:
+    def _frame_face(self, pixels: Samples) -> Samples:
         """Return crops [F, 3, S, S] of the ager's first view as the identity network frames a face."""
         template = self.ager.views[0].template
         if template is TEMPLATE_5:
@@ -200,22 +198,22 @@ class Networks:
         faces = _shrink(pixels, min(pixels.shape[-1], 2 * side))
         inner, outer = template_5(side), template_5(faces.shape[-1], template)
         (matrix,) = similarity_to_template(outer[None], inner)
-        framed = [
-            cv2.warpAffine(face.transpose(1, 2, 0), matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
-            for face in faces
-        ]
-        return np.stack(framed).transpose(0, 3, 1, 2) if framed else np.zeros((0, 3, side, side), np.float32)
+        framed = [maps.warp(maps.pixels_of(face), matrix, side, is_replicated=True) for face in faces]
+        return _stack([maps.by_planes(face) for face in framed], like=pixels[:, :, :side, :side])
 
 
-def _shrink(pixels: FloatArray, side_px: int) -> FloatArray:
+def _shrink(pixels: Samples, side_px: int) -> Samples:
     """Return faces [F, 3, S, S] reduced to another side by area."""
     if pixels.shape[-1] == side_px:
         return pixels
-    small = np.empty((len(pixels), 3, side_px, side_px), np.float32)
-    for face, channels in zip(pixels, small, strict=True):
-        for channel, out in zip(face, channels, strict=True):
-            cv2.resize(channel, (side_px, side_px), dst=out, interpolation=cv2.INTER_AREA)
-    return small
+    channels = [maps.shrink(channel, side_px) for face in pixels for channel in face]
+    small = pixels[:, :, :side_px, :side_px]
+    return _stack(channels, like=small).reshape(small.shape)
+
+
+def _stack(samples: Sequence[Samples], like: Samples) -> Samples:
+    """Return samples as one, `like` where there are none."""
+    return maps.namespace(like).stack(samples) if samples else like
 
 
 def mean_appearance(samples: Sequence[Appearance]) -> Appearance:

@@ -22,7 +22,8 @@ from faceage.kernels import (
     yuv_to_rgb,
 )
 from faceage.kernels import implementation as implementation_module
-from faceage.kernels.apply_change import BLACK_OFFSET, RGB_LUMA, enlarge_factor, luma_codes
+from faceage.kernels.apply_change import BLACK_OFFSET, enlarge_factor
+from faceage.kernels.color import RGB_LUMA, luma_codes
 from faceage.kernels.gather import box_factors
 from faceage.kernels.implementation import choose_implementation
 from faceage.kernels.placement import crop_to_plane, upright
