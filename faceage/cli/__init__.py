@@ -5,12 +5,17 @@ Each command has its module here, imported when it is asked for: `faceage --help
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import click
 
 from faceage import __version__
 from faceage.errors import FaceAgeError
+
+# Each core has a thread of ours already. NumPy's matrix products, which are small here, would start as many more: they
+# take five times the processor's time. It reads this when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 COMMANDS = {
     "video": "Age every face in videos.",

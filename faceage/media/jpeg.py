@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -33,7 +34,9 @@ _NO_BODY = frozenset([0x01, *range(0xD0, 0xD8), SOI])
 # In coded data 0xFF is followed by 0x00, or by a restart marker.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 MAX_COEFFICIENT = 1023
-"""Ten bits of magnitude, the most that 8-bit JPEG codes."""
+"""Ten bits of magnitude, the most that 8-bit JPEG codes; the mean of a black block may be one less."""
+MIN_COEFFICIENTS = np.full(64, -MAX_COEFFICIENT, np.int16)
+MIN_COEFFICIENTS[0] -= 1
 _ZIGZAG = sorted(range(64), key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8))
 """Where each coefficient of a table in a file belongs, row by row."""
 _DCT = np.cos(np.pi / 8 * np.arange(8)[:, None] * (np.arange(8) + 0.5)).astype(np.float32) / 2
@@ -187,13 +190,15 @@ def edit_jpeg(jpeg: Jpeg, before: Sequence[Plane], after: Sequence[Plane], segme
         after: the same, changed.
         segments: the header's, as they are to be written; the Huffman tables are replaced.
     """
-    changes = [_changed_rows(*planes) for planes in zip(before, after, jpeg.quantisation(), strict=True)]
+    changed = [_changed_blocks(*planes) for planes in zip(before, after, strict=True)]
+    transforms = [_DCT_2D / table.reshape(64) for table in jpeg.quantisation()]
 
     def edit(component: int, row: int, coefficients: Coefficients) -> None:
-        if row in changes[component]:
-            columns, change = changes[component][row]
-            changed = np.clip(coefficients[columns] + change, -MAX_COEFFICIENT, MAX_COEFFICIENT)
-            coefficients[columns] = changed
+        columns = np.flatnonzero(changed[component][row : row + 1])
+        if len(columns):
+            change = _change_of(before[component], after[component], row, columns) @ transforms[component]
+            new = coefficients[columns] + np.rint(change).astype(np.int16)
+            coefficients[columns] = np.clip(new, MIN_COEFFICIENTS, MAX_COEFFICIENT)
 
     coded = edit_coefficients(
         jpeg.data[: jpeg.end],
@@ -224,28 +229,16 @@ def _huffman_coded(coded: bytes) -> tuple[bytes, bytes]:
     raise ValueError("libjpeg-turbo wrote no scan")
 
 
-def _changed_rows(
-    before: Plane, after: Plane, table: npt.NDArray[np.float32]
-) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
-    """Return the quantised change of a plane: for each row of blocks the columns [N] and coefficients [N, 64]."""
-    row, column = np.nonzero(_changed_blocks(before, after))
-    if not len(row):
-        return {}
-    top, left = row[0], column.min()
-    window = slice(top * 8, (row[-1] + 1) * 8), slice(left * 8, (column.max() + 1) * 8)
-    blocks_before, blocks_after = (_blocks(plane[window])[row - top, column - left] for plane in (before, after))
-    difference = blocks_after.astype(np.float32) - blocks_before
-    quantised = np.rint(difference.reshape(-1, 64) @ _DCT_2D / table.reshape(64)).astype(np.int32)
-    coded = quantised.any(1)
-    row, column, quantised = row[coded], column[coded], quantised[coded]
-    cuts = np.flatnonzero(np.diff(row)) + 1
-    return {
-        int(rows[0]): (columns, change)
-        for rows, columns, change in zip(
-            np.split(row, cuts), np.split(column, cuts), np.split(quantised, cuts), strict=True
-        )
-        if len(rows)
-    }
+def _change_of(before: Plane, after: Plane, row: int, columns: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Return the change of the samples of blocks [N] in a row of blocks: float32 [N, 64]."""
+    first, last = columns[0], columns[-1]
+    window = slice(row * 8, (row + 1) * 8), slice(first * 8, (last + 1) * 8)
+    difference = cv2.subtract(after[window], before[window], dtype=cv2.CV_32F)
+    height, width = difference.shape
+    if height < 8 or width % 8:  # over the edge, blocks are filled with its samples
+        difference = np.pad(difference, ((0, 8 - height), (0, -width % 8)), "edge")
+    blocks = difference.reshape(8, -1, 8).swapaxes(0, 1)
+    return (blocks if len(columns) == len(blocks) else blocks[columns - first]).reshape(-1, 64)
 
 
 def _changed_blocks(before: Plane, after: Plane) -> npt.NDArray[np.bool_]:
@@ -255,12 +248,6 @@ def _changed_blocks(before: Plane, after: Plane) -> npt.NDArray[np.bool_]:
     changed = rows[0] != rows[1]
     if whole < before.shape[1]:
         changed = np.column_stack([changed, (before[:, whole:] != after[:, whole:]).any(1)])
-    return np.logical_or.reduceat(changed, np.arange(0, len(changed), 8), axis=0)
-
-
-def _blocks(samples: npt.NDArray) -> npt.NDArray:
-    """Return the blocks of 8x8 of [H, W] as [rows, columns, 8, 8]; those over the edge are filled with its samples."""
-    if samples.shape[0] % 8 or samples.shape[1] % 8:
-        samples = np.pad(samples, [(0, -size % 8) for size in samples.shape], "edge")
-    height, width = samples.shape
-    return samples.reshape(height // 8, 8, width // 8, 8).swapaxes(1, 2)
+    if len(changed) % 8:
+        changed = np.pad(changed, ((0, -len(changed) % 8), (0, 0)))
+    return changed.reshape(-1, 8, changed.shape[1]).any(1)
