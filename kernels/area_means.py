@@ -10,11 +10,13 @@ A sample that lies in two bins counts in both: adaptive average pooling, as in t
 
 Convention: rectangles are in luma pixels of the picture as it is shown. Bytes moved: each sample once a call, if bins
 do not overlap. The CPU sums a frame once and reads four sums a bin.
-Tolerance: implementations differ by less than 1e-5; a CPU that shrinks large frames first rounds to codes once more.
+Tolerance: implementations differ by less than 1e-5. Of large frames that are arrays, a reduced picture is read instead,
+halved until a bin has about one pixel: nearly the same means, for a fraction of the time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
@@ -24,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from faceage.kernels.color import color_of, yuv_to_rgb
+from faceage.kernels.gather import warp_samples
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import upright
 from faceage.kernels.transfer import to_device
-from faceage.types import FloatArray, Frame, IntArray, Plane, Samples
+from faceage.types import FloatArray, Frame, HostPlane, IntArray, Plane, Samples
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +48,7 @@ class AreaMeans:
     Args:
         frames: of one size, all arrays or all on one device; one at least.
         scale: what RGB in [-1, 1] is multiplied by.
-        shrink: arrays are reduced by this integer first, for their sums take four times their memory.
+        shrink: above 1, arrays are reduced by this integer first and read as a reduced picture.
         impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a
             GPU; "auto" what fits the frames.
     """
@@ -60,15 +63,17 @@ class AreaMeans:
     ) -> None:
         self.width, self.height = frames[0].width, frames[0].height
         chosen = choose_implementation(frames[0], impl)
-        self._frames: Sequence[_TensorSums | _ArraySums | BinSums]
+        self._frames: Sequence[_TensorSums | _ArraySums | _ReducedFrame | BinSums]
         if chosen == "triton":
             from faceage.kernels.area_means_triton import BinSums
 
             self._frames = [BinSums(frame, scale) for frame in frames]
         elif chosen == "ref":
             self._frames = [_TensorSums(frame, scale) for frame in frames]
+        elif shrink > 1:
+            self._frames = [_ReducedFrame(frame, scale, shrink) for frame in frames]
         else:
-            self._frames = [_ArraySums(frame, scale, shrink) for frame in frames]
+            self._frames = [_ArraySums(frame, scale) for frame in frames]
 
     def pictures(self, width: int, height: int) -> Samples:
         """Return the whole frames at this size: float32 [N, 3, H, W], odd sides one pixel longer."""
@@ -187,25 +192,25 @@ class _TensorSums:
         return (self._scale * rgb.clamp(-1, 1)).float().permute(0, 3, 1, 2).contiguous()
 
 
+def _to_pixels(frame: Frame, scale: float) -> npt.NDArray[np.float64]:
+    """Return the map from a frame's stored codes to scaled RGB: [3, 4], the offset last."""
+    matrix, offset = yuv_to_rgb(color_of(frame), frame.layout.bit_depth)
+    return scale * np.column_stack([matrix / 2**frame.layout.shift, offset])
+
+
 class _ArraySums:
     """The CPU implementation: sums by OpenCV, which give the mean of any rectangle by four reads."""
 
-    def __init__(self, frame: Frame, scale: float, shrink: int) -> None:
+    def __init__(self, frame: Frame, scale: float) -> None:
         self._size = np.array([frame.width, frame.height])
         self._layout, self._scale = frame.layout, scale
-        matrix, offset = yuv_to_rgb(color_of(frame), frame.layout.bit_depth)
-        self._to_pixels = scale * np.column_stack([matrix / 2**frame.layout.shift, offset])
+        self._to_pixels = _to_pixels(frame, scale)
         self._tables = []
         for planes, sub_x, sub_y in _planes_as_shown(frame):
-            parts = planes
-            if shrink > 1:
-                height, width = parts[0].shape[:2]
-                size = (-(-width // shrink), -(-height // shrink))
-                parts = [cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in parts]
-            samples = np.dstack(parts)[..., :3]  # [H, W, C]
+            samples = np.dstack(planes)[..., :3]  # [H, W, C]
             # The sums of 8 bits may pass 2^31 and wrap round; the differences come out right all the same.
             depth = cv2.CV_32S if samples.dtype == np.uint8 else cv2.CV_64F
-            self._tables.append((np.atleast_3d(cv2.integral(samples, sdepth=depth)), sub_x * shrink, sub_y * shrink))
+            self._tables.append((np.atleast_3d(cv2.integral(samples, sdepth=depth)), sub_x, sub_y))
 
     def picture(self, width: int, height: int) -> FloatArray:
         """Return the frame at this size: float32 [3, H, W]."""
@@ -269,3 +274,54 @@ class _ArraySums:
 def _taken(values: npt.NDArray, places: IntArray, axis: int) -> npt.NDArray:
     """Return values at places that exist: NumPy needs a third of the time if it need not make sure of that."""
     return values.take(places, axis, mode="clip")
+
+
+class _ReducedFrame:
+    """The CPU implementation for large frames: a reduced picture in the frame's own codes, halved again and again."""
+
+    def __init__(self, frame: Frame, scale: float, shrink: int) -> None:
+        self._size, self._scale = np.array([frame.width, frame.height]), scale
+        self._to_pixels = _to_pixels(frame, scale)
+        size = (-(-frame.width // shrink), -(-frame.height // shrink))
+        planes = [plane for same, _, _ in _planes_as_shown(frame) for plane in same]
+        codes = cv2.merge([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
+        if codes.ndim == 2:  # of gray, the chroma is the code in the middle
+            middle = 2 ** (frame.layout.bit_depth - 1 + frame.layout.shift)
+            codes = cv2.merge([codes, *[np.full_like(codes, middle)] * 2])
+        self._halved = [codes[..., :3]]
+
+    def _reduced(self, cell_px: float) -> HostPlane:
+        """Return the picture [H', W', 3] in which a cell of this many pixels of the frame has one to two."""
+        times = int(math.log2(max(cell_px * self._halved[0].shape[1] / self._size[0], 1)))
+        while len(self._halved) <= times and min(self._halved[-1].shape[:2]) > 1:
+            height, width = self._halved[-1].shape[:2]
+            size = ((width + 1) // 2, (height + 1) // 2)
+            self._halved.append(cv2.resize(self._halved[-1], size, interpolation=cv2.INTER_AREA))
+        return self._halved[min(times, len(self._halved) - 1)]
+
+    def picture(self, width: int, height: int) -> FloatArray:
+        """Return the frame at this size: float32 [3, H, W]."""
+        small = cv2.resize(self._reduced(self._size[0] / width), (width, height), interpolation=cv2.INTER_LINEAR)
+        small = cv2.copyMakeBorder(small, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        return self._to_rgb(small[None])[0]
+
+    def rectangles(self, low: IntArray, high: IntArray, size_px: int) -> FloatArray:
+        """Return rectangles: float32 [K, 3, S, S]."""
+        codes = np.empty((len(low), size_px, size_px, 3), self._halved[0].dtype)
+        cells = (high - low) / size_px
+        for out, start, cell in zip(codes, low, cells, strict=True):
+            reduced = self._reduced(float(cell.min()))
+            ratio = np.array(reduced.shape[1::-1]) / self._size
+            scale, offset = cell * ratio, (start + cell / 2) * ratio - 0.5  # centres of pixels are at integers
+            matrix = np.array([[scale[0], 0, offset[0]], [0, scale[1], offset[1]]])
+            out[...] = warp_samples(reduced, matrix, (size_px, size_px), cv2.BORDER_REPLICATE)
+        return self._to_rgb(codes)
+
+    def _to_rgb(self, codes: HostPlane) -> FloatArray:
+        """Return pictures of codes [K, H, W, 3] as RGB: float32 [K, 3, H, W]."""
+        count, height, width, _ = codes.shape
+        if not count:
+            return np.zeros((0, 3, height, width), np.float32)
+        pixels = cv2.transform(codes.reshape(count * height, width, 3).astype(np.float32), self._to_pixels)
+        np.clip(pixels, -self._scale, self._scale, out=pixels)
+        return np.ascontiguousarray(pixels.reshape(codes.shape).transpose(0, 3, 1, 2))

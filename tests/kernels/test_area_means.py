@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from frames import as_tensors, noise_frame
@@ -82,3 +84,31 @@ def test_agrees_with_the_gathered_crop():
     matrix = np.array([[0.5, 0, -0.25], [0, 0.5, -0.25]], np.float32)
     crop = gather_crops([frame], np.zeros(1, np.int64), matrix[None], 32)
     np.testing.assert_allclose(AreaMeans([frame]).pictures(32, 32), crop, atol=1e-5)
+
+
+def waves(pixel_format, width, height, rotation):
+    """A frame of broad shapes, the same ones in all planes: noise would be blurred more or less."""
+    layout = PIXEL_LAYOUTS[pixel_format]
+    planes = []
+    for plane, spec in zip(noise_frame(pixel_format, width, height).planes, layout.planes, strict=True):
+        y, x = np.mgrid[: plane.shape[0], : plane.shape[1]]
+        wave = np.sin((x + 0.5) * spec.sub_x / 17) * np.cos((y + 0.5) * spec.sub_y / 23)
+        depth = 0.3 if spec.components[0] in "YR" else 0.06
+        codes = ((0.5 + depth * wave) * 2**layout.bit_depth).astype(plane.dtype) << layout.shift
+        planes.append(codes if plane.ndim == 2 else np.dstack([codes] * plane.shape[2]))
+    return replace(noise_frame(pixel_format, width, height, rotation=rotation), planes=tuple(planes))
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+@pytest.mark.parametrize("pixel_format", PIXEL_LAYOUTS)
+def test_a_reduced_frame_shows_nearly_the_same(pixel_format, rotation):
+    frame = waves(pixel_format, 241, 190, rotation)
+    whole, reduced = AreaMeans([frame]), AreaMeans([frame], shrink=2)
+    low, high = np.array([[0, 0], [33, 51], [7, 90]]), np.array([[whole.width, whole.height], [92, 110], [88, 170]])
+    pairs = [(whole.pictures(*size), reduced.pictures(*size)) for size in ((60, 47), (25, 20), (13, 11))]
+    pairs.append(tuple(means.rectangles(INDEX[:3], low, high, 24) for means in (whole, reduced)))
+    for wanted, got in pairs:
+        assert got.shape == wanted.shape
+        # A shift by half a cell would change cells by half of what neighbours differ by.
+        assert np.abs(got - wanted).mean() < 0.3 * np.abs(np.diff(wanted)).mean()
+    assert reduced.rectangles(INDEX[:0], low[:0], high[:0], 8).shape == (0, 3, 8, 8)
