@@ -67,8 +67,8 @@ MAX_DRIFT = 0.3
 MAX_SUMMED_PIXELS = 16_000_000
 """Frames with more are shrunk by an integer first: the sums of a picture take four times its memory."""
 SHRUNK_FACE_PX = 24
-"""Frames are halved as long as the smallest face that is looked for keeps this side, which R-Net sees. Of 852 faces in
-12-megapixel pictures, the smallest of 75 pixels, all are found again; landmarks move by 0.3 % of a face's height."""
+"""Frames are halved as long as the smallest face that is looked for keeps this side, which R-Net sees. Of 607 sure
+faces in 12-megapixel pictures 4 are not found again, and 4 others are; landmarks move by 0.5 % of a face's height."""
 
 
 @dataclass(frozen=True, kw_only=True)

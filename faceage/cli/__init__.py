@@ -13,9 +13,11 @@ import click
 from faceage import __version__
 from faceage.errors import FaceAgeError
 
-# Each core has a thread of ours already. NumPy's matrix products, which are small here, would start as many more: they
-# take five times the processor's time. It reads this when it is imported.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Each core has a thread of ours already. NumPy's products and OpenCV's operations, which are small here, would be cut
+# into as many more, which wait for one another: products take five times the processor's time. Both libraries read this
+# when they are imported.
+for _variable in ("OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
+    os.environ.setdefault(_variable, "1")
 
 COMMANDS = {
     "video": "Age every face in videos.",
