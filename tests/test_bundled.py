@@ -6,6 +6,7 @@ import pytest
 from skimage.data import astronaut
 
 from faceage.checkpoint import read_header, sha256_of
+from faceage.engines.store import EngineStore
 from faceage.models import BUNDLED_MODELS, find_model
 from faceage.pipeline.photos import age_frames
 from faceage.pipeline.request import AgeRequest, load_networks
@@ -41,6 +42,20 @@ def test_the_change_is_nothing_for_no_years_and_grows_with_them(bundled, model):
         changes.append(np.abs(frame.planes[0].astype(int) - astronaut()).mean())
     assert changes[0] == 0
     assert 0 < changes[1] < changes[2]
+
+
+def test_all_engines_of_the_default_model_are_loaded_together(monkeypatch):
+    loaded, load = [], EngineStore.load
+
+    def record(store, program, *rest):
+        loaded.append(program.name)
+        return load(store, program, *rest)
+
+    monkeypatch.setattr(EngineStore, "load", record)
+    networks = load_networks()
+    first = sorted(loaded)
+    age_frames(networks, [Frame(planes=(astronaut().copy(),), pixel_format="rgb24", color=RGB)], AgeRequest(age=70))
+    assert sorted(loaded) == first == sorted(set(first))
 
 
 def test_the_fit_improves_on_the_encoder(bundled):

@@ -455,5 +455,6 @@ ARCHITECTURE = Architecture(
     roles={"generator": "space", "coordinates": "space-coordinates", "hair": "space-hair", "personal": "facegan"},
     programs=_programs,
     make=_make,
+    always=("personal",),
     options=("hair",),
 )

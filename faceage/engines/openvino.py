@@ -130,7 +130,7 @@ class OpenVINO(Backend):
 
     def versions(self, spec: Spec) -> dict[str, str]:
         """Return the version of OpenVINO, and the processor that it compiled for."""
-        return {"openvino": version("openvino"), "machine": cpu()}
+        return {"openvino": _version(), "machine": cpu()}
 
     def check(self, spec: Spec) -> None:
         """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, or in bf16 where the CPU has it."""
@@ -175,6 +175,11 @@ def _takes_any_size(program: Program) -> bool:
 
 def _is_batch(axis: int | Axis) -> bool:
     return isinstance(axis, Axis) and axis.name == BATCH.name
+
+
+@cache
+def _version() -> str:
+    return version("openvino")
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -296,13 +296,18 @@ def load_networks(
     def load_measuring() -> tuple[Detector, Engine]:
         return load_detector(store, detect, runtime), engine("age")
 
-    with ThreadPoolExecutor(1) as beside:
+    together = runtime.backend.loads_in_threads
+    with ThreadPoolExecutor(2 if together else 1) as beside:
         measuring = beside.submit(load_measuring)
-        if not runtime.backend.loads_in_threads:
-            measuring.result()
+        others = [beside.submit(engine, name) for name in architecture.always]
+        if not together:
+            wait([measuring])
+            wait(others)
         identity_reader = engine("identity")
         ager = architecture.make(files, engine, **given)
         detector, age_reader = measuring.result()
+        for other in others:
+            other.result()
     return Networks(
         model=model,
         detector=detector,

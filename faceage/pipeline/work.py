@@ -18,11 +18,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from faceage import __version__
 from faceage.errors import MediaError
 from faceage.media.files import write_atomically
-from faceage.pipeline.plan import Plan, load_plan, save_plan
+
+if TYPE_CHECKING:
+    from faceage.pipeline.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ _LIBRARIES = ("numpy", "opencv-python-headless", "openvino", "onnxruntime", "tor
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes and encodes pictures."""
-    import av  # folders of photos are locked by this module too, and need none of it
+    import av  # folders of photos are locked by this module too, and need neither this nor plans
 
     found = {"faceage": __version__, "av": av.__version__}
     found |= {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
@@ -211,10 +214,14 @@ class WorkFolder:
 
     def plan(self) -> Plan | None:
         """Return the plan, if it was finished."""
+        from faceage.pipeline.plan import load_plan
+
         return load_plan(self.path) if (self.path / "plan.json").exists() else None
 
     def save(self, plan: Plan) -> None:
         """Keep the plan."""
+        from faceage.pipeline.plan import save_plan
+
         try:
             save_plan(plan, self.path)
         except OSError as error:
