@@ -1,6 +1,7 @@
 # make demo: age the faces of a real photo and a short video, and say where the pictures are
 # make test: lint, type-check, test
-# make lean: install the wheel alone in an environment of its own, measure it, age a photo and a video (1 min)
+# make lean: install the wheel alone in an environment of its own, measure it, age a photo and a video; the same from
+#   source where there is Python and nothing else, which takes root (1 min)
 # make chaos: kill 25 runs on a video and 3 on a folder of 3,000 photos at random moments, go on with them, and compare
 # They need Python 3.11 or newer, and PyPI once: demo sets up .venv-lean (0.7 GB), the others .venv (7 GB).
 

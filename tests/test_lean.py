@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from pathlib import Path
 
+import pip
 import pytest
 
 from faceage.extras import EXTRAS
@@ -70,3 +72,68 @@ def test_a_photo_and_a_video_are_aged_from_the_wheel(lean, tmp_path, face_photo,
     if os.environ.get("FACEAGE_LEAN_TIMES") == "1":  # they hold on a machine that does nothing else
         assert first <= FIRST_PHOTO_S
         assert later <= LATER_PHOTO_S
+
+
+def libraries_of(*files):
+    """The shared libraries that files are linked with, and those of the C and C++ run time, which any machine has."""
+    listed = subprocess.run(["ldd", *files], capture_output=True, text=True, check=False).stdout.split()
+    packages = subprocess.run(["dpkg", "-L", "libc6", "libgcc-s1", "libstdc++6"], capture_output=True, text=True)
+    words = [word for word in listed + packages.stdout.split() if ".so" in word and word[-1] != ":"]
+    return {Path(word) for word in words if Path(word).is_file()}
+
+
+@pytest.fixture
+def fresh_machine(tmp_path):
+    """Returns a function that runs a command where the root folder holds Python and the source, and nothing else."""
+    if os.environ.get("FACEAGE_LEAN") != "1":
+        pytest.skip("it installs 0.7 GB of packages; run: make lean")
+    tools = {name: shutil.which(name) for name in ("unshare", "mount", "chroot", "sh", "dpkg", "ldd")}
+    if os.geteuid() or not all(tools.values()):
+        pytest.skip(f"a root folder of its own takes root on Debian or Ubuntu; {tools}")
+    root = tmp_path / "root"
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    python = Path(sys.base_prefix, "bin", stdlib.name)
+    left_out = shutil.ignore_patterns("__pycache__", "site-packages", "dist-packages", "test", "config-*")
+    copies = {stdlib: stdlib.relative_to("/"), ROOT / "kernels": "src/kernels", ROOT / "faceage": "src/faceage"}
+    for source, place in copies.items():
+        shutil.copytree(source, root / place, ignore=left_out, ignore_dangling_symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / "src")
+    for file in {python, *libraries_of(python, *stdlib.glob("lib-dynload/*.so"))}:
+        target = root / file.relative_to("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)  # what a link leads to
+    shutil.copytree(Path(pip.__file__).parent, root / "pip" / "pip", ignore=left_out)
+    for name in ("proc", "dev", "sys", "tmp"):
+        (root / name).mkdir()
+    # There is no network in it either: what pip would fetch lies there.
+    fetch = [sys.executable, "-m", "pip", "-q", "download", "-d", root / "wheels", "--only-binary", ":all:"]
+    subprocess.run([*fetch, ROOT, "setuptools>=77"], check=True)
+    mounts = "".join(
+        f"{tools['mount']} {what} {root}/{name} && "
+        for name, what in {"proc": "-t proc proc", "dev": "--bind /dev", "sys": "--bind /sys"}.items()
+    )
+
+    def run(*args, env=()):
+        command = [tools["unshare"], "-mn", tools["sh"], "-c", f'{mounts} exec {tools["chroot"]} {root} "$@"', "sh"]
+        variables = {"PATH": "/env/bin", "HOME": "/tmp", **dict(env)}
+        done = subprocess.run([*command, *map(str, args)], env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(python, "-m", "venv", "--without-pip", "/env")
+    from_here = ["install", "-q", "--no-index", "--find-links", "/wheels"]
+    run("/env/bin/python", "-m", "pip", *from_here, "/src", env={"PYTHONPATH": "/pip"})
+    run.root = root
+    return run
+
+
+def test_a_machine_with_python_and_nothing_else(fresh_machine, face_photo, face_clip):
+    for file in (face_photo, face_clip):
+        shutil.copy(file, fresh_machine.root / "tmp")
+    fresh_machine("faceage", "images", f"/tmp/{face_photo.name}", "-o", "/tmp/aged", "--age", 70)
+    fresh_machine("faceage", "video", f"/tmp/{face_clip.name}", "-o", "/tmp/out.mp4", "--age", 70)
+    assert "faceage[torch]" in fresh_machine("faceage", "doctor")
+    folder = fresh_machine.root / "tmp"
+    assert (folder / "aged" / face_photo.name).read_bytes() != face_photo.read_bytes()
+    assert (folder / "out.mp4").stat().st_size > 10_000
