@@ -25,7 +25,7 @@ import numpy.typing as npt
 from faceage.engines.base import Engine, Program, Runtime
 from faceage.engines.registry import DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore
-from faceage.kernels import AreaMeans, all_to_host, gather_crops, select_candidates
+from faceage.kernels import AreaMeans, all_to_host, computing, gather_crops, select_candidates
 from faceage.networks.mtcnn import (
     ONET_SIZE_PX,
     PNET_CELL_PX,
@@ -141,10 +141,11 @@ class Detector:
         """
         sizes = np.array([(frame.width, frame.height) for frame in frames]).reshape(-1, 2)
         parts = []
-        for size in np.unique(sizes, axis=0):
-            index = np.flatnonzero((sizes == size).all(1))
-            faces = self._detect_same_size([frames[i] for i in index.tolist()], least)
-            parts.append(replace(faces, frame_index=index[faces.frame_index]))
+        with computing(frames[0].device if frames else None):  # the tracker calls it in threads
+            for size in np.unique(sizes, axis=0):
+                index = np.flatnonzero((sizes == size).all(1))
+                faces = self._detect_same_size([frames[i] for i in index.tolist()], least)
+                parts.append(replace(faces, frame_index=index[faces.frame_index]))
         found = Faces.concatenate(parts)
         return found[np.lexsort((-found.scores, found.frame_index))]
 

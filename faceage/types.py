@@ -125,6 +125,8 @@ class Frame:
     time_base: Fraction = Fraction(1)
     native: object = field(default=None, repr=False, compare=False)
     """The decoder's own frame, for the metadata that goes with it; only `faceage.media` looks inside."""
+    ready: object = field(default=None, repr=False, compare=False)
+    """The event on a GPU after which the samples are there, see `kernels.streams`; None: they are."""
 
     def __post_init__(self) -> None:
         if self.rotation % 90:

@@ -11,16 +11,17 @@ from faceage.kernels.candidates import Candidates, select_candidates
 from faceage.kernels.color import RGB_LUMA, color_of, rgb_to_yuv_delta, yuv_to_rgb
 from faceage.kernels.gather import gather_crops
 from faceage.kernels.placement import cut_out
+from faceage.kernels.streams import await_samples, computing, decoding, ready_event, settle
 from faceage.kernels.thumbnail import Thumbnail, begin_thumbnail, luma_plane
 from faceage.kernels.transfer import (
     all_to_host,
+    begin_all_to_host,
     beside,
     clone_planes,
     download_planes,
     to_device,
     to_host,
     upload_planes,
-    wait_for,
 )
 
 __all__ = [
@@ -32,20 +33,25 @@ __all__ = [
     "Thumbnail",
     "all_to_host",
     "apply_change",
+    "await_samples",
+    "begin_all_to_host",
     "begin_thumbnail",
     "beside",
     "change_crop",
     "clone_planes",
     "color_of",
+    "computing",
     "cut_out",
+    "decoding",
     "download_planes",
     "gather_crops",
     "luma_plane",
+    "ready_event",
     "rgb_to_yuv_delta",
     "select_candidates",
+    "settle",
     "to_device",
     "to_host",
     "upload_planes",
-    "wait_for",
     "yuv_to_rgb",
 ]

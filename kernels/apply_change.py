@@ -53,6 +53,7 @@ from faceage.kernels.color import RGB_LUMA, color_of, luma_codes, rgb_to_yuv_del
 from faceage.kernels.gather import warp_samples
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane, invert_affine
+from faceage.kernels.streams import await_samples, samples_changed
 from faceage.kernels.transfer import as_tensor, beside, to_device
 from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout, Samples
 
@@ -451,6 +452,7 @@ def apply_change(
         touched.append((x0 * spec.sub_x, y0 * spec.sub_y, x1 * spec.sub_x, y1 * spec.sub_y))
     if not parts:
         return None
+    await_samples([frame])
     if chosen == "triton":
         from faceage.kernels.apply_change_triton import apply_change_triton
 
@@ -461,6 +463,7 @@ def apply_change(
                 _change_ref(part, rect)
             else:
                 _change_cpu(part, rect, kept)
+    samples_changed(frame)
     x0s, y0s, x1s, y1s = zip(*touched, strict=True)
     height, width = frame.planes[0].shape[:2]
     return min(x0s), min(y0s), min(max(x1s), width), min(max(y1s), height)

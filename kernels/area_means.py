@@ -29,6 +29,7 @@ from faceage.kernels.color import color_of, yuv_to_rgb
 from faceage.kernels.gather import warp_samples
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import upright
+from faceage.kernels.streams import await_samples
 from faceage.kernels.transfer import to_device
 from faceage.types import FloatArray, Frame, HostPlane, IntArray, Plane, Samples
 
@@ -62,6 +63,7 @@ class AreaMeans:
         impl: Literal["auto"] | Implementation = "auto",
     ) -> None:
         self.width, self.height = frames[0].width, frames[0].height
+        await_samples(frames)
         chosen = choose_implementation(frames[0], impl)
         self._frames: Sequence[_TensorSums | _ArraySums | _ReducedFrame | BinSums]
         if chosen == "triton":

@@ -29,6 +29,7 @@ from faceage.errors import ShapeError
 from faceage.kernels.color import color_of, yuv_to_rgb
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane
+from faceage.kernels.streams import await_samples
 from faceage.kernels.transfer import as_tensor, to_device
 from faceage.types import FloatArray, Frame, HostPlane, IntArray, Samples
 
@@ -196,6 +197,7 @@ def gather_crops(
         raise ShapeError(f"expected frame_to_crop [{len(frame_index)}, 2, 3], got {frame_to_crop.shape}")
     if not frames:
         return np.empty((0, 3, size_px, size_px), np.float32)
+    await_samples(frames)
     chosen = choose_implementation(frames[0], impl)
     if chosen == "triton":
         from faceage.kernels.gather_triton import gather_crops_triton

@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 
 from faceage.kernels.color import RGB_LUMA
+from faceage.kernels.streams import settle
 from faceage.kernels.transfer import as_tensor, beside, to_device
 from faceage.types import FloatArray, Samples
 
@@ -390,7 +391,7 @@ def constant(make: Callable[..., FloatArray], *arguments: int | float, like: Sam
 @lru_cache(maxsize=64)
 def _constant(make: Callable[..., FloatArray], arguments: tuple[int | float, ...], device: str) -> torch.Tensor:
     # A copy: constants are read-only arrays, of which torch makes no tensors without a warning.
-    return to_device(make(*arguments).copy(), device)
+    return settle(to_device(make(*arguments).copy(), device))
 
 
 def _channels_first(maps: torch.Tensor) -> torch.Tensor:

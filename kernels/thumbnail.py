@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import upright
+from faceage.kernels.streams import await_samples
 from faceage.kernels.transfer import as_tensor, begin_to_host, to_device
 from faceage.types import FloatArray, Frame, HostPlane, Plane
 
@@ -64,6 +65,7 @@ def begin_thumbnail(frame: Frame, *, impl: Literal["auto"] | Implementation = "a
         impl: "cpu" is OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a GPU; "auto"
             what fits the frame.
     """
+    await_samples([frame])
     chosen = choose_implementation(frame, impl)
     if chosen == "cpu":
         seen = _thumbnail_cpu(frame)

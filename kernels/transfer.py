@@ -1,8 +1,7 @@
 """The only ways of values between the host and the device on which a frame's planes lie.
 
-Everything on a device happens in its default stream: what decodes and what encodes there is ordered by that stream too.
-Planes that travel between host and device do so in a stream of their own and through page-locked memory, so that they
-are copied while kernels of other frames run; the default stream waits for the copy, and the host does not.
+Planes that travel between host and device do so through page-locked memory, and not in the streams that compute (see
+`streams`), so that they are copied while kernels of other frames run.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from faceage.kernels.streams import await_samples, decoding
 from faceage.types import FloatArray, Frame, HostPlane, Plane, Samples
 
 if TYPE_CHECKING:
@@ -54,14 +54,24 @@ def begin_to_host(samples: torch.Tensor) -> Callable[[], FloatArray]:
 
 def all_to_host(samples: Sequence[Samples]) -> list[FloatArray]:
     """Return several values as arrays; those of a device go in one piece, for which it is waited once."""
+    return begin_all_to_host(samples)()
+
+
+def begin_all_to_host(samples: Sequence[Samples]) -> Callable[[], list[FloatArray]]:
+    """Begin to copy several values to the host in one piece; return as `begin_to_host`."""
     if isinstance(samples[0], np.ndarray):
-        return [to_host(each) for each in samples]
+        arrays = [to_host(each) for each in samples]
+        return lambda: arrays
     import torch
 
     tensors = [as_tensor(each) for each in samples]
-    together = to_host(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = np.split(together, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    shapes, ends = [tensor.shape for tensor in tensors], np.cumsum([tensor.numel() for tensor in tensors])
+    arrived = begin_to_host(torch.cat([tensor.flatten() for tensor in tensors]))
+
+    def finish() -> list[FloatArray]:
+        return [part.reshape(shape) for part, shape in zip(np.split(arrived(), ends[:-1]), shapes, strict=True)]
+
+    return finish
 
 
 def to_device(array: npt.NDArray, device: torch.device | str) -> torch.Tensor:
@@ -134,7 +144,10 @@ def clone_planes(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def upload_planes(planes: Sequence[HostPlane], device: torch.device | str) -> tuple[torch.Tensor, ...]:
-    """Return planes of the host as tensors on a device, in memory as of `new_planes`, without waiting for it."""
+    """Return planes of the host as tensors on a device, in memory as of `new_planes`, without waiting for it.
+
+    They are copied in the stream of decoded frames.
+    """
     import torch
 
     is_cuda = torch.device(device).type == "cuda"
@@ -144,21 +157,21 @@ def upload_planes(planes: Sequence[HostPlane], device: torch.device | str) -> tu
         np.copyto(np.from_dlpack(target), plane)
     if not is_cuda:
         return staged
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
+    with decoding(str(device)):
         uploaded = new_planes(planes, device)
         for target, source in zip(uploaded, staged, strict=True):
             target.copy_(source, non_blocking=True)
-    default = torch.cuda.default_stream(uploaded[0].device)
-    default.wait_stream(stream)
-    uploaded[0].record_stream(default)
     return uploaded
 
 
-def download_planes(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return planes as tensors of the host, in memory as of `new_planes`. The calling thread waits for them."""
+def download_planes(frame: Frame) -> tuple[torch.Tensor, ...]:
+    """Return a frame's planes as tensors of the host, in memory as of `new_planes`. The calling thread waits for them.
+
+    They are copied in a stream of their own.
+    """
     import torch
 
+    planes = [as_tensor(plane) for plane in frame.planes]
     device = planes[0].device
     is_cuda = device.type == "cuda"
     targets = new_planes(planes, "cpu", pinned=is_cuda)
@@ -167,20 +180,9 @@ def download_planes(planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             target.copy_(plane)
         return targets
     stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
+        await_samples([frame])
         for target, plane in zip(targets, planes, strict=True):
             target.copy_(plane, non_blocking=True)
-            plane.record_stream(stream)
     stream.synchronize()
     return targets
-
-
-def wait_for(planes: Sequence[torch.Tensor]) -> None:
-    """Let the calling thread wait until what was asked of a device so far is done, for planes that others will read."""
-    import torch
-
-    if planes[0].device.type == "cuda":
-        done = torch.cuda.Event()
-        done.record(torch.cuda.default_stream(planes[0].device))
-        done.synchronize()

@@ -2,9 +2,9 @@
 
 import dataclasses
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from threading import Lock
 
 import numpy as np
 import pytest
@@ -12,17 +12,20 @@ import torch
 import triton.runtime.interpreter
 from frames import as_tensors
 from PIL import Image
+from streams import GPU, RaceError
 from test_device_media import GPUContainer, Surface
 from test_pipeline import LOSSLESS, decoded, moving_face, write_clip
 
+from faceage import detect
 from faceage.agers.facegan import FaceGAN
 from faceage.agers.space import SpaceAger
 from faceage.detect import DetectConfig, Detector
 from faceage.engines import eager
 from faceage.engines.base import Runtime
 from faceage.engines.registry import BACKENDS
-from faceage.kernels import maps, strided, transfer
-from faceage.media import codecs, device, segment
+from faceage.geometry import face_mask
+from faceage.kernels import maps, streams, strided, transfer
+from faceage.media import codecs, device, planes, reader, segment
 from faceage.media.planes import writable
 from faceage.media.reader import VideoReader
 from faceage.pipeline import timer
@@ -30,7 +33,7 @@ from faceage.pipeline.photos import age_frames, age_photos
 from faceage.pipeline.request import AgeRequest, load_networks
 from faceage.pipeline.video import age_video
 from faceage.track import TrackConfig
-from faceage.types import RGB, Frame
+from faceage.types import RGB, Change, Frame
 
 # Of these names the package has the functions.
 apply_change, area_means, gather, thumbnail = (
@@ -156,14 +159,15 @@ def assert_alike(tensors, arrays):
 
 def expected_waits(frames):
     """How often a video is waited for that shows one face."""
-    thumbnails = frames  # asked for some frames ahead: a GPU has sent them by the time that they are needed
+    windows = -(-frames // TrackConfig().detect_every)
+    # A GPU has sent these by the time that they are needed: thumbnails for cuts, and in each window age and appearance.
+    asked_ahead = frames + windows
     followed = frames - 1  # by O-Net
     searches = len({*range(0, frames, TrackConfig().detect_every), frames - 1})
     refined = 2  # a face that is new
-    windows = -(-frames // TrackConfig().detect_every)  # in each an age is read, and an appearance
     # A search takes P-, R- and O-Net, and O-Net twice more for the landmarks. At key frames of a change nothing waits,
     # but for the two embeddings of each person's first one, of which the report has the cosine.
-    return thumbnails + followed + 5 * searches + refined + 2 * windows + 1
+    return asked_ahead + followed + 5 * searches + refined + 1
 
 
 def age_arrays_and_tensors(facegan, on_device, clip, folder):
@@ -193,27 +197,71 @@ def test_a_video_of_tensors_is_the_video_of_arrays(facegan, on_device, tmp_path,
 
 
 def test_a_video_from_nvdec_to_nvenc_is_the_video_of_arrays(facegan, on_device, tmp_path, monkeypatch):
-    """Both by stand-ins, with DLPack in and out: what is decoded "there" goes there into a real encoder."""
+    """Both by stand-ins, with DLPack in and out: what is decoded "there" goes there into a real encoder.
+
+    Decoding, tracking, searching for faces and encoding have streams of their own: nothing is read before it is there.
+    """
     clip = write_clip(tmp_path / "in.mkv", moving_face(14))
-    given, make = [], device.device_frame
+    given = []
     with monkeypatch.context() as patch:
+        gpu = GPU(patch)
+        gpu.place(patch, device, detect, maps, planes, reader)
+
+        def encode(frame):
+            given.append(frame)
+            native = device.device_frame(frame)
+            for plane in frame.planes:
+                gpu.check(plane)
+            return native
+
         patch.setattr(device, "_open_on_gpu", lambda info, name: GPUContainer(info.path, Surface))
         patch.setattr(codecs, "_NVENC", {"libx264": "ffv1"})
         patch.setattr(codecs, "device_format", lambda info: info.pixel_format)  # which ffv1 knows
         patch.setattr(codecs, "encoder_missing", lambda *_: None)
         patch.setattr(codecs, "hardware", lambda _: nullcontext())
-        patch.setattr(segment, "device_frame", lambda frame: given.append(frame) or make(frame))
+        patch.setattr(segment, "device_frame", encode)
         patch.setattr(timer, "_GPUClock", lambda device: None)
         with no_waiting():
             networks = dataclasses.replace(on_device, device="cuda:0")
             age_video(networks, clip, tmp_path / "tensors.mkv", AgeRequest(age=70, source_age=30))
     assert [frame.pixel_format for frame in given] == ["nv12"] * 14
     assert all(isinstance(plane, torch.Tensor) for frame in given for plane in frame.planes)
+    assert gpu.default in gpu.used
+    assert len(gpu.used) >= 3, "that of decoding, the main thread's, and those of the threads that search for faces"
+    assert gpu.default not in gpu.recorded, "decoded frames are kept until who computes has read them"
     age_video(facegan, clip, tmp_path / "arrays.mkv", AgeRequest(age=70, source_age=30), encode=LOSSLESS)
     source, arrays, tensors = [decoded(path) for path in (clip, tmp_path / "arrays.mkv", tmp_path / "tensors.mkv")]
     assert any((a != b).any() for a, b in zip(source[8], arrays[8], strict=True))
     for a, b in zip(tensors, arrays, strict=True):
         assert_alike(a, b)
+
+
+@pytest.mark.parametrize("forgotten", [None, "await_samples", "samples_changed"])
+def test_a_stream_that_does_not_wait_is_seen(monkeypatch, forgotten):
+    """The check of the test above can fail."""
+    gpu = GPU(monkeypatch)
+    gpu.place(monkeypatch, planes)
+    for module in (apply_change, gather):
+        if forgotten and hasattr(module, forgotten):
+            monkeypatch.setattr(module, forgotten, lambda _: None)
+    matrix = np.eye(2, 3, dtype=np.float32)
+    with streams.decoding("cuda:0"):
+        frame = planes.writable(as_tensors(Frame(planes=(moving_face(1)[0],), pixel_format="rgb24", color=RGB)))
+    with nullcontext() if forgotten is None else pytest.raises(RaceError, match="another stream writes"):
+        with streams.computing("cuda:0"):
+            apply_change.apply_change(frame, Change(delta=torch.ones(3, 64, 64) / 4), matrix)
+        monkeypatch.setattr(streams, "_own", threading.local())  # another thread's
+        with streams.computing("cuda:0"):
+            gather.gather_crops([frame], np.zeros(1, np.int64), matrix[None], 32)
+
+
+def test_what_all_streams_read_is_waited_for_where_it_is_made(monkeypatch):
+    settled = []
+    monkeypatch.setattr(maps, "settle", lambda tensor: settled.append(tensor) or tensor)
+    maps._constant.cache_clear()
+    made = [maps.constant(face_mask, 48, like=torch.zeros(1)) for _ in range(2)]
+    assert settled == made[:1]
+    assert made[0] is made[1]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +310,7 @@ def test_a_video_by_the_kernels_is_the_video_of_arrays(facegan, on_device, tmp_p
     for module, name in ((apply_change_triton, "BLOCK"), (area_means_triton, "TILE"), (gather_triton, "BLOCK")):
         monkeypatch.setattr(module, name, 2**16)  # the interpreter takes as long for small blocks
     interpreter = triton.runtime.interpreter.InterpretedFunction
-    launch, lock = interpreter.run, Lock()
+    launch, lock = interpreter.run, threading.Lock()
 
     def launch_alone(self, *args, **options):
         with lock:  # the interpreter changes Triton's own modules while it runs

@@ -82,7 +82,7 @@ class GPU:
                 return later.at - self.at
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(device=device))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(device=device))
 
 
 def test_events_of_a_gpu_are_read_when_they_have_passed(monkeypatch):

@@ -32,7 +32,7 @@ from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import TEMPLATES, apply_affine, face_mask, similarity_to_template, template_5
-from faceage.kernels import BLACK_OFFSET, RGB_LUMA, beside, maps
+from faceage.kernels import BLACK_OFFSET, RGB_LUMA, beside, maps, settle
 from faceage.types import Appearance, Change, Crops, FloatArray, Frame, Samples, View
 
 if TYPE_CHECKING:
@@ -160,7 +160,9 @@ class SpaceAger:
             return self._canonical
         device = str(samples.device)
         if device not in self._canonical_on:
-            self._canonical_on[device] = self._canonical.maps_beside(samples)
+            there = self._canonical.maps_beside(samples)
+            settle(there.wrinkles)
+            self._canonical_on[device] = there
         return self._canonical_on[device]
 
     def observe(

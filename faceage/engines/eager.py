@@ -41,6 +41,10 @@ class TorchEngine:
         self._program = program
         self._run = run
         self._device = device
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(device)  # the weights are there, for the streams of all threads
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network; see `base.Engine`."""

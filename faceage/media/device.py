@@ -21,7 +21,7 @@ from av.container import InputContainer
 from av.video.frame import CudaContext, VideoFrame
 from av.video.stream import VideoStream
 
-from faceage.kernels import clone_planes, upload_planes, wait_for
+from faceage.kernels import clone_planes, decoding, upload_planes
 from faceage.media.planes import read_only_planes
 from faceage.media.probe import VideoInfo, frame_format
 from faceage.types import Frame
@@ -135,12 +135,14 @@ def software_format(native: VideoFrame) -> str:
 def planes_on_device(native: VideoFrame) -> tuple[Tensor, ...]:
     """Return a copy of the planes that the decoder left on the GPU: its own surfaces are few, and are used again.
 
-    The decoder writes a surface in the default stream of the GPU, in which the copy is ordered after it.
+    It is copied in the stream of decoded frames: there the decoder wrote it, and writes it again after the copy.
     """
     from torch.utils.dlpack import from_dlpack
 
     # torch.from_dlpack(plane) would pass the stream, which PyAV refuses.
-    return clone_planes([from_dlpack(plane.__dlpack__()) for plane in native.planes])
+    surface = [from_dlpack(plane.__dlpack__()) for plane in native.planes]
+    with decoding(str(surface[0].device)):
+        return clone_planes(surface)
 
 
 def planes_to_device(native: VideoFrame, device: str) -> tuple[tuple[Tensor, ...], str, VideoFrame]:
@@ -157,7 +159,8 @@ def device_frame(frame: Frame) -> VideoFrame:
     import torch
 
     planes = cast("tuple[Tensor, ...]", frame.planes)
-    wait_for(planes)  # NVENC reads outside of torch's streams
+    if frame.ready is not None:
+        cast("torch.cuda.Event", frame.ready).synchronize()  # NVENC reads outside of torch's streams
     context = _cuda_context(planes[0].device.index) if is_gpu(frame.device) else None
     with torch.cuda.device_of(planes[0]):
         return VideoFrame.from_dlpack(planes, format=frame.pixel_format, cuda_context=context)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from faceage.kernels import clone_planes, download_planes, upload_planes
+from faceage.kernels import await_samples, clone_planes, download_planes, ready_event, upload_planes
 from faceage.types import PIXEL_LAYOUTS, Frame, HostPlane, Plane
 
 if TYPE_CHECKING:
@@ -62,27 +62,29 @@ def writable(frame: Frame) -> Frame:
         return replace(frame, planes=_plane_views(native, frame.pixel_format))
     if frame.is_array:
         return replace(frame, planes=tuple(cast(HostPlane, plane).copy() for plane in frame.planes))
-    return replace(frame, planes=clone_planes(cast("tuple[Tensor, ...]", frame.planes)))
+    await_samples([frame])
+    planes = clone_planes(cast("tuple[Tensor, ...]", frame.planes))
+    return replace(frame, planes=planes, ready=ready_event(planes))
 
 
 def to_device(frame: Frame, device: str | None) -> Frame:
     """Return a frame whose planes may be changed: tensors on a device, or, if that is None, as `writable` gives it."""
     if device is None:
         return writable(frame)
-    return replace(frame, planes=upload_planes(cast(tuple[HostPlane, ...], frame.planes), device))
+    planes = upload_planes(cast(tuple[HostPlane, ...], frame.planes), device)
+    return replace(frame, planes=planes, ready=ready_event(planes, is_decoded=True))
 
 
 def to_host(frame: Frame) -> Frame:
     """Return a frame with its planes as arrays. If they are on a GPU, the calling thread waits for them."""
-    return frame if frame.is_array else replace(frame, planes=host_planes(frame))
+    return frame if frame.is_array else replace(frame, planes=host_planes(frame), ready=None)
 
 
 def host_planes(frame: Frame) -> tuple[HostPlane, ...]:
     """Return a frame's planes as arrays. If they are on a GPU, the calling thread waits for them."""
     if frame.is_array:
         return cast(tuple[HostPlane, ...], frame.planes)
-    planes = download_planes(cast("tuple[Tensor, ...]", frame.planes))
-    return tuple(cast(HostPlane, np.from_dlpack(plane)) for plane in planes)
+    return tuple(cast(HostPlane, np.from_dlpack(plane)) for plane in download_planes(frame))
 
 
 def to_native(frame: Frame) -> VideoFrame:

@@ -16,6 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from faceage.errors import MediaError, UnsupportedError
+from faceage.kernels import ready_event
 from faceage.media.device import (
     device_format,
     is_gpu,
@@ -263,6 +264,7 @@ class VideoReader:
             pts=pts,
             time_base=info.time_base,
             native=kept,
+            ready=ready_event(planes, is_decoded=True),
         )
 
     def _planes(self, native: VideoFrame) -> tuple[tuple[Plane, ...], str, VideoFrame | None]:

@@ -19,6 +19,7 @@ from faceage.align import choose_size, pose_weights, prepare_views
 from faceage.blend import blend_faces
 from faceage.checkpoint import sha256_of
 from faceage.errors import FaceAgeError, MediaError
+from faceage.kernels import computing
 from faceage.media.image import Still, copy_image, read_image, write_image
 from faceage.media.planes import to_device, to_host
 from faceage.pipeline.label import describe_request, label_fields
@@ -267,12 +268,13 @@ def _age_block(
             yield _Job(source, target, still, sha256)
 
     def age(batch: list[_Job]) -> list[tuple[_Job, Frame, AgedPhoto]]:
-        frames = [to_device(job.still.frame, networks.device) for job in batch]
-        aged = age_frames(networks, frames, request, timer)
-        return [
-            (job, to_host(frame) if photo.is_changed else frame, photo)
-            for job, frame, photo in zip(batch, frames, aged, strict=True)
-        ]
+        with computing(networks.device):
+            frames = [to_device(job.still.frame, networks.device) for job in batch]
+            aged = age_frames(networks, frames, request, timer)
+            return [
+                (job, to_host(frame) if photo.is_changed else frame, photo)
+                for job, frame, photo in zip(batch, frames, aged, strict=True)
+            ]
 
     def write(done: tuple[_Job, Frame, AgedPhoto]) -> None:
         job, frame, aged = done

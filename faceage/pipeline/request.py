@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,7 +25,7 @@ from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
-from faceage.kernels import all_to_host, change_crop, gather_crops, maps, to_host
+from faceage.kernels import all_to_host, begin_all_to_host, change_crop, gather_crops, maps, to_host
 from faceage.models import DEFAULT_MODEL, facenet_file, find_model
 from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame, Samples
 
@@ -161,17 +161,35 @@ class Networks:
 
     def read_ages(self, frames: Sequence[Frame], faces: Faces) -> FloatArray:
         """Return the ages that faces of a batch of frames seem to have: float32 [F], years."""
-        matrices = align_faces(faces.landmarks, self.age_reader_px)
-        (ages,) = self.age_reader(gather_crops(frames, faces.frame_index, matrices, self.age_reader_px))
-        return to_host(ages)
+        return to_host(self._ages(frames, faces))
 
     def sample_appearances(self, frames: Sequence[Frame], faces: Faces) -> list[Appearance]:
         """Measure the appearance of each face of a batch of frames; see `mean_appearance`."""
+        return _appearances(*all_to_host(self._looks(frames, faces)))
+
+    def begin_measuring(
+        self, frames: Sequence[Frame], faces: Faces
+    ) -> Callable[[], tuple[FloatArray, list[Appearance]]]:
+        """Do both; return what gives it, and waits only if a device has not sent it yet."""
+        arrived = begin_all_to_host([self._ages(frames, faces), *self._looks(frames, faces)])
+
+        def finish() -> tuple[FloatArray, list[Appearance]]:
+            ages, *looks = arrived()
+            return ages, _appearances(*looks)
+
+        return finish
+
+    def _ages(self, frames: Sequence[Frame], faces: Faces) -> Samples:
+        matrices = align_faces(faces.landmarks, self.age_reader_px)
+        (ages,) = self.age_reader(gather_crops(frames, faces.frame_index, matrices, self.age_reader_px))
+        return ages
+
+    def _looks(self, frames: Sequence[Frame], faces: Faces) -> list[Samples]:
+        """Return thumbnails and embeddings of faces."""
         matrices = align_faces(faces.landmarks, self.identity_px)
         pixels = gather_crops(frames, faces.frame_index, matrices, self.identity_px)
         (embeddings,) = self.identity(pixels)
-        thumbnails, vectors = all_to_host([_shrink(pixels, THUMBNAIL_PX), embeddings])
-        return [Appearance(embedding=e, thumbnail=t) for e, t in zip(vectors, thumbnails, strict=True)]
+        return [_shrink(pixels, THUMBNAIL_PX), embeddings]
 
     def measure_identity(self, crops: Crops, changes: Sequence[Change | None]) -> FloatArray:
         """Return the cosine between each face's embedding and that of the changed face: float32 [F], in [-1, 1].
@@ -214,6 +232,10 @@ def _shrink(pixels: Samples, side_px: int) -> Samples:
 def _stack(samples: Sequence[Samples], like: Samples) -> Samples:
     """Return samples as one, `like` where there are none."""
     return maps.namespace(like).stack(samples) if samples else like
+
+
+def _appearances(thumbnails: FloatArray, embeddings: FloatArray) -> list[Appearance]:
+    return [Appearance(embedding=e, thumbnail=t) for e, t in zip(embeddings, thumbnails, strict=True)]
 
 
 def mean_appearance(samples: Sequence[Appearance]) -> Appearance:

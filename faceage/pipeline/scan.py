@@ -9,6 +9,7 @@ import numpy as np
 
 from faceage.align import face_quality
 from faceage.checkpoint import sha256_of
+from faceage.kernels import computing
 from faceage.media.video import VideoReader
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import SEGMENT_FRAMES, Plan, PlannedTrack, choose_boundaries
@@ -59,16 +60,20 @@ def scan(
     total = reader.info.frame_count if reader.start_s is None and reader.end_s is None else None
     decoded = read_ahead(timed(reader, "decode", timer), AHEAD_FRAMES)
     windows = tracker.scan(_noting_times(decoded, pts))
-    while True:
-        with timer("detect and track"):
-            window = next(windows, None)
-        if window is None:
-            break
-        with timer("read people"):
-            _sample(networks, window, samples)
-        if progress:
-            progress("scan", window.first_frame + len(window.frames), total)
-        del window
+    measured: list[Callable[[], None]] = []
+    with computing(networks.device):
+        while True:
+            with timer("detect and track"):
+                window = next(windows, None)
+            if window is None:
+                break
+            with timer("read people"):
+                measured.append(_begin_sample(networks, window, samples))
+            if progress:
+                progress("scan", window.first_frame + len(window.frames), total)
+            del window
+        for finish in measured:
+            finish()
     tracks = sorted(tracker.tracks(), key=lambda track: (track.first_frame, track.track_id))
     appearances = [mean_appearance(samples[track.track_id].appearances) for track in tracks]
     people = join_tracks(tracks, appearances)
@@ -112,17 +117,24 @@ class _Samples:
 
     windows: int = 0
     """Windows that the track was seen in."""
+    asked: int = 0
+    """Windows that it is measured in."""
     ages: list[float] = field(default_factory=list)
     appearances: list[Appearance] = field(default_factory=list)
 
     def wants_more(self) -> bool:
         """Return whether the track is to be measured in one more window."""
         self.windows += 1
-        return len(self.ages) < WELL_KNOWN or self.windows % WELL_KNOWN_EVERY == 0
+        is_wanted = self.asked < WELL_KNOWN or self.windows % WELL_KNOWN_EVERY == 0
+        self.asked += is_wanted
+        return is_wanted
 
 
-def _sample(networks: Networks, window: Window, samples: dict[int, _Samples]) -> None:
-    """Measure tracks of the window on their best faces there."""
+def _begin_sample(networks: Networks, window: Window, samples: dict[int, _Samples]) -> Callable[[], None]:
+    """Measure tracks of the window on their best faces there; return what puts that into their samples.
+
+    Nothing waits for a device in between: what was measured is needed when all tracks are known.
+    """
     faces, ids = window.faces, window.track_ids
     quality = face_quality(faces.landmarks, faces.scores)
     rows = [
@@ -131,11 +143,14 @@ def _sample(networks: Networks, window: Window, samples: dict[int, _Samples]) ->
         if samples.setdefault(track_id, _Samples()).wants_more()
     ]
     if not rows:
-        return
+        return lambda: None
     chosen = faces[np.array(rows, np.int64)]
-    ages = networks.read_ages(window.frames, chosen)
-    appearances = networks.sample_appearances(window.frames, chosen)
-    for row, age, appearance in zip(rows, ages, appearances, strict=True):
-        sample = samples[int(ids[row])]
-        sample.ages.append(float(age))
-        sample.appearances.append(appearance)
+    tracks = [samples[int(ids[row])] for row in rows]
+    arrived = networks.begin_measuring(window.frames, chosen)
+
+    def finish() -> None:
+        for track, age, appearance in zip(tracks, *arrived(), strict=True):
+            track.ages.append(float(age))
+            track.appearances.append(appearance)
+
+    return finish

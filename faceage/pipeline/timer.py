@@ -34,8 +34,8 @@ class Span(NamedTuple):
 class StageTimer:
     """Seconds spent in each stage, summed over threads.
 
-    On a GPU events mark in its stream where a stage's work begins and ends, and are read when they have passed: nothing
-    waits for them. What other threads asked of the GPU meanwhile counts too, as all share the stream.
+    On a GPU events mark in the thread's stream where a stage's work begins and ends, and are read when they have
+    passed: nothing waits for them.
 
     Args:
         device: a GPU whose time is counted too, under "STAGE on DEVICE"; None: no GPU is at work.
@@ -116,13 +116,13 @@ class StageTimer:
 
 
 class _GPUClock:
-    """Events in the default stream of a GPU, and their times on the host's clock."""
+    """Events in the streams of a GPU, and their times on the host's clock."""
 
     def __init__(self, device: str) -> None:
         import torch
 
-        self._stream = torch.cuda.default_stream(device)
-        self._name = str(self._stream.device)
+        self._device = device
+        self._name = str(torch.cuda.current_stream(device).device)
         self._origin = self.mark()
         self._origin.synchronize()
         self._origin_s = perf_counter()
@@ -130,11 +130,11 @@ class _GPUClock:
         """Stage, begin and end of what may not have passed yet."""
 
     def mark(self) -> torch.cuda.Event:
-        """Return an event after what was asked of the GPU so far."""
+        """Return an event after what the calling thread asked of the GPU so far."""
         import torch
 
         event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def passed(self, *, wait: bool = False) -> Iterator[Span]:

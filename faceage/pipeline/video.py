@@ -18,6 +18,7 @@ import numpy as np
 from faceage.align import face_quality
 from faceage.checkpoint import sha256_of
 from faceage.errors import MediaError
+from faceage.kernels import computing
 from faceage.media.probe import read_comment
 from faceage.media.segment import SegmentEncoder, SegmentFormat, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, check_output
@@ -96,6 +97,7 @@ def age_video(
         encode = replace(encode, metadata={**encode.metadata, "comment": label_comment(read_comment(source), fields)})
     wish = {"everybody": request, "people": people or {}, "track": track or TrackConfig()}
     with (
+        computing(networks.device),
         VideoReader(source, start_s=start_s, end_s=end_s, device=networks.device) as first_pass,
         VideoReader(source, start_s=start_s, end_s=end_s, device=networks.device) as second_pass,
         locked(check_output(target, [source], overwrite=encode.overwrite)),
@@ -240,13 +242,16 @@ def _render_stretch(job: _Stretches, worker: Worker, stretch: tuple[int, int]) -
     renderer = Renderer(worker.networks, plan, tracks, timer)
     out = _SegmentSink(job, plan, renderer, stretch[0], worker.networks.device)
     try:
-        with VideoReader(
-            job.source,
-            start_s=job.start_s,
-            end_s=job.end_s,
-            threads=worker.threads,
-            device=worker.networks.device,
-        ) as reader:
+        with (
+            computing(worker.networks.device),
+            VideoReader(
+                job.source,
+                start_s=job.start_s,
+                end_s=job.end_s,
+                threads=worker.threads,
+                device=worker.networks.device,
+            ) as reader,
+        ):
             for done in _render(plan, reader, renderer, low, high, out.write):
                 if done % KEY_EVERY_FRAMES == 0:
                     yield _Rendered(KEY_EVERY_FRAMES, {})
