@@ -1,6 +1,7 @@
 """The plain installation: the wheel in an environment of its own, without torch. `make lean` runs it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,12 +115,12 @@ def fresh_machine(tmp_path):
         for name, what in {"proc": "-t proc proc", "dev": "--bind /dev", "sys": "--bind /sys"}.items()
     )
 
-    def run(*args, env=()):
+    def run(*args, env=(), expected=0):
         command = [tools["unshare"], "-mn", tools["sh"], "-c", f'{mounts} exec {tools["chroot"]} {root} "$@"', "sh"]
         variables = {"PATH": "/env/bin", "HOME": "/tmp", **dict(env)}
         done = subprocess.run([*command, *map(str, args)], env=variables, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == expected, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     run(python, "-m", "venv", "--without-pip", "/env")
     from_here = ["install", "-q", "--no-index", "--find-links", "/wheels"]
@@ -137,3 +138,16 @@ def test_a_machine_with_python_and_nothing_else(fresh_machine, face_photo, face_
     folder = fresh_machine.root / "tmp"
     assert (folder / "aged" / face_photo.name).read_bytes() != face_photo.read_bytes()
     assert (folder / "out.mp4").stat().st_size > 10_000
+    # What needs more says in one line what.
+    photo = ("images", f"/tmp/{face_photo.name}", "-o", "/tmp/other", "--age", 70)
+    for command, extra in {
+        ("compile", "--target", "sm_89"): "tensorrt",
+        (*photo, "--backend", "torch"): "torch",
+        (*photo, "--backend", "aotinductor"): "torch",
+        (*photo, "--device", "cuda"): "torch",
+        (*photo, "--ray", "local"): "ray",
+        ("bench", "latent"): "torch",
+        ("models", "fetch", "facenet"): "torch",
+    }.items():
+        said = fresh_machine("faceage", *command, expected=4)
+        assert re.fullmatch(rf"faceage: error: .*run: pip install 'faceage\[{extra}\]'\n", said), said

@@ -23,7 +23,7 @@ from faceage.engines.base import Runtime
 from faceage.engines.eager import kind_of
 from faceage.engines.registry import BACKENDS, BackendName, backend_named, backends_for
 from faceage.engines.store import EngineStore
-from faceage.errors import UnsupportedError
+from faceage.errors import EngineError
 from faceage.extras import missing
 from faceage.media.image import find_images
 from faceage.media.video import EncodeOptions, probe_video
@@ -269,9 +269,9 @@ def kernels_command(*, device: str, out: Output) -> None:
 
 
 def _need_torch(what: str) -> None:
-    """Raise UnsupportedError without torch: what is measured is compared with it."""
+    """Raise EngineError without torch: what is measured is compared with it."""
     if reason := missing("torch", what):
-        raise UnsupportedError(reason)
+        raise EngineError(reason)
 
 
 def _build_engines(network: NetworkOptions, out: Output) -> Networks:

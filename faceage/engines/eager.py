@@ -125,6 +125,8 @@ def kind_of(device: str) -> str:
     Raises:
         EngineError: if `device` is not "cpu", "cuda" or "cuda:N", or is not in this machine.
     """
+    if device == "cpu":
+        return device
     if reason := missing("torch", f"device {device}"):
         raise EngineError(reason)
     import torch

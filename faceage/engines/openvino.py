@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import deque
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +33,8 @@ SMALL_FACE, PADDED_FROM = 3 * 50 * 50, 4
 """Of faces with fewer values eight take no longer than four one by one: so many and more are filled up to eight."""
 
 SUFFIX = ".blob"
+
+version = cache(metadata.version)
 
 _FIRST = threading.Lock()
 
@@ -130,7 +132,7 @@ class OpenVINO(Backend):
 
     def versions(self, spec: Spec) -> dict[str, str]:
         """Return the version of OpenVINO, and the processor that it compiled for."""
-        return {"openvino": _version(), "machine": cpu()}
+        return {"openvino": version("openvino"), "machine": cpu()}
 
     def check(self, spec: Spec) -> None:
         """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, or in bf16 where the CPU has it."""
@@ -175,11 +177,6 @@ def _takes_any_size(program: Program) -> bool:
 
 def _is_batch(axis: int | Axis) -> bool:
     return isinstance(axis, Axis) and axis.name == BATCH.name
-
-
-@cache
-def _version() -> str:
-    return version("openvino")
 
 
 @cache

@@ -80,7 +80,7 @@ def best_backend(device: str) -> Backend:
     Raises:
         EngineError: if the device is not there.
     """
-    kind = "cpu" if device == "cpu" else kind_of(device)
+    kind = kind_of(device)
     for backend in BACKENDS.values():
         if kind not in backend.kinds:
             continue
@@ -93,7 +93,7 @@ def best_backend(device: str) -> Backend:
 
 def backends_for(device: str) -> list[Backend]:
     """Return the backends that are installed and run on a device."""
-    kind = "cpu" if device == "cpu" else kind_of(device)
+    kind = kind_of(device)
     return [b for b in BACKENDS.values() if kind in b.kinds and b.unfit(device) is None]
 
 

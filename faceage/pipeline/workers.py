@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import cv2
 
-from faceage.errors import EngineError, FaceAgeError, UnsupportedError
+from faceage.errors import EngineError, FaceAgeError
 from faceage.pipeline.request import Networks
 
 T = TypeVar("T")
@@ -268,8 +268,7 @@ class Cluster:
         gpus: share of a GPU that each piece of work gets.
 
     Raises:
-        UnsupportedError: if Ray is not installed.
-        EngineError: if there is no cluster at the address.
+        EngineError: if Ray is not installed, or there is no cluster at the address.
     """
 
     def __init__(self, load: Load, address: str, gpus: float = 0) -> None:
@@ -278,7 +277,7 @@ class Cluster:
         try:
             import ray
         except ImportError as error:
-            raise UnsupportedError("Ray is not installed; run: pip install 'faceage[ray]'") from error
+            raise EngineError("Ray is not installed; run: pip install 'faceage[ray]'") from error
         self._ray, self._gpus, self._load = ray, gpus, pickle.dumps(load)
         self._begun_here = not ray.is_initialized()
         if self._begun_here:
