@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,10 @@ FORMAT_VERSION = 1
 LARGEST_DIM = 1 << 14
 """Above what any network's dimensions are: one that is damaged may not fill the memory."""
 _KEY = "faceage"
+_OWN_HASH = "file_sha256"
+"""Beside the header's fields: the hash of the file, with zeros in this place."""
+_NO_HASH = "0" * 64
+_HASH_PLACE = re.compile(rf'{_OWN_HASH}\\": \\"(.{{64}})'.encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,10 @@ def save(path: Path, weights: dict[str, Tensor], header: Header, *, half: bool =
         tensors[name] = value.half() if half and value.dtype == torch.float32 else value.clone()
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = serialize(tensors, metadata={_KEY: json.dumps(dataclasses.asdict(header))})
-    part.write_bytes(data)  # save_file would make a file that only its owner can read
+    text = json.dumps(dataclasses.asdict(header) | {_OWN_HASH: _NO_HASH})
+    data = serialize(tensors, metadata={_KEY: text})
+    # save_file would make a file that only its owner can read.
+    part.write_bytes(_with_own_hash(data, hashlib.sha256(data).hexdigest()))
     os.replace(part, path)
     return sha256_of(path)
 
@@ -93,7 +100,9 @@ def read_header(path: Path) -> Header:
     if text is None:
         raise CheckpointError(f"{path} has no faceage header; expected a checkpoint made by faceage's train/ scripts")
     try:
-        header = Header(**json.loads(text))
+        fields = json.loads(text)
+        fields.pop(_OWN_HASH, None)
+        header = Header(**fields)
         _check_header(header)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header this version cannot read ({error}); update faceage") from error
@@ -120,11 +129,12 @@ def load(path: Path, arch: str) -> tuple[Header, dict[str, Tensor]]:
     """Load a checkpoint of the given architecture, weights as float32.
 
     Raises:
-        CheckpointError: as `read_header`, and if the checkpoint holds another network than `arch`.
+        CheckpointError: as `read_header` and `check_whole`, and if the checkpoint holds another network than `arch`.
     """
     from safetensors.torch import load_file
 
     header = read_header(path)
+    check_whole(path)
     if header.arch != arch:
         raise CheckpointError(f"{path} holds {header.arch}, expected {arch}; name the checkpoint of that stage")
     try:
@@ -132,6 +142,27 @@ def load(path: Path, arch: str) -> tuple[Header, dict[str, Tensor]]:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); restore it by reinstalling faceage") from error
     return header, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def _own_hash(data: bytes) -> re.Match[bytes] | None:
+    """Return the place of a file's own hash in its header, which begins with its length; older files have none."""
+    return _HASH_PLACE.search(data, 8, 8 + int.from_bytes(data[:8], "little"))
+
+
+def _with_own_hash(data: bytes, digest: str) -> bytes:
+    place = _own_hash(data)
+    assert place
+    return data[: place.start(1)] + digest.encode() + data[place.end(1) :]
+
+
+def check_whole(path: Path) -> None:
+    """Raise CheckpointError if a checkpoint is damaged: it is not what the hash in it says. Older ones have no hash."""
+    data = path.read_bytes()
+    place = _own_hash(data)
+    if place and hashlib.sha256(_with_own_hash(data, _NO_HASH)).hexdigest().encode() != place[1]:
+        raise CheckpointError(
+            f"{path} is damaged: it is not what its hash says; restore it by reinstalling faceage, or import it again"
+        )
 
 
 def read_array(path: Path, name: str) -> FloatArray:

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from faceage.agers.canonical import read_canonical
 from faceage.checkpoint import Header, load, read_header, save, sha256_of
 from faceage.errors import CheckpointError
+from faceage.models import find_model
 
 HEADER = Header(arch="identity", dims={"size_px": 64}, stage="identity", images_seen=3, metrics={"val": 0.5})
 
@@ -92,3 +94,24 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_any_flipped_bit_is_noticed(file):
+    whole = bytearray(file.read_bytes())
+    length = 8 + int.from_bytes(whole[:8], "little")
+    for at in (*range(8, length, 7), *range(length, len(whole), max(1, (len(whole) - length) // 20)), len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load(file, "identity")
+    file.write_bytes(whole)
+    load(file, "identity")
+
+
+def test_a_damaged_model_is_one_line(tmp_path):
+    data = bytearray(find_model("space").generator.read_bytes())
+    data[-1000] ^= 1
+    (tmp_path / "space.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"space.safetensors is damaged: .* restore it by reinstalling"):
+        read_canonical(tmp_path / "space.safetensors")

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import safetensors
 
+from faceage.checkpoint import check_whole
 from faceage.geometry import face_mask
 from faceage.kernels import beside, maps
 from faceage.types import Appearance, FloatArray, Frame, Samples
@@ -242,7 +243,12 @@ def _colour(thumbnail: FloatArray) -> float:
 
 
 def read_canonical(checkpoint: Path) -> CanonicalModel:
-    """Read the parameters of a space model; no torch."""
+    """Read the parameters of a space model; no torch.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    check_whole(checkpoint)
     with safetensors.safe_open(checkpoint, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
     parts = {name: value.astype(np.float32) for name, value in arrays.items() if value.dtype.kind == "f"}
