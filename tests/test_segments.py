@@ -13,7 +13,7 @@ import pytest
 from clips import frame_times, index_of, irregular_pts, make_clip, make_frame, packets_of, regular_pts
 
 from faceage.align import align_faces
-from faceage.errors import MediaError
+from faceage.errors import MediaError, UnsupportedError
 from faceage.geometry import template_5
 from faceage.media.segment import SegmentEncoder, SegmentWriter, open_segment
 from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, transcode
@@ -385,6 +385,16 @@ def test_what_was_scanned_is_not_scanned_again(networks, long_clip, tmp_path):
     )
     assert seen == {"render"}
     assert len(decoded(target)) == 25
+
+
+def test_uneven_times_are_not_given_to_a_container_without_times(networks, tmp_path):
+    uneven = make_clip(tmp_path / "in.mkv", pts=irregular_pts(8))
+    even = make_clip(tmp_path / "even.mkv", time_base=Fraction(1, 1000), pts=[round(i * 1001 / 30) for i in range(8)])
+    with pytest.raises(UnsupportedError, match=r"uneven times, and \.h264 files keep no times; name the output \.mkv"):
+        age_video(networks, uneven, tmp_path / "out.h264", REQUEST)
+    assert sorted(os.listdir(tmp_path)) == ["even.mkv", "in.mkv"]
+    age_video(networks, even, tmp_path / "out.h264", REQUEST)
+    assert len(decoded(tmp_path / "out.h264")) == 8
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(networks, long_clip, long_plan, uninterrupted, tmp_path):

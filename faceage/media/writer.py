@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
 
 import av
+import numpy as np
 from av.codec import Codec
 from av.container import InputContainer
 from av.packet import Packet
@@ -22,13 +23,17 @@ from faceage.media.probe import VideoInfo, open_input
 from faceage.media.reader import VideoReader
 from faceage.media.remux import StreamCopier, advance_timecode, can_label, copied_tags, muxer_options, stream_tags
 from faceage.media.segment import Segment, SegmentEncoder, SegmentFormat
-from faceage.types import Frame
+from faceage.types import Frame, IntArray
 
 if TYPE_CHECKING:
     from av.container.core import Chapter  # only the stubs have it
 
 log = logging.getLogger(__name__)
 
+_NO_TIMES = 0x80
+"""FFmpeg's AVFMT_NOTIMESTAMPS: a muxer's flag."""
+UNEVEN_FRAMES = 0.1
+"""How far a frame's time may be from that of an even frame rate, in frames, where a container keeps no times."""
 _WITH_COMMENT = ("mp4", "mov", "ipod", "matroska", "webm", "avi", "flv", "asf", "nut")
 """Containers, by their muxers, from which a comment was read back; others lose it, and with it the label."""
 _ASF_CODECS = ("wmv1", "wmv2", "msmpeg4v2", "msmpeg4v3", "mjpeg")
@@ -106,6 +111,21 @@ class VideoWriter:
         self._origin_pts = 0
         self._first_tick = 0
         self._open(options)
+
+    def check_times(self, pts: IntArray) -> None:
+        """Raise UnsupportedError if the container keeps no times, and these could not be guessed from a frame rate.
+
+        Args:
+            pts: int64 [N], of all frames, in units of the source's time base.
+        """
+        if not self._output.format.flags & _NO_TIMES or len(pts) < 2:
+            return
+        even = np.linspace(pts[0], pts[-1], len(pts))
+        if np.abs(pts - even).max() > max(1, UNEVEN_FRAMES * (even[1] - even[0])):
+            raise UnsupportedError(
+                f"{self.info.path}: its frames come at uneven times, and {self.path.suffix} files keep no times; "
+                "name the output .mkv or .mp4"
+            )
 
     def _open(self, options: EncodeOptions) -> None:
         """Open the output, add its streams, and write its header."""

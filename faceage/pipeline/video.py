@@ -107,6 +107,7 @@ def age_video(
             sha256 = sha256_of(source)
             if plan is not None:
                 _check_plan(plan, networks, first_pass, sha256)
+                writer.check_times(plan.pts)
             folder: WorkFolder | None = None
             if resume or workers.count > 1:
                 manifest = _manifest(networks, first_pass, sha256, plan, wish, writer)
@@ -115,7 +116,9 @@ def age_video(
             try:
                 _check_space(second_pass, target, folder)
                 if plan is None:
-                    plan = scan(networks, first_pass, track, sha256=sha256, timer=timer, progress=progress)
+                    found = scan(networks, first_pass, track, sha256=sha256, timer=timer, progress=progress)
+                    writer.check_times(found.pts)
+                    plan = found
                 if folder:
                     folder.save(plan)
                 tracks = decide(networks, plan, request, people)
