@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from faceage.agers.registry import model_programs
 from faceage.checkpoint import Header, load, read_header, save
 from faceage.engines import export
 from faceage.errors import CheckpointError
@@ -38,6 +39,19 @@ def test_an_imported_facegan_takes_the_bundled_readers(cache, facegan_checkpoint
     assert files.architecture == "facegan"
     assert files.generator.read_bytes() == facegan_checkpoint.read_bytes()
     assert (files.age, files.identity) == (find_model("age-cgan").age, find_model("age-cgan").identity)
+
+
+def test_graphs_of_bundled_weights_are_not_made_again(cache, monkeypatch):
+    files = find_model("age-cgan")
+
+    def fail(program):
+        raise AssertionError(f"{program.name} is exported again")
+
+    monkeypatch.setattr("faceage.engines.export.write_graph", fail)
+    mine = import_model("mine", [files.generator, files.paths["encoder"]])
+    for role, program in model_programs(mine).items():
+        assert program.fingerprint == model_programs(files)[role].fingerprint
+        assert role == "age" or program.graph.parent == mine.generator.parent
 
 
 def test_an_import_takes_the_place_of_another_architecture(cache, checkpoints, facegan_checkpoint):

@@ -15,6 +15,7 @@ from faceage.agers.base import Architecture, ModelFiles
 from faceage.agers.registry import ARCHITECTURES, SHARED_ROLES, architecture_of, model_programs
 from faceage.cache import cache_root
 from faceage.checkpoint import read_header
+from faceage.engines.base import Program, sha256_of_file
 from faceage.errors import CheckpointError, EngineError
 from faceage.extras import missing
 
@@ -147,7 +148,7 @@ def _check_networks(name: str, architecture: Architecture, folder: Path, given: 
 
 
 def _write_graphs(name: str, architecture: Architecture, folder: Path) -> None:
-    """Write the graphs of a model's own networks beside its checkpoints."""
+    """Write the graphs of a model's own networks beside its checkpoints; those of bundled weights are bundled too."""
     from faceage.engines.export import write_graph
 
     files = _files_in(folder, name, architecture)
@@ -155,9 +156,20 @@ def _write_graphs(name: str, architecture: Architecture, folder: Path) -> None:
         for path in program.checkpoints:
             if path.parent != folder:  # a graph's weights lie beside it
                 shutil.copyfile(path, folder / path.name)
-    for program in model_programs(_files_in(folder, name, architecture)).values():
-        if program.graph.parent == folder:
+    bundled = model_programs(_files_in(_BUNDLED, name, architecture))
+    for role, program in model_programs(_files_in(folder, name, architecture)).items():
+        if program.graph.parent != folder:
+            continue
+        if role in bundled and _have_same_weights(program, bundled[role]):
+            for path in (bundled[role].graph, bundled[role].sidecar):
+                shutil.copyfile(path, folder / path.name)
+        else:
             write_graph(program)
+
+
+def _have_same_weights(program: Program, other: Program) -> bool:
+    names, others = ({path.name: sha256_of_file(path) for path in each.checkpoints} for each in (program, other))
+    return program.name == other.name and names == others
 
 
 def _files_in(folder: Path, name: str, architecture: Architecture) -> ModelFiles:
