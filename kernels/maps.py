@@ -149,7 +149,7 @@ def blur_within(maps: Samples, sigma: Number, least: float, most: float) -> Samp
         return blur(maps, sigma) if sigma > least else maps
     import torch
 
-    offsets = as_tensor(constant(_offsets, _reach(most), like=sigma))
+    offsets = as_tensor(constant(_places, -_reach(most), _reach(most) + 1, like=sigma))
     sigma = sigma.where(sigma > least, 1e-3)  # then all weight is in the middle
     weights = torch.exp(-(offsets**2) / (2 * sigma**2)) * (offsets.abs() <= ((8 * sigma + 1).round() / 2).floor())
     return _convolve(maps, weights / weights.sum())
@@ -159,8 +159,8 @@ def _reach(sigma: float) -> int:
     return round(8 * sigma + 1) // 2  # OpenCV's choice
 
 
-def _offsets(reach: int) -> FloatArray:
-    return np.arange(-reach, reach + 1, dtype=np.float32)
+def _places(first: int, end: int) -> FloatArray:
+    return np.arange(first, end, dtype=np.float32)
 
 
 def _convolve(maps: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -208,7 +208,7 @@ def bilateral(maps: Samples, diameter_px: int, value_range: float, sigma: float)
 
 def _disc(radius: int, sigma: float) -> FloatArray:
     """Return a Gaussian's weights inside a disc: [D D, 1], 0 outside."""
-    offsets = _offsets(radius)
+    offsets = _places(-radius, radius + 1)
     squares = offsets[:, None] ** 2 + offsets**2
     return (np.exp(squares * (-0.5 / sigma**2)) * (squares <= radius**2)).reshape(-1, 1).astype(np.float32)
 
@@ -255,7 +255,7 @@ def _run_along(reached: torch.Tensor, mask: torch.Tensor, axis: int) -> torch.Te
     import torch
 
     size = mask.shape[axis]
-    places = as_tensor(constant(_places, size, like=mask)).reshape((-1, 1) if axis == 0 else (1, -1))
+    places = as_tensor(constant(_places, 0, size, like=mask)).reshape((-1, 1) if axis == 0 else (1, -1))
     nowhere = torch.full_like(mask, -1)
     ways = []
     for is_reversed in (False, True):
@@ -263,10 +263,6 @@ def _run_along(reached: torch.Tensor, mask: torch.Tensor, axis: int) -> torch.Te
         last, gap = ((places.where(each > 0, nowhere)).cummax(axis).values for each in (a, 1 - m))
         ways.append((last > gap).flip(axis) if is_reversed else last > gap)
     return (ways[0] | ways[1]).to(mask.dtype)
-
-
-def _places(size: int) -> FloatArray:
-    return np.arange(size, dtype=np.float32)
 
 
 def exp(maps: Samples) -> Samples:
