@@ -9,6 +9,7 @@ RGB delta); Zhang: Making Convolutional Networks Shift-Invariant Again, ICML 201
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -78,12 +79,49 @@ class _Residual(nn.Module):
         return F.leaky_relu(x + self.second(inner), 0.2)
 
 
-class UNet(nn.Module):
-    """(face, its age, the wanted age) -> the change of its pixels.
+class AgeUNet(nn.Module):
+    """(face, its age, the wanted age) -> features of each pixel, from which a change of it is drawn.
 
     Fully convolutional: one set of weights serves crops of any side that is a multiple of `MULTIPLE_PX`. The stem takes
     blocks of 2x2 pixels as channels, so that a crop of 256 pixels costs what one of 128 would; the last step has whole
-    resolution, and sees the crop's own pixels again: wrinkles can be taken away only where they are. The change
+    resolution, and sees the crop's own pixels again: wrinkles can be taken away only where they are.
+    """
+
+    def __init__(self, widths: Sequence[int], head: int, ages: int) -> None:
+        super().__init__()
+        W = widths
+        self.embed = nn.Sequential(nn.Linear(4, ages), nn.LeakyReLU(0.2), nn.Linear(ages, ages))
+        self.stem = _Conv(12, W[0])
+        self.down = nn.ModuleList(_Conv(a, b) for a, b in pairwise(W))
+        self.encoder = nn.ModuleList(_Residual(width, ages) for width in W[1:])
+        self.up = nn.ModuleList(_Conv(b, a) for a, b in reversed(list(pairwise(W))))
+        # The lowest level of the decoder has two convolutions after its sum, the others one: most of the cost is there.
+        self.low = _Residual(W[3], ages)
+        self.decoder = nn.ModuleList(_Conv(width, width) for width in reversed(W[:3]))
+        self.decoder_ages = nn.ModuleList(nn.Linear(ages, width) for width in reversed(W[:3]))
+        self.head = _Conv(W[0] + 3, head)
+
+    def features(self, x_N3SS: Tensor, source_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features [N, head, S, S], and a gate [N, 1, 1, 1] that is 0 where no years are asked for."""
+        gate = torch.tanh((target_N - source_N) / 20)
+        ages = torch.stack([source_N / 50 - 1, target_N / 50 - 1, gate, gate.abs()], 1)
+        ages = F.leaky_relu(self.embed(ages), 0.2)
+        x = F.leaky_relu(self.stem(F.pixel_unshuffle(x_N3SS, 2)), 0.2)
+        skips = []
+        for down, block in zip(self.down, self.encoder, strict=True):
+            skips.append(x)
+            x = block(F.leaky_relu(down(_halve(x)), 0.2), ages)
+        x = self.low(_double(self.up[0](x)) + skips.pop(), ages)
+        for up, conv, bias in zip(list(self.up)[1:], self.decoder, self.decoder_ages, strict=True):
+            x = _double(up(x)) + skips.pop()
+            x = F.leaky_relu(conv(x) + bias(ages)[:, :, None, None], 0.2)
+        return F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2), gate[:, None, None, None]
+
+
+class UNet(AgeUNet):
+    """(face, its age, the wanted age) -> the change of its pixels.
+
+    The change
 
     - has one value a pixel, its luma: whatever the U-Net was let do to colours pleased estimators that were in its loss
       (grey beards on everybody, red cheeks), and left the one that was not unmoved;
@@ -95,18 +133,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, dims: FaceGANDims) -> None:
-        super().__init__()
-        W = dims.widths
-        self.embed = nn.Sequential(nn.Linear(4, dims.ages), nn.LeakyReLU(0.2), nn.Linear(dims.ages, dims.ages))
-        self.stem = _Conv(12, W[0])
-        self.down = nn.ModuleList(_Conv(a, b) for a, b in pairwise(W))
-        self.encoder = nn.ModuleList(_Residual(width, dims.ages) for width in W[1:])
-        self.up = nn.ModuleList(_Conv(b, a) for a, b in reversed(list(pairwise(W))))
-        # The lowest level of the decoder has two convolutions after its sum, the others one: most of the cost is there.
-        self.low = _Residual(W[3], dims.ages)
-        self.decoder = nn.ModuleList(_Conv(width, width) for width in reversed(W[:3]))
-        self.decoder_ages = nn.ModuleList(nn.Linear(dims.ages, width) for width in reversed(W[:3]))
-        self.head = _Conv(W[0] + 3, dims.head)
+        super().__init__(dims.widths, dims.head, dims.ages)
         self.to_luma = nn.Conv2d(dims.head, 1, 3, padding=1)
         for size in dims.sizes_px:
             # The template fits every face alike, so the mask of a size is a constant.
@@ -122,25 +149,14 @@ class UNet(nn.Module):
             source_N: how old they are, in years.
             target_N: how old they are to be.
         """
-        gate = torch.tanh((target_N - source_N) / 20)
-        ages = torch.stack([source_N / 50 - 1, target_N / 50 - 1, gate, gate.abs()], 1)
-        ages = F.leaky_relu(self.embed(ages), 0.2)
-        x = F.leaky_relu(self.stem(F.pixel_unshuffle(x_N3SS, 2)), 0.2)
-        skips = []
-        for down, block in zip(self.down, self.encoder, strict=True):
-            skips.append(x)
-            x = block(F.leaky_relu(down(_halve(x)), 0.2), ages)
-        x = self.low(_double(self.up[0](x)) + skips.pop(), ages)
-        for up, conv, bias in zip(list(self.up)[1:], self.decoder, self.decoder_ages, strict=True):
-            x = _double(up(x)) + skips.pop()
-            x = F.leaky_relu(conv(x) + bias(ages)[:, :, None, None], 0.2)
-        luma = self.to_luma(F.leaky_relu(self.head(torch.cat([_double(x), x_N3SS], 1)), 0.2))
+        features, gate = self.features(x_N3SS, source_N, target_N)
+        luma = self.to_luma(features)
         mask = self._mask(x_N3SS)
         luma = luma - (luma * mask).sum((2, 3), keepdim=True) / mask.sum()
         soft = F.avg_pool2d(luma, luma.shape[-1] // _LIGHT_CELLS)
         side_light = (soft - soft.flip(3)) / 2
         luma = luma - F.interpolate(side_light, luma.shape[-2:], mode="bilinear", align_corners=False)
-        luma = luma * gate[:, None, None, None]
+        luma = luma * gate
         usual = luma.clamp(-_USUAL, _USUAL)
         luma = usual + _BEYOND * torch.tanh((luma - usual) / _BEYOND)
         return luma.expand(-1, 3, -1, -1)

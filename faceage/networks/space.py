@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceage.geometry import TEMPLATES
-from faceage.networks.facegan import _Conv, _double, _halve
+from faceage.networks.facegan import AgeUNet, _Conv, _double, _halve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,3 +173,51 @@ class CoordinateNet(nn.Module):
         """
         weights = torch.cat([landmarks_NK - self.template, self.shapes(x_N3SS, landmarks_NK)], 1)
         return self.bias_map + torch.einsum("nk,kchw->nchw", weights, self.maps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OlderDims:
+    """Dimensions of the network that draws what age adds to a face."""
+
+    size_px: int
+    """Side of the crops; a multiple of 32."""
+    widths: tuple[int, ...] = (16, 32, 64, 96, 112)
+    """Channels at S/2, S/4, S/8, S/16 and S/32."""
+    head: int = 8
+    """Channels at S."""
+    ages: int = 32
+    """Width of the embedding of the two ages."""
+    template: str = "whole face"
+    """Name of the crops' template, in `geometry.TEMPLATES`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON gives lists
+        if self.size_px % 32 or len(self.widths) != 5:
+            raise ValueError(f"the side must be a multiple of 32 and have five widths: {self}")
+
+
+class OlderNet(AgeUNet):
+    """(face, its age, the wanted age) -> what age adds to this very face.
+
+    The change is of log luma, of log R/G and of log B/G, is in proportion to tanh((target - source) / 20), and is
+    limited softly.
+    """
+
+    LIMIT = 0.6
+
+    def __init__(self, dims: OlderDims) -> None:
+        super().__init__(dims.widths, dims.head, dims.ages)
+        self.to_change = nn.Conv2d(dims.head, 3, 3, padding=1)
+        nn.init.normal_(self.to_change.weight, 0, 0.01)
+        nn.init.zeros_(self.to_change.bias)
+
+    def forward(self, x_N3SS: Tensor, source_N: Tensor, target_N: Tensor) -> Tensor:
+        """Return log ratios [N, 3, S, S], not masked.
+
+        Args:
+            x_N3SS: aligned faces, RGB in [-1, 1].
+            source_N: how old they are, in years.
+            target_N: how old they are to be.
+        """
+        features, gate = self.features(x_N3SS, source_N, target_N)
+        return self.LIMIT * torch.tanh(self.to_change(features).float() / self.LIMIT) * gate
