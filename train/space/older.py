@@ -7,11 +7,12 @@ ratios of luma, R/G and B/G. So its targets are no drawings: what it learns is w
 has folds, bags, spots and grey stubble. Two losses:
 
 - the error of the change in each band of a pyramid, as a share of the band's own contrast;
-- an adversary that sees the young face and a change, for the error alone would average the wrinkles away, which are not
-  where one expects them. It sees no more than luma without what is wide: it can neither light nor tint.
+- an adversary that sees faces that were made older beside real old ones, half of them real young faces, which have no
+  pairs: the error alone would average the wrinkles away, which are not where one expects them, and would teach only
+  what making young leaves behind. It sees no more than luma without what is wide: it can neither light nor tint.
 
-What making young leaves behind must not be what the network looks for: the versions of several models are mixed, with
-a part of the way back already gone, at any light, and under noise that only the network sees. Writes
+Against the traces of making young, the versions of several models are mixed, with a part of the way back already gone,
+at any light, and under noise that only the network sees. Writes
 `older.safetensors` and `sheet.png`: real young validation faces, then each at 50, 70 and 85.
 
 Reference: Isola et al., Image-to-image translation with conditional adversarial networks, CVPR 2017.
@@ -32,12 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faceage.checkpoint import Header, save
+from faceage.checkpoint import Header, load, save
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA
 from faceage.networks.space import OlderDims, OlderNet
 from train.data import to_tensor
 from train.run import EMA, Run, Script, autocast, device, git_commit, sheet
-from train.space.pairs import CROP_PX, STORED_PX, YOUNG_YEARS, Pairs
+from train.space.pairs import CROP_PX, SHOWN, STORED_PX, YOUNG_YEARS, Pairs
 
 DATASET = {"name": "UTKFace, All-Age-Faces (a part)", "licence": "non-commercial research only"}
 SHEET_AGES = (50, 70, 85)
@@ -49,7 +50,10 @@ LEVELS = 5
 class Config:
     """Hyper-parameters."""
 
-    batch: int = 12
+    batch: int = 10
+    """Pairs a step."""
+    young_batch: int = 6
+    """Real young faces a step, once there is an adversary."""
     rate: float = 2e-3
     warm_images: int = 2_000
     """The rate rises to its value over these."""
@@ -58,7 +62,7 @@ class Config:
     adversary_from_images: int = 12_000
     adversary_ramp_images: int = 8_000
     """Without adversary at first; then its weight grows over so many images."""
-    adversary_weight: float = 0.15
+    adversary_weight: float = 0.3
     r1_weight: float = 0.08
     r1_every_steps: int = 8
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 0.8, 0.6)
@@ -126,26 +130,25 @@ def level_errors(change: Tensor, wanted: Tensor, config: Config) -> tuple[Tensor
 
 
 class Adversary(nn.Module):
-    """(young face, change of luma) -> realness of each patch."""
+    """Luma of faces, without what is wide -> realness of each patch."""
 
     WIDE_SIGMA = 9.0
-    """Blur in pixels; the adversary sees of faces only what that takes away."""
+    """Blur in pixels; what that leaves is not seen."""
 
     def __init__(self, widths: tuple[int, ...] = (40, 80, 128, 160)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip((4, *widths), widths, strict=False)):
+        for i, (a, b) in enumerate(zip((2, *widths), widths, strict=False)):
             conv = nn.Conv2d(a, b, 4, stride=2 if i < len(widths) - 1 else 1, padding=1)
             nn.init.kaiming_normal_(conv.weight, 0.2)
             layers += [conv, nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
-    def see(self, young: Tensor, change: Tensor) -> Tensor:
-        """Return what it sees of log luma [N, 1, S, S] and its change: [N, 4, S, S]."""
-        mask = inside().to(young.device)
-        aged = young + change
-        seen = [self._fine(young) * mask, self._fine(aged) * mask, change * mask, mask.expand_as(young)]
-        return (4 * torch.cat(seen, 1)).contiguous(memory_format=torch.channels_last)
+    def see(self, luma: Tensor) -> Tensor:
+        """Return what it sees of log luma [N, 1, S, S]: [N, 2, S, S]."""
+        mask = inside().to(luma.device)
+        seen = torch.cat([4 * self._fine(luma) * mask, mask.expand_as(luma)], 1)
+        return seen.contiguous(memory_format=torch.channels_last)
 
     def _fine(self, x: Tensor) -> Tensor:
         radius = int(3 * self.WIDE_SIGMA)
@@ -155,7 +158,7 @@ class Adversary(nn.Module):
         return x - F.conv2d(F.conv2d(padded, kernel[:, :, None]), kernel[:, :, :, None])
 
     def forward(self, seen: Tensor) -> Tensor:
-        """Return logits [N, 1, P, P], high for patches of a real change."""
+        """Return logits [N, 1, P, P], high for patches of real faces."""
         return self.layers(seen)
 
 
@@ -177,6 +180,13 @@ def draw(
     return 2 * seen - 1, young, real, source, torch.from_numpy(pairs.ages[rows].astype(np.float32))
 
 
+def draw_young(pairs: Pairs, rows: np.ndarray, random: np.random.Generator, config: Config) -> tuple[Tensor, Tensor]:
+    """Return real young faces as `draw` does: (inputs [N, 3, S, S] in [-1, 1], faces [N, 3, S, S] in [0, 1])."""
+    drawn = [_draw_one(pairs.young[row][None].repeat(4, 0), YOUNG_YEARS, random, config, plain=False) for row in rows]
+    seen, young = (torch.from_numpy(np.stack([each[i] for each in drawn])).permute(0, 3, 1, 2) for i in range(2))
+    return 2 * seen - 1, young
+
+
 def _draw_one(
     versions: np.ndarray, age: float, random: np.random.Generator, config: Config, plain: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
@@ -189,7 +199,7 @@ def _draw_one(
     if not plain and random.random() < 0.5:
         faces = [face[:, ::-1] for face in faces]
     real, *young_versions = (np.log(face.astype(np.float32) / 255 + BLACK_OFFSET) for face in faces)
-    young = np.tensordot(random.dirichlet((0.7,) * 3), np.stack(young_versions), 1)
+    young: np.ndarray = np.tensordot(random.dirichlet((0.7,) * 3), np.stack(young_versions), 1)
     source = random.uniform(YOUNG_YEARS - 4, YOUNG_YEARS + 4)
     if not plain and random.random() < config.way_back_share:
         share = random.uniform(0.1, 0.7)
@@ -211,7 +221,8 @@ def _draw_one(
     if not plain and random.random() < 0.3:
         coded = np.clip(255 * seen, 0, 255).astype(np.uint8)
         quality = int(random.uniform(40, 90))
-        seen = cv2.imdecode(cv2.imencode(".jpg", coded, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], 1) / np.float32(255)
+        data = cv2.imencode(".jpg", coded, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        seen = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), np.float32) / 255
     return np.clip(seen, 0, 1), young, real, source
 
 
@@ -220,21 +231,27 @@ def _draw_one(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=120.0, help="Budget of all sessions.")
 @click.option("--images", type=click.IntRange(1), help="Budget in images instead.")
-def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
+@click.option("--start", type=click.Path(exists=True, path_type=Path), help="Its `older.safetensors` is gone on from.")
+def main(folder: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
     """Train the network that makes faces older."""
     cv2.setNumThreads(1)
     config, dims = Config(), OlderDims(size_px=CROP_PX)
     torch.manual_seed(config.seed)
-    run = Run(out, config, minutes, images, dims=dims, parents={"pairs": folder / "manifest.json"})
+    parents = {"pairs": folder / "manifest.json"}
+    net = OlderNet(dims)
+    if start is not None:
+        parents["start"] = start
+        net.load_state_dict(load(start, "space-older")[1])
+    run = Run(out, config, minutes, images, dims=dims, parents=parents)
     pairs, where = Pairs.load(folder), device()
     layout = {"memory_format": torch.channels_last, "device": where}
     train, val = np.flatnonzero(~pairs.validation), np.flatnonzero(pairs.validation)[:96]
     likely = 1 / (1 + ((pairs.ages[train] - config.likely_years) / config.likely_spread_years) ** 2)
     likely = likely / likely.sum()
     margin = (STORED_PX - CROP_PX) // 2
-    shown = to_tensor(np.ascontiguousarray(pairs.young[:, margin:-margin, margin:-margin])).to(**layout)
+    shown = to_tensor(np.ascontiguousarray(pairs.young[-SHOWN:, margin:-margin, margin:-margin])).to(**layout)
 
-    net, adversary = OlderNet(dims).to(**layout), Adversary().to(**layout)
+    net, adversary = net.to(**layout), Adversary().to(**layout)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.Adam(net.parameters(), config.rate, config.betas)
     adversary_step = torch.optim.Adam(adversary.parameters(), config.adversary_rate, (0.0, 0.99))
@@ -249,35 +266,47 @@ def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
         warm = min(1.0, (run.images_seen + config.batch) / config.warm_images)
         step.param_groups[0]["lr"] = config.rate * warm * (0.5 + 0.5 * math.cos(math.pi * run.progress)) + 2e-5
         rows = random.choice(train, config.batch, p=likely)
-        seen, young, real, source, target = (each.to(where) for each in draw(pairs, rows, random, config))
-        before = log_colours(young)
-        wanted = (log_colours(real) - before).clamp(-0.7, 0.7)
-        with autocast(where):
-            change = net(seen.contiguous(memory_format=torch.channels_last), source, target)
-        loss, alike = level_errors(change.float(), wanted, config)
-        terms = {"error": loss.detach()} | {f"alike{i}": torch.tensor(value) for i, value in enumerate(alike)}
+        seen, made_young, real, source, target = (each.to(where) for each in draw(pairs, rows, random, config))
+        before, after = log_colours(made_young), log_colours(real)
         share = (run.images_seen - config.adversary_from_images) / config.adversary_ramp_images
         if share > 0:
-            luma = before[:, :1]
+            rows = random.choice(len(pairs.young) - SHOWN, config.young_batch)
+            more, young = (each.to(where) for each in draw_young(pairs, rows, random, config))
+            seen, before = torch.cat([seen, more]), torch.cat([before, log_colours(young)])
+            source = torch.cat([source, torch.from_numpy(pairs.young_ages[rows]).to(where)])
+            target = torch.cat([target, target[torch.randint(len(target), (config.young_batch,))]])
+        with autocast(where):
+            change = net(seen.contiguous(memory_format=torch.channels_last), source, target).float()
+        wanted = (after - before[: config.batch]).clamp(-0.7, 0.7)
+        loss, alike = level_errors(change[: config.batch], wanted, config)
+        terms = {"error": loss.detach()} | {f"alike{i}": torch.tensor(value) for i, value in enumerate(alike)}
+        if share > 0:
+            seen_made, seen_real = adversary.see((before + change)[:, :1]), adversary.see(after[:, :1])
             adversary.requires_grad_(False)
             with autocast(where):
-                realness = adversary(adversary.see(luma, change[:, :1].float())).float().mean()
+                realness = adversary(seen_made).float()
             adversary.requires_grad_(True)
-            loss = loss - config.adversary_weight * min(1.0, share) * realness
-            shown_real = adversary.see(luma, wanted[:, :1])
+            loss = loss - config.adversary_weight * min(1.0, share) * realness.mean()
             with autocast(where):
-                of_real = adversary(shown_real).float()
-                of_made = adversary(adversary.see(luma, change[:, :1].detach().float())).float()
+                of_real, of_made = adversary(seen_real).float(), adversary(seen_made.detach()).float()
             hinge = F.relu(1 - of_real).mean() + F.relu(1 + of_made).mean()
             penalty = torch.zeros((), device=where)
             if steps % config.r1_every_steps == 0:
-                point = shown_real.detach().requires_grad_(True)
+                point = seen_real.detach().requires_grad_(True)
                 (gradient,) = torch.autograd.grad(adversary(point).sum(), point, create_graph=True)
                 penalty = config.r1_weight * gradient.square().sum((1, 2, 3)).mean()
             adversary_step.zero_grad()
             (hinge + penalty).backward()
             adversary_step.step()
-            terms |= {"adversary": hinge.detach(), "realness": realness.detach()}
+            terms |= {"adversary": hinge.detach(), "real": of_real.detach().mean()}
+            terms |= {
+                "made": realness[: config.batch].detach().mean(),
+                "made_young": realness[config.batch :].detach().mean(),
+            }
+            terms |= {
+                "drawn": change[: config.batch, 0].detach().std(),
+                "drawn_young": change[config.batch :, 0].detach().std(),
+            }
         step.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)

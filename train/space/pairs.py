@@ -7,8 +7,8 @@ the way back (`train.space.older`) sees real old skin as its target, and on this
 bundled models make each face young, by themselves and one after the other: a network that saw the traces of one alone
 would look for them.
 
-Writes `crops.npy`, `found.npy` and `pairs.npz`; started again, it goes on. `sheet.png` shows some: the real face, then
-the young ones.
+Writes `crops.npy`, `found.npy`, `pairs.npz` and, for what has no pairs, real young faces: `young.npy`. Started again,
+it goes on. `sheet.png` shows some: the real face, then the young ones.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ YOUNG_YEARS = 25.0
 CROP_PX, STORED_PX = 160, 208
 """Side of the crop that a network sees, and of what is stored: wider, for it is turned and moved while training."""
 VERSIONS = ("real", "space", "facegan", "facegan of space")
-SHOWN = (20, 32, 24)
-"""First and last age of the real young faces that training shows, and how many."""
+YOUNG, YOUNG_FACES, SHOWN = (18, 35), 3_000, 24
+"""First and last age of the real young faces, how many there are for training, and how many for validation."""
 _BATCH = 64
 
 
@@ -57,7 +57,9 @@ class Pairs:
     validation: np.ndarray
     """bool [N], never trained on."""
     young: np.ndarray
-    """uint8 [24, 208, 208, 3], real young faces for validation."""
+    """uint8 [3000 + 24, 208, 208, 3], a memory map: real young faces; the last 24 are for validation."""
+    young_ages: np.ndarray
+    """float32 [3000 + 24]."""
 
     @classmethod
     def load(cls, folder: Path) -> Pairs:
@@ -69,8 +71,9 @@ class Pairs:
         if not (folder / "pairs.npz").exists():
             raise CheckpointError(f"{folder} has no pairs.npz; run train.space.pairs to its end, and name its --out")
         with np.load(folder / "pairs.npz", allow_pickle=False) as data:
-            rest = (data[name] for name in ("rows", "ages", "validation", "young"))
-            return cls(np.load(folder / "crops.npy", mmap_mode="r"), *rest)
+            rows, ages, validation, young_ages = (data[n] for n in ("rows", "ages", "validation", "young_ages"))
+        crops, young = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("crops", "young"))
+        return cls(crops, rows, ages, validation, young, young_ages)
 
 
 def crop(picture: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
@@ -94,6 +97,16 @@ def make_young(
     return np.array(crops, np.uint8), changed
 
 
+def _choose_young(heads: Heads) -> np.ndarray:
+    """Return the rows of real young faces, those for validation last."""
+    is_young = (heads.ages >= YOUNG[0]) & (heads.ages <= YOUNG[1])
+    rows = []
+    for wanted, count in ((~heads.validation, YOUNG_FACES), (heads.validation, SHOWN)):
+        there = np.flatnonzero(is_young & wanted)
+        rows.append(there[np.linspace(0, len(there) - 1, min(count, len(there))).astype(int)])
+    return np.concatenate(rows)
+
+
 @click.command(cls=Script)
 @click.option("--faces", "folder", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--archive", "archives", type=click.Path(exists=True, path_type=Path), multiple=True, required=True)
@@ -103,10 +116,7 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, limit: int | None)
     """Make old faces young."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
     heads = Heads.load(folder)
-    first, last, count = SHOWN
-    shown = np.flatnonzero(heads.validation & (heads.ages >= first) & (heads.ages <= last))
-    shown = shown[np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)]
-    young = heads.rows(shown)
+    young = heads.rows(_choose_young(heads))
     heads = heads.rows(np.flatnonzero((heads.ages >= FIRST_YEARS) & (heads.ages <= LAST_YEARS))[:limit])
     models = (load_networks(model="space", hair=False), load_networks(model="facegan"))
     made_by = {role: models[0].fingerprints[role] for role in ("generator", "coordinates", "personal")}
@@ -133,15 +143,17 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, limit: int | None)
         chosen = [rows[name] for name, _ in some]
         crops[chosen], found[chosen] = make_young(models, [picture for _, picture in some], heads.landmarks[chosen])
         log.info("%d done", (found >= 0).sum())
-    points = dict(zip(young.names, young.landmarks, strict=True))
-    faces = [crop(picture, points[name]) for name, picture in pictures_of(list(archives), set(points))]
+    faces = np.lib.format.open_memmap(out / "young.npy", "w+", np.uint8, (len(young), STORED_PX, STORED_PX, 3))
+    rows = {name: i for i, name in enumerate(young.names)}
+    for name, picture in pictures_of(list(archives), set(rows)):
+        faces[rows[name]] = crop(picture, young.landmarks[rows[name]])
     good = np.flatnonzero(found == 1)
     np.savez(
         out / "pairs.npz",
         rows=good,
         ages=heads.ages[good],
         validation=heads.validation[good],
-        young=np.array(faces, np.uint8),
+        young_ages=young.ages,
     )
     some = crops[good[np.linspace(0, len(good) - 1, min(20, len(good))).astype(int)]]
     sheet([to_tensor(np.ascontiguousarray(some[:, i])) for i in range(len(VERSIONS))], out / "sheet.png")
