@@ -35,10 +35,11 @@ FILES = {
     "space": "space/model/space.safetensors",
     "space-coordinates": "space/coordinates/coordinates.safetensors",
     "space-hair": "space/hair/hair.safetensors",
+    "space-older": "space/older/older.safetensors",
 }
 TOGETHER = ("identity", "age-estimator", "age-cgan-generator", "age-cgan-encoder", "facegan")
 """What `python -m train` makes, parents first."""
-SPACE = ("space", "space-coordinates", "space-hair")
+SPACE = ("space", "space-coordinates", "space-hair", "space-older")
 """The space model, which has scripts of its own."""
 DETECTOR = "mtcnn"
 """Its weights are facenet-pytorch's."""

@@ -5,8 +5,9 @@ colours and the appearance of the person) and wrinkles (creases of real old face
 mixed to one canonical change. At key frames a small network says where each pixel of the crop lies on the canonical
 face; in every frame the change is read there, and scales the luma of the picture. Wrinkles are thus as sharp as they
 are stored, the same in the whole shot, and stay on the skin. Old skin gets more of its own fine detail, young skin
-less. A part of what FaceGAN draws on this very face (`agers.facegan`) is added, for only it knows where the face folds.
-Hair is found by another network in a wider crop and turns grey strand by strand (`agers.hair`).
+less. What only the very face can tell, where it folds and sags, is drawn on it at key frames: by a network that was
+taught by real old skin (`train.space.older`), for younger faces by FaceGAN's (`agers.facegan`). Hair is found by
+another network in a wider crop and turns grey strand by strand (`agers.hair`).
 
 Reference: Burt and Perrett, Proc. R. Soc. B 1995 (prototypes); Tiddeman, Burt, Perrett, IEEE CG&A 2001 (means lose
 wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densely aligned); Güler et al., CVPR 2017
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
-from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, read_canonical
+from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, limit, read_canonical
 from faceage.agers.facegan import FaceGAN, unet_program
 from faceage.agers.hair import BROW_GREY, HairKey, add_hair, draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, graph_of, load_network
@@ -50,13 +51,14 @@ COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
 UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
-PERSONAL_PX = 128
-"""Side of the crop in which FaceGAN draws its change: it sees the folds of this very face."""
-YOUNGER_PERSONAL, OLDER_PERSONAL = 0.4, 0.6
-"""Share of FaceGAN's change that younger and older faces get too. Of older ones only the folds: what is wider are
-patches."""
-FOLD_SIGMA, BESIDE_FOLDS = 6.0, 0.3
-"""Folds are what a blur of this many pixels of FaceGAN's crop takes away; share of what of that is bright."""
+YOUNGER_PX, YOUNGER_SHARE = 128, 0.4
+"""Side of the crop in which FaceGAN draws its change of younger faces, and the share of it that they get."""
+DRAWN_GAIN, FOLD_GAIN, FOLD_SIGMA, DRAWN_CHROMA, DRAWN_LIMITS = 1.1, 1.7, 4.0, 1.0, (0.5, 0.22)
+"""What the change of older faces is multiplied by, luma and chroma, and the limits of its luma, as log ratios: on faces
+that were young all along the network is shyer than on those that it learned from."""
+DRAWN_YEARS = (60.0, 85.0)
+"""Ages at which it draws: the real faces that it learned from have these. Less is a part of it."""
+MOST_DRAWN = 1.15
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -99,8 +101,10 @@ class FaceKey:
     """How near it is seen, 0 to 1."""
     coarsening: maps.Number
     """See `_coarsening`."""
-    personal: Samples | None
-    """float32 [128, 128], added to luma in [0, 1]; None where its age is to stay."""
+    younger: Samples | None
+    """float32 [128, 128], added to luma in [0, 1]; None where it is not to get younger."""
+    older: Samples | None
+    """float32 [P, P, 3], added to `Look.tone`'s log ratios; None where it is not to get older."""
     blur: maps.Number
     """Width of the blur that creases get, in sides of the crop."""
     uncovered: Samples | None
@@ -120,7 +124,9 @@ class SpaceAger:
         *,
         coordinates: Engine,
         hair: Engine | None,
-        personal: FaceGAN,
+        younger: FaceGAN,
+        older: Callable[[], Engine],
+        older_view: View,
         canonical: CanonicalModel,
         views: tuple[View, ...],
     ) -> None:
@@ -130,11 +136,14 @@ class SpaceAger:
             coordinates: (faces [F, 3, S, S], landmarks [F, 10] as fractions of the crop) -> coordinates
                 [F, 2, M, M], fractions of the canonical picture.
             hair: heads [F, 3, S, S] -> logits of hair [F, 1, S/2, S/2]; None: hair keeps its colour.
-            personal: draws what age changes of this very face.
+            younger: draws what makes this very face younger.
+            older: returns the engine (faces [F, 3, P, P], ages now [F], wanted ages [F]) -> log ratios [F, 3, P, P].
+            older_view: of its crops, of one size P.
             canonical: what age changes.
             views: the face's, and the head's where there is a hair network.
         """
-        self._coordinates, self._hair, self._personal, self._canonical = coordinates, hair, personal, canonical
+        self._coordinates, self._hair, self._canonical = coordinates, hair, canonical
+        self._younger, self._older, self._older_view = younger, older, older_view
         self._canonical_on: dict[str, CanonicalModel] = {}
         self.views = views
 
@@ -178,9 +187,9 @@ class SpaceAger:
             (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
             hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
         keys = []
-        close, personal = _close(faces), self._draw_personal(looks, faces)
-        for look, pixels, face, where, found, near, own in zip(
-            looks, faces.pixels, small, fractions, hair, close, personal, strict=True
+        younger, older = self._draw_younger(looks, faces), self._draw_older(looks, faces)
+        for look, pixels, face, where, found, near, bright, folded in zip(
+            looks, faces.pixels, small, fractions, hair, _close(faces), younger, older, strict=True
         ):
             coordinates = maps.by_pixels(where) * CANONICAL_PX - 0.5
             rgb = (maps.pixels_of(pixels) + 1) / 2
@@ -194,7 +203,8 @@ class SpaceAger:
                     blur=BLUR_SIGMA * maps.limit((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1),
                     smooth=smooth,
                     close=float(near),
-                    personal=own,
+                    younger=bright,
+                    older=None if folded is None else folded * self._inside(coordinates, len(folded)),
                     coarsening=0.0 if smooth is None else _coarsening(luma, smooth),
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
@@ -205,33 +215,58 @@ class SpaceAger:
             )
         return keys
 
-    def _draw_personal(self, looks: Sequence[Look], faces: Crops) -> list[Samples | None]:
-        """Return `FaceKey.personal` of each face."""
-        chosen = [i for i, look in enumerate(looks) if look.ages.target != look.ages.source]
+    def _draw_younger(self, looks: Sequence[Look], faces: Crops) -> list[Samples | None]:
+        """Return `FaceKey.younger` of each face."""
+        chosen = [i for i, look in enumerate(looks) if look.ages.target < look.ages.source]
         drawn: list[Samples | None] = [None] * len(looks)
         if not chosen:
             return drawn
-        (view,) = self._personal.views
-        matrix = _between(self.views[0], view, faces.size_px, PERSONAL_PX)
-        pixels = [maps.by_planes(maps.warp(maps.pixels_of(faces.pixels[i]), matrix, PERSONAL_PX)) for i in chosen]
-        crops = Crops(
+        (view,) = self._younger.views
+        crops = self._see(faces, chosen, view, YOUNGER_PX)
+        back = _between(view, self.views[0], YOUNGER_PX, YOUNGER_PX)
+        deltas = self._younger.observe([looks[i].ages for i in chosen], (crops,), [None] * len(chosen))
+        for i, delta in zip(chosen, deltas, strict=True):
+            luma = YOUNGER_SHARE * maps.luma_of_planes(delta)
+            mask = maps.constant(face_mask, YOUNGER_PX, like=luma)
+            drawn[i] = maps.warp(luma * (mask / 2), back, YOUNGER_PX)
+        return drawn
+
+    def _draw_older(self, looks: Sequence[Look], faces: Crops) -> list[Samples | None]:
+        """Return `FaceKey.older` of each face, not yet 0 outside the face."""
+        chosen = [i for i, look in enumerate(looks) if look.ages.target > look.ages.source]
+        drawn: list[Samples | None] = [None] * len(looks)
+        if not chosen:
+            return drawn
+        (side,) = self._older_view.sizes_px
+        pixels = self._see(faces, chosen, self._older_view, side).pixels
+        now, wanted = Ages.columns([looks[i].ages for i in chosen])
+        at = np.clip(wanted, *DRAWN_YEARS)
+        share = np.clip((wanted - now) / np.maximum(at - now, 1), 0, MOST_DRAWN)
+        (changes,) = self._older()(pixels, beside(pixels, now), beside(pixels, at.astype(np.float32)))
+        back = _between(self._older_view, self.views[0], side, side)
+        for i, change, amount in zip(chosen, changes, share.tolist(), strict=True):
+            ratios = maps.warp(maps.pixels_of(change), back, side)
+            luma = maps.channel(ratios, 0)
+            wide = maps.blur(luma, FOLD_SIGMA)
+            ratios[..., 0] = limit(amount * (DRAWN_GAIN * wide + FOLD_GAIN * (luma - wide)), *DRAWN_LIMITS)
+            ratios[..., 1:] *= DRAWN_CHROMA * amount
+            drawn[i] = ratios
+        return drawn
+
+    def _see(self, faces: Crops, chosen: Sequence[int], view: View, size_px: int) -> Crops:
+        """Return some of the faces as another view has them."""
+        matrix = _between(self.views[0], view, faces.size_px, size_px)
+        pixels = [maps.by_planes(maps.warp(maps.pixels_of(faces.pixels[i]), matrix, size_px)) for i in chosen]
+        return Crops(
             pixels=maps.namespace(pixels[0]).stack(pixels),
-            landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[chosen]),
+            landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[list(chosen)]),
             frame_to_crop=np.zeros((len(chosen), 2, 3), np.float32),
         )
-        ages = [looks[i].ages for i in chosen]
-        back = _between(view, self.views[0], PERSONAL_PX, PERSONAL_PX)
-        deltas = self._personal.observe(ages, (crops,), [None] * len(chosen))
-        for i, delta in zip(chosen, deltas, strict=True):
-            luma = maps.luma_of_planes(delta)
-            if looks[i].ages.target > looks[i].ages.source:
-                folds = luma - maps.blur(luma, FOLD_SIGMA)
-                luma = OLDER_PERSONAL * (folds.clip(max=0) + BESIDE_FOLDS * folds.clip(min=0))
-            else:
-                luma = YOUNGER_PERSONAL * luma
-            mask = maps.constant(face_mask, PERSONAL_PX, like=luma)
-            drawn[i] = maps.warp(luma * (mask / 2), back, PERSONAL_PX)
-        return drawn
+
+    def _inside(self, coordinates: Samples, size_px: int) -> Samples:
+        """Return the canonical mask in a face's crop: float32 [S, S, 1]."""
+        mask = self._canonical_beside(coordinates).areas.mask
+        return maps.remap(mask, maps.resize(coordinates, size_px, size_px))[..., None]
 
     def _brows(self, coordinates: Samples, size_px: int) -> Samples:
         """Return where brows can be in a face's crop: float32 [S, S]."""
@@ -262,6 +297,8 @@ class SpaceAger:
             tone[..., 0] += close * self._read(look.crisp, where, size)
         blur = (1 - share) * before.blur + share * after.blur
         tone = maps.blur_within(tone, blur * size, MIN_BLUR_PX, BLUR_SIGMA * size)
+        if before.older is not None and after.older is not None:
+            tone[..., :3] += maps.resize(maps.mix(before.older, after.older, share), size, size)
         maps.clear_rim(maps.planes_of(tone))
         luma, small = maps.channel(tone, 0), maps.halve(tone)
         if before.uncovered is not None and after.uncovered is not None:
@@ -281,8 +318,8 @@ class SpaceAger:
             taken = ratio * maps.resize(detail, size, size)
             gain -= taken
             delta += 2 * taken * (maps.mix(before.smooth, after.smooth, share) + BLACK_OFFSET)
-        if before.personal is not None and after.personal is not None:
-            delta += 2 * maps.resize(maps.mix(before.personal, after.personal, share), size, size)
+        if before.younger is not None and after.younger is not None:
+            delta += 2 * maps.resize(maps.mix(before.younger, after.younger, share), size, size)
         change = Change(delta=maps.clear_rim(delta), gain=maps.clear_rim(gain[None])[0])
         if look.grey and before.brows is not None and after.brows is not None:
             add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
@@ -406,6 +443,23 @@ def hair_program(checkpoint: Path) -> Program:
     return _program(checkpoint, network, examples, (dims["outputs"], dims["size_px"] // 2))
 
 
+def older_program(checkpoint: Path) -> Program:
+    """(faces [F, 3, S, S], ages now [F], wanted ages [F]) -> log ratios; see `networks.space.OlderNet`."""
+    size = read_header(checkpoint).dims["size_px"]
+
+    def network(folded: bool) -> nn.Module:
+        from faceage.networks.space import OlderDims, OlderNet
+
+        return load_network(checkpoint, lambda dims: OlderNet(OlderDims(**dims)))
+
+    def examples() -> tuple[FloatArray, ...]:
+        wanted = np.linspace(*DRAWN_YEARS, EXAMPLES, dtype=np.float32)
+        return example_faces(EXAMPLES, size), wanted - 35, wanted
+
+    ages = (TensorSpec("now", (BATCH,)), TensorSpec("wanted", (BATCH,)))
+    return _program(checkpoint, network, examples, (3, size), ages)
+
+
 def _program(
     checkpoint: Path,
     network: Callable[[bool], nn.Module],
@@ -433,7 +487,8 @@ def _programs(files: ModelFiles, identity: Path) -> dict[str, Program]:
     return {
         "coordinates": coordinates_program(files.paths["coordinates"]),
         "hair": hair_program(files.paths["hair"]),
-        "personal": unet_program(files.paths["personal"], PERSONAL_PX),
+        "younger": unet_program(files.paths["younger"], YOUNGER_PX),
+        "older": older_program(files.paths["older"]),
     }
 
 
@@ -444,9 +499,9 @@ def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAge
     return SpaceAger(
         coordinates=engine("coordinates"),
         hair=engine("hair") if hair else None,
-        personal=FaceGAN(
-            unet=lambda size_px: engine("personal"), view=read_view(files.paths["personal"], (PERSONAL_PX,))
-        ),
+        younger=FaceGAN(unet=lambda size_px: engine("younger"), view=read_view(files.paths["younger"], (YOUNGER_PX,))),
+        older=cache(lambda: engine("older")),
+        older_view=read_view(files.paths["older"], (read_header(files.paths["older"]).dims["size_px"],)),
         canonical=read_canonical(files.generator),
         views=tuple(views),
     )
@@ -454,7 +509,13 @@ def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAge
 
 ARCHITECTURE = Architecture(
     name="space",
-    roles={"generator": "space", "coordinates": "space-coordinates", "hair": "space-hair", "personal": "facegan"},
+    roles={
+        "generator": "space",
+        "coordinates": "space-coordinates",
+        "hair": "space-hair",
+        "younger": "facegan",
+        "older": "space-older",
+    },
     programs=_programs,
     make=_make,
     always=("personal",),

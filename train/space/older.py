@@ -58,12 +58,12 @@ class Config:
     warm_images: int = 2_000
     """The rate rises to its value over these."""
     betas: tuple[float, float] = (0.5, 0.99)
-    adversary_rate: float = 4e-4
+    adversary_rate: float = 6e-4
     adversary_from_images: int = 12_000
     adversary_ramp_images: int = 8_000
-    """Without adversary at first; then its weight grows over so many images."""
+    """Without adversary at first, unless a run goes on from another; then its weight grows over so many images."""
     adversary_weight: float = 0.3
-    r1_weight: float = 0.08
+    r1_weight: float = 0.004
     r1_every_steps: int = 8
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 0.8, 0.6)
     """Of the pyramid, fine to coarse."""
@@ -237,7 +237,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
     cv2.setNumThreads(1)
     config, dims = Config(), OlderDims(size_px=CROP_PX)
     torch.manual_seed(config.seed)
-    parents = {"pairs": folder / "manifest.json"}
+    parents, alone = {"pairs": folder / "manifest.json"}, config.adversary_from_images if start is None else 0
     net = OlderNet(dims)
     if start is not None:
         parents["start"] = start
@@ -268,7 +268,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
         rows = random.choice(train, config.batch, p=likely)
         seen, made_young, real, source, target = (each.to(where) for each in draw(pairs, rows, random, config))
         before, after = log_colours(made_young), log_colours(real)
-        share = (run.images_seen - config.adversary_from_images) / config.adversary_ramp_images
+        share = (run.images_seen - alone) / config.adversary_ramp_images
         if share > 0:
             rows = random.choice(len(pairs.young) - SHOWN, config.young_batch)
             more, young = (each.to(where) for each in draw_young(pairs, rows, random, config))

@@ -119,7 +119,7 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, limit: int | None)
     young = heads.rows(_choose_young(heads))
     heads = heads.rows(np.flatnonzero((heads.ages >= FIRST_YEARS) & (heads.ages <= LAST_YEARS))[:limit])
     models = (load_networks(model="space", hair=False), load_networks(model="facegan"))
-    made_by = {role: models[0].fingerprints[role] for role in ("generator", "coordinates", "personal")}
+    made_by = {role: models[0].fingerprints[role] for role in ("generator", "coordinates", "younger")}
 
     out.mkdir(parents=True, exist_ok=True)
     shape = (len(heads), len(VERSIONS), STORED_PX, STORED_PX, 3)
