@@ -63,8 +63,9 @@ class Config:
     adversary_ramp_images: int = 8_000
     """Without adversary at first, unless a run goes on from another; then its weight grows over so many images."""
     adversary_weight: float = 0.3
-    r1_weight: float = 0.004
+    r1_weight: float = 4.0
     r1_every_steps: int = 8
+    """Penalty of the gradient of a real face's mean realness (Mescheder et al., ICML 2018)."""
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 0.8, 0.6)
     """Of the pyramid, fine to coarse."""
     chroma_weight: float = 0.4
@@ -293,7 +294,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
             penalty = torch.zeros((), device=where)
             if steps % config.r1_every_steps == 0:
                 point = seen_real.detach().requires_grad_(True)
-                (gradient,) = torch.autograd.grad(adversary(point).sum(), point, create_graph=True)
+                (gradient,) = torch.autograd.grad(adversary(point).mean((1, 2, 3)).sum(), point, create_graph=True)
                 penalty = config.r1_weight * gradient.square().sum((1, 2, 3)).mean()
             adversary_step.zero_grad()
             (hinge + penalty).backward()
