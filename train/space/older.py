@@ -54,15 +54,16 @@ class Config:
     """Pairs a step."""
     young_batch: int = 6
     """Real young faces a step, once there is an adversary."""
-    rate: float = 2e-3
+    rate: float = 1e-3
     warm_images: int = 2_000
     """The rate rises to its value over these."""
     betas: tuple[float, float] = (0.5, 0.99)
-    adversary_rate: float = 6e-4
+    adversary_rate: float = 2e-3
+    """Above the network's: it outruns a slower adversary, which then teaches nothing."""
     adversary_from_images: int = 12_000
     adversary_ramp_images: int = 8_000
     """Without adversary at first, unless a run goes on from another; then its weight grows over so many images."""
-    adversary_weight: float = 0.3
+    adversary_weight: float = 1.0
     r1_weight: float = 4.0
     r1_every_steps: int = 8
     """Penalty of the gradient of a real face's mean realness (Mescheder et al., ICML 2018)."""
@@ -232,17 +233,21 @@ def _draw_one(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=120.0, help="Budget of all sessions.")
 @click.option("--images", type=click.IntRange(1), help="Budget in images instead.")
-@click.option("--start", type=click.Path(exists=True, path_type=Path), help="Its `older.safetensors` is gone on from.")
+@click.option(
+    "--start", type=click.Path(exists=True, path_type=Path), help="A run folder, whose network and adversary go on."
+)
 def main(folder: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
     """Train the network that makes faces older."""
     cv2.setNumThreads(1)
     config, dims = Config(), OlderDims(size_px=CROP_PX)
     torch.manual_seed(config.seed)
     parents, alone = {"pairs": folder / "manifest.json"}, config.adversary_from_images if start is None else 0
-    net = OlderNet(dims)
+    net, adversary = OlderNet(dims), Adversary()
     if start is not None:
-        parents["start"] = start
-        net.load_state_dict(load(start, "space-older")[1])
+        parents["start"] = start / "older.safetensors"
+        net.load_state_dict(load(parents["start"], "space-older")[1])
+        state = torch.load(start / "resume.pt", weights_only=True, map_location="cpu")
+        adversary.load_state_dict(state["adversary"])
     run = Run(out, config, minutes, images, dims=dims, parents=parents)
     pairs, where = Pairs.load(folder), device()
     layout = {"memory_format": torch.channels_last, "device": where}
@@ -252,7 +257,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
     margin = (STORED_PX - CROP_PX) // 2
     shown = to_tensor(np.ascontiguousarray(pairs.young[-SHOWN:, margin:-margin, margin:-margin])).to(**layout)
 
-    net, adversary = net.to(**layout), Adversary().to(**layout)
+    net, adversary = net.to(**layout), adversary.to(**layout)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.Adam(net.parameters(), config.rate, config.betas)
     adversary_step = torch.optim.Adam(adversary.parameters(), config.adversary_rate, (0.0, 0.99))
