@@ -13,11 +13,12 @@ from faceage.agers.facegan import FaceGAN
 from faceage.agers.hair import draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.space import (
     COARSENED,
+    DRAWN_CHROMA,
+    DRAWN_GAIN,
     FACE_SIZES_PX,
     HEAD_SIZES_PX,
-    OLDER_PERSONAL,
-    PERSONAL_PX,
-    YOUNGER_PERSONAL,
+    YOUNGER_PX,
+    YOUNGER_SHARE,
     SpaceAger,
 )
 from faceage.errors import UnsupportedError
@@ -65,7 +66,8 @@ def test_no_years_change_nothing(canonical, appearance):
 def test_older_faces_get_creases_and_younger_ones_lose_detail(canonical, appearance):
     older, younger = canonical.mix(appearance, 30, 75), canonical.mix(appearance, 60, 25)
     assert older.shape == (CANONICAL_PX, CANONICAL_PX, 4)
-    fine = [np.abs(tone[..., 0] - cv2.GaussianBlur(tone[..., 0], (0, 0), 4)).mean() for tone in (older, younger)]
+    lumas = [tone[..., 0] for tone in (older, younger)]
+    fine = [np.abs(luma - cv2.GaussianBlur(luma, (0, 0), 4)).mean() / np.abs(luma).mean() for luma in lumas]
     assert fine[0] > 1.4 * fine[1]
     assert older[..., 3].min() == pytest.approx(-1)
     assert older[..., 3].max() == 0
@@ -277,13 +279,23 @@ def test_what_is_bright_where_hair_was_is_not_lit():
     np.testing.assert_allclose(change_crop(gone, draw_hair(1.0, key, replace(key), 0.5)), gone, atol=1e-3)
 
 
-def canned(coordinates, canonical, unet=lambda faces, now, wanted: (np.zeros_like(faces),)):
+OLDER_PX = 160
+
+
+def nothing(faces, now, wanted):
+    """A network that draws no change."""
+    return (np.zeros_like(faces),)
+
+
+def canned(coordinates, canonical, unet=nothing, older=nothing):
     """An ager whose coordinate network gives the same map for everybody; no hair."""
     view = View("face", TEMPLATES["whole face"], FACE_SIZES_PX)
     return SpaceAger(
         coordinates=lambda x, landmarks: (np.repeat(coordinates[None], len(x), 0),),
         hair=None,
-        personal=FaceGAN(unet=lambda size_px: unet, view=View("face", TEMPLATES["face"], (PERSONAL_PX,))),
+        younger=FaceGAN(unet=lambda size_px: unet, view=View("face", TEMPLATES["face"], (YOUNGER_PX,))),
+        older=lambda: older,
+        older_view=View("whole face", TEMPLATES["whole face"], (OLDER_PX,)),
         canonical=canonical,
         views=(view,),
     )
@@ -409,40 +421,79 @@ def test_old_skin_is_rougher_and_smooth_skin_gains_most(canonical, appearance):
     assert added == pytest.approx([key.coarsening for key in keys], rel=0.35)
 
 
-@pytest.mark.parametrize("size", FACE_SIZES_PX)
-def test_faces_get_a_share_of_facegan_s_change_and_older_ones_its_folds_alone(canonical, appearance, size):
-    asked = []
-
-    def unet(faces, now, wanted):
-        asked.extend(zip(faces, now.tolist(), wanted.tolist(), strict=True))
-        change = np.full_like(faces, 0.2)
-        change[..., 39:42] = -0.2  # a fold
-        return (change,)
-
-    axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
-    agers = [canned(np.stack(np.meshgrid(axis, axis)), canonical, *network) for network in ([], [unet])]
+def ramps(size, count):
+    """Crops of `count` faces that get brighter to the right."""
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    crops = Crops(
-        pixels=np.broadcast_to(ramp, (2, 3, size, size)).copy(),
-        landmarks=np.repeat(template_5(size, TEMPLATES["whole face"])[None], 2, 0),
-        frame_to_crop=np.repeat(np.eye(2, 3, dtype=np.float32)[None], 2, 0),
+    return Crops(
+        pixels=np.broadcast_to(ramp, (count, 3, size, size)).copy(),
+        landmarks=np.repeat(template_5(size, TEMPLATES["whole face"])[None], count, 0),
+        frame_to_crop=np.repeat(np.eye(2, 3, dtype=np.float32)[None], count, 0),
     )
-    changes = []
-    for ager in agers:
-        looks = ager.look([appearance] * 2, np.array([60, 30], np.float32), np.array([25, 75], np.float32))
-        keys = ager.observe(looks, [crops], [None, None])
-        changes.append([ager.draw(look, key, key, 0.0)[0] for look, key in zip(looks, keys, strict=True)])
-    (pixels, *ages), (_, *older_ages) = asked
-    assert (ages, older_ages) == ([60, 25], [30, 75])
+
+
+def watched(change, asked):
+    """A network that draws the same change on all faces [3, 1 or S, S], and what it is asked for."""
+
+    def network(faces, now, wanted):
+        asked.extend(zip(faces, now.tolist(), wanted.tolist(), strict=True))
+        return (np.broadcast_to(change, faces.shape).astype(np.float32),)
+
+    return network
+
+
+def drawn(ager, appearance, crops, source, target):
+    looks = ager.look([appearance] * len(source), np.float32(source), np.float32(target))
+    keys = [replace(key, coarsening=0.0) for key in ager.observe(looks, [crops], [None] * len(source))]
+    return [ager.draw(look, key, key, 0.0)[0] for look, key in zip(looks, keys, strict=True)]
+
+
+@pytest.fixture
+def straight():
+    """Coordinates of a face that lies like the canonical one."""
+    axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
+    return np.stack(np.meshgrid(axis, axis))
+
+
+@pytest.mark.parametrize("size", FACE_SIZES_PX)
+def test_younger_faces_get_a_share_of_facegan_s_change(canonical, appearance, straight, size):
+    asked = []
+    changes = [
+        drawn(canned(straight, canonical, unet), appearance, ramps(size, 2), [60, 30], [25, 75])
+        for unet in (nothing, watched(np.float32(0.2), asked))
+    ]
+    ((pixels, *ages),) = asked  # older faces do not ask it
+    assert ages == [60, 25]
     # The crop "face" is the middle 0.8 of the crop "whole face".
     assert pixels[0, 64, [0, -1]] == pytest.approx([-0.8, 0.8], abs=0.03)
     younger, older = (ager[1].delta - ager[0].delta for ager in zip(*changes, strict=True))
-    row, cheek, fold = (int(share * size) for share in (0.6, 0.65, 0.5 + 0.8 * (40.5 / 128 - 0.5)))
-    assert younger[:, row, cheek] == pytest.approx(0.2 * YOUNGER_PERSONAL, rel=0.05)
-    assert older[:, row, cheek] == pytest.approx(0, abs=2e-3)
-    assert older[:, row, fold].max() < -0.5 * 0.4 * OLDER_PERSONAL
-    for added in (younger, older):
-        assert np.abs(added[:, : int(0.1 * size)]).max() == 0
+    row, cheek = int(0.6 * size), int(0.65 * size)
+    assert younger[:, row, cheek] == pytest.approx(0.2 * YOUNGER_SHARE, rel=0.05)
+    assert np.abs(younger[:, : int(0.1 * size)]).max() == 0
+    assert not older.any()
+
+
+@pytest.mark.parametrize("size", FACE_SIZES_PX)
+def test_older_faces_get_what_their_network_draws_inside_the_face(canonical, appearance, straight, size):
+    asked, log_luma, log_red = [], np.float32(-0.05), np.float32(0.04)
+    change = np.stack([np.full((OLDER_PX, OLDER_PX), each) for each in (log_luma, log_red, 0)])
+    plain = replace(canonical, wrinkles=0 * canonical.wrinkles)
+    none, some = (
+        drawn(canned(straight, plain, older=network), appearance, ramps(size, 3), [60, 30, 30], [25, 75, 45])
+        for network in (nothing, watched(change, asked))
+    )
+    # At 45 it draws what it does at 60, and half of it is taken.
+    assert [ages for _, *ages in asked] == [[30, 75], [30, 60]]
+    assert asked[0][0][0, 80, [0, -1]] == pytest.approx([-1, 1], abs=0.03)
+    row, cheek = int(0.6 * size), int(0.65 * size)
+    gains = [a.gain - b.gain for a, b in zip(some, none, strict=True)]
+    assert not gains[0].any()
+    for gain, share in zip(gains[1:], (1, 0.5), strict=True):
+        assert gain[row, cheek] == pytest.approx(np.expm1(DRAWN_GAIN * share * log_luma), rel=0.05)
+        assert not gain[: int(0.02 * size)].any()
+    delta = (some[1].delta - none[1].delta)[:, row, cheek]
+    assert delta @ RGB_LUMA == pytest.approx(0, abs=1e-4)
+    grey = 2 * 0.65 * (size + 1) / size / 2 + BLACK_OFFSET  # luma of the ramp
+    assert delta[0] - delta[1] == pytest.approx(2 * grey * DRAWN_CHROMA * log_red, rel=0.15)
 
 
 def test_keys_mix_linearly_in_time(space):

@@ -33,15 +33,12 @@ LOG_OFFSET = 0.04
 """Added to RGB in [0, 1] before the logarithm, as `kernels.BLACK_OFFSET`."""
 COVARIATE_LIMIT = 2.5
 """Covariates are cut here, in standard deviations: beyond it there are hardly any faces to learn from."""
-OLDER_REACH_YEARS, YOUNGER_REACH_YEARS, REACH_OVER_YEARS = 14.0, 6.0, 25.0
+REACH_YEARS, REACH_OVER_YEARS = 6.0, 25.0
 """A mean is milder than most of its faces: prototypes are read this far beyond the target, less for small steps."""
-OLDER_GAIN, YOUNGER_GAIN = 1.5, 2.0
+PROTOTYPE_GAIN = 2.0
 """For the same reason, what the change of the prototypes is multiplied by."""
-OLDER_LIMITS, YOUNGER_LIMITS = (0.27, 0.08), (0.24, 0.14)
-"""Largest darkening and brightening, as log ratios; approached softly. Older faces get darker
-folds; younger ones lose them, and so get brighter."""
-OLDER_CHROMA_LIMIT, YOUNGER_CHROMA_LIMIT = 0.06, 0.08
-"""Largest change of chroma, as a log ratio."""
+PROTOTYPE_LIMITS, CHROMA_LIMIT = (0.24, 0.14), 0.08
+"""Largest darkening and brightening, and largest change of chroma, as log ratios; approached softly."""
 CREASE_GAIN, CREASE_LIMITS = 0.8, (0.26, 0.12)
 """What creases are multiplied by, and their limits."""
 CREASE_SHARES = (0.8, 0.5, 0.3)
@@ -51,8 +48,8 @@ DETAIL_REDNESS, DETAIL_BLUENESS = -0.30, 0.22
 SKIN_REDNESS = 0.29
 """Median of log R/G of faces. On a face with less of it, in bluish light, these slopes are less steep: creases would be
 red like scars."""
-OLDER_SKIN_CHROMA, YOUNGER_SKIN_CHROMA, FEATURE_CHROMA = 0.25, 0.4, 0.9
-"""Share of the prototypes' change of chroma that is kept on skin, older and younger, and on brows and lips."""
+SKIN_CHROMA, FEATURE_CHROMA = 0.4, 0.9
+"""Share of the prototypes' change of chroma that is kept on skin, and on brows and lips."""
 WRINKLED_BY_YEARS, FIRST_WRINKLES_YEARS, ALL_WRINKLES_YEARS = 40.0, 30.0, 65.0
 OVEREXPOSED, OVEREXPOSED_SHARE, OVEREXPOSED_CREASES = 0.85, 0.4, 0.4
 """Creases are weaker on overexposed faces: where this share of the thumbnail is brighter than the first figure (of 1),
@@ -172,36 +169,31 @@ class CanonicalModel:
         covariates = self.basis(appearance.thumbnail[None], appearance.embedding[None], np.array([source], np.float32))[
             0
         ]
-        years = target - source
-        luma, chroma = self._prototypes(covariates, source, target)
-        areas = self.areas
+        years, areas = target - source, self.areas
         feature = (areas.brows + areas.lips).clip(0, 1)
-        limits, chroma_limit, skin_chroma = (
-            (OLDER_LIMITS, OLDER_CHROMA_LIMIT, OLDER_SKIN_CHROMA)
-            if years > 0
-            else (YOUNGER_LIMITS, YOUNGER_CHROMA_LIMIT, YOUNGER_SKIN_CHROMA)
-        )
-        luma = limit(luma, *limits) * (1 - 0.6 * areas.brows - 0.4 * areas.eyes) * (1 - areas.mouth)
-        chroma = limit(chroma, chroma_limit, chroma_limit)
-        chroma *= (feature * FEATURE_CHROMA + (1 - feature) * skin_chroma)[..., None]
-        chroma *= ((1 - areas.mouth) * (1 - 0.7 * areas.eyes))[..., None]
-        if years > 0:
-            luma = luma + self._creases(covariates, source, target) * _contrast_left(appearance.thumbnail)
+        if years < 0:
+            luma, chroma = self._prototypes(covariates, source, target)
+            luma = limit(luma, *PROTOTYPE_LIMITS) * (1 - 0.6 * areas.brows - 0.4 * areas.eyes) * (1 - areas.mouth)
+            chroma = limit(chroma, CHROMA_LIMIT, CHROMA_LIMIT)
+            chroma *= (feature * FEATURE_CHROMA + (1 - feature) * SKIN_CHROMA)[..., None]
+            chroma *= ((1 - areas.mouth) * (1 - 0.7 * areas.eyes))[..., None]
+        else:
+            luma = self._creases(covariates, source, target) * _contrast_left(appearance.thumbnail)
+            chroma = xp.zeros_like(xp.stack([luma, luma], -1))
         skin = (1 - feature)[..., None]
         slopes = _redness(appearance.thumbnail) * np.array([DETAIL_REDNESS, DETAIL_BLUENESS], np.float32)
         chroma = chroma + skin * luma[..., None] * beside(luma, slopes)
         smoothed = SMOOTHED * np.clip(-years / 30, 0, 1) - np.clip(years / WRINKLED_BY_YEARS, 0, 1)
         smoothed = (1 - feature - areas.eyes).clip(0, 1) * smoothed
-        chroma *= _colour(appearance.thumbnail)
+        chroma *= colour_share(appearance.thumbnail)
         tone = xp.concatenate([luma[..., None], chroma, smoothed[..., None]], -1)
         return maps.single(tone * areas.mask[..., None])
 
     def _prototypes(self, covariates: FloatArray, source: float, target: float) -> tuple[Samples, Samples]:
         """Return the prototypes' change at the person's covariates: luma [256, 256] and chroma [256, 256, 2]."""
-        step = np.clip((target - source) / REACH_OVER_YEARS, -1, 1)
-        beyond = target + step * (OLDER_REACH_YEARS if step > 0 else YOUNGER_REACH_YEARS)
+        beyond = target - REACH_YEARS * min((source - target) / REACH_OVER_YEARS, 1)
         now, then = age_features(np.array([source, beyond], np.float32), np.stack([covariates] * 2))
-        weights = (OLDER_GAIN if step > 0 else YOUNGER_GAIN) * (self.mixing @ (then - now))
+        weights = PROTOTYPE_GAIN * (self.mixing @ (then - now))
         luma, chroma = (maps.weighted_sum(weights, stack) for stack in (self.luma, self.chroma))
         whole = (CANONICAL_PX, CANONICAL_PX)
         return maps.resize(luma, *whole, is_cubic=True), maps.resize(chroma, *whole)
@@ -235,7 +227,7 @@ def _redness(thumbnail: FloatArray) -> float:
     return float(np.clip((red - green).mean() / SKIN_REDNESS, 0, 1))
 
 
-def _colour(thumbnail: FloatArray) -> float:
+def colour_share(thumbnail: FloatArray) -> float:
     """Return how much of a change of colour a face gets: 1, and 0 on a black-and-white picture."""
     rgb = (thumbnail[:, face_mask(thumbnail.shape[-1]) > 0.3] + 1) / 2
     colourful = float((np.ptp(rgb, axis=0) / (rgb.max(0) + np.float32(LOG_OFFSET))).mean())

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
-from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, limit, read_canonical
+from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, colour_share, limit, read_canonical
 from faceage.agers.facegan import FaceGAN, unet_program
 from faceage.agers.hair import BROW_GREY, HairKey, add_hair, draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, graph_of, load_network
@@ -82,6 +82,8 @@ class Look:
     """float32 [256, 256], log ratio of luma that makes creases as sharp as close-ups show them."""
     grey: float
     """0 to 1."""
+    colour: float
+    """How much of a change of colour the face gets, see `canonical.colour_share`."""
     ages: Ages
 
 
@@ -159,7 +161,15 @@ class SpaceAger:
         for appearance, source, target in zip(appearances, source_age, target_age, strict=True):
             tone = canonical.mix(appearance, float(source), float(target))
             ages = Ages(float(source), float(target))
-            looks.append(Look(tone=tone, crisp=_crisp(tone), grey=grey_amount(*ages), ages=ages))
+            looks.append(
+                Look(
+                    tone=tone,
+                    crisp=_crisp(tone),
+                    grey=grey_amount(*ages),
+                    colour=colour_share(appearance.thumbnail),
+                    ages=ages,
+                )
+            )
         return looks
 
     def _canonical_beside(self, home: Frame | Samples | None) -> CanonicalModel:
@@ -249,14 +259,17 @@ class SpaceAger:
             luma = maps.channel(ratios, 0)
             wide = maps.blur(luma, FOLD_SIGMA)
             ratios[..., 0] = limit(amount * (DRAWN_GAIN * wide + FOLD_GAIN * (luma - wide)), *DRAWN_LIMITS)
-            ratios[..., 1:] *= DRAWN_CHROMA * amount
+            ratios[..., 1:] *= DRAWN_CHROMA * looks[i].colour * amount
             drawn[i] = ratios
         return drawn
 
     def _see(self, faces: Crops, chosen: Sequence[int], view: View, size_px: int) -> Crops:
         """Return some of the faces as another view has them."""
         matrix = _between(self.views[0], view, faces.size_px, size_px)
-        pixels = [maps.by_planes(maps.warp(maps.pixels_of(faces.pixels[i]), matrix, size_px)) for i in chosen]
+        pixels = [
+            maps.by_planes(maps.warp(maps.pixels_of(faces.pixels[i]), matrix, size_px, is_replicated=True))
+            for i in chosen
+        ]
         return Crops(
             pixels=maps.namespace(pixels[0]).stack(pixels),
             landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[list(chosen)]),

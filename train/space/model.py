@@ -31,7 +31,7 @@ from train.space.faces import Heads
 log = logging.getLogger(__name__)
 
 EXEMPLARS_FILE = Path(__file__).parent / "exemplars.txt"
-MAPS, LUMA_PX, CHROMA_PX = 18, 128, 64
+MAPS, LUMA_PX, CHROMA_PX = 12, 128, 64
 """How many maps changes are mixed from, and their sides: finer ones add nothing that can be seen."""
 EXPOSURE_PX, EXPOSURE_TAKEN = 28.0, 0.95
 """Width of the blur, and share of the blurred change, that is taken out: old and young were not lit alike."""

@@ -54,14 +54,13 @@ class Config:
     """Pairs a step."""
     young_batch: int = 6
     """Real young faces a step, once there is an adversary."""
-    rate: float = 1e-3
+    rate: float = 6e-4
     warm_images: int = 2_000
     """The rate rises to its value over these."""
     betas: tuple[float, float] = (0.5, 0.99)
-    adversary_rate: float = 2e-3
-    """Above the network's: it outruns a slower adversary, which then teaches nothing."""
+    adversary_rate: float = 6e-4
     adversary_from_images: int = 12_000
-    adversary_ramp_images: int = 8_000
+    adversary_ramp_images: int = 4_000
     """Without adversary at first, unless a run goes on from another; then its weight grows over so many images."""
     adversary_weight: float = 1.0
     r1_weight: float = 4.0
