@@ -15,6 +15,7 @@ from faceage.agers.space import (
     COARSENED,
     DRAWN_CHROMA,
     DRAWN_GAIN,
+    DRAWN_REACH_YEARS,
     FACE_SIZES_PX,
     HEAD_SIZES_PX,
     YOUNGER_PX,
@@ -472,6 +473,16 @@ def test_younger_faces_get_a_share_of_facegan_s_change(canonical, appearance, st
     assert not older.any()
 
 
+@pytest.mark.parametrize(("source", "target"), [(20, 21), (59, 61), (80, 90), (88, 95)])
+def test_a_few_years_are_a_small_step_at_every_age(canonical, appearance, straight, source, target):
+    asked = []
+    network = watched(np.zeros((3, 1, 1), np.float32), asked)
+    drawn(canned(straight, canonical, older=network), appearance, ramps(128, 1), [source], [target])
+    ((_, now, wanted),) = asked
+    assert now == source
+    assert max(60, target) <= wanted <= max(60, target + 0.5 * (target - source))
+
+
 @pytest.mark.parametrize("size", FACE_SIZES_PX)
 def test_older_faces_get_what_their_network_draws_inside_the_face(canonical, appearance, straight, size):
     asked, log_luma, log_red = [], np.float32(-0.05), np.float32(0.04)
@@ -481,8 +492,8 @@ def test_older_faces_get_what_their_network_draws_inside_the_face(canonical, app
         drawn(canned(straight, plain, older=network), appearance, ramps(size, 3), [60, 30, 30], [25, 75, 45])
         for network in (nothing, watched(change, asked))
     )
-    # At 45 it draws what it does at 60, and half of it is taken.
-    assert [ages for _, *ages in asked] == [[30, 75], [30, 60]]
+    # It draws what lies beyond; at 45 what it does at 60, and half of it is taken.
+    assert [ages for _, *ages in asked] == [[30, 75 + DRAWN_REACH_YEARS], [30, 60]]
     assert asked[0][0][0, 80, [0, -1]] == pytest.approx([-1, 1], abs=0.03)
     row, cheek = int(0.6 * size), int(0.65 * size)
     gains = [a.gain - b.gain for a, b in zip(some, none, strict=True)]

@@ -156,7 +156,7 @@ class Architecture:
     """(files, engine, **options) -> the ager. `engine` gives the engine of a program's name: one of `programs`,
     "identity" or "age"."""
     always: tuple[str, ...] = ()
-    """Names of programs that every change needs and `make` does not ask for: they are loaded with the others."""
+    """Names of programs that most changes need and `make` does not ask for: they are loaded with the others."""
     options: tuple[str, ...] = ()
     """Keyword arguments of `load_networks` that are for this architecture, and go to `make` when they are given."""
     check: Callable[[dict[str, Path]], None] = lambda paths: None

@@ -41,6 +41,9 @@ PROTOTYPE_LIMITS, CHROMA_LIMIT = (0.24, 0.14), 0.08
 """Largest darkening and brightening, and largest change of chroma, as log ratios; approached softly."""
 CREASE_GAIN, CREASE_LIMITS = 0.8, (0.26, 0.12)
 """What creases are multiplied by, and their limits."""
+BESIDE_MOUTH, BESIDE_MOUTH_PX, BESIDE_MOUTH_GAIN = 0.65, 14.0, 4.0
+"""By what share creases are weaker around the mouth, which moves: somebody else's lie wrong there, as scars do. How
+wide that is: a blur of the lips, times the last figure, up to 1."""
 CREASE_SHARES = (0.8, 0.5, 0.3)
 """Of the creases of the most similar old face, and of the next: one face alone often has bare places; more clutter."""
 DETAIL_REDNESS, DETAIL_BLUENESS = -0.30, 0.22
@@ -210,7 +213,8 @@ class CanonicalModel:
             (target - FIRST_WRINKLES_YEARS) / span, 0, 1.1
         )
         areas = self.areas
-        where = (1 - areas.mouth) * (1 - areas.eyes) * (1 - 0.7 * areas.brows) * (1 - 0.5 * areas.lips)
+        beside_mouth = (BESIDE_MOUTH_GAIN * maps.blur(areas.lips, BESIDE_MOUTH_PX)).clip(0, 1)
+        where = (1 - areas.mouth) * (1 - areas.eyes) * (1 - 0.7 * areas.brows) * (1 - BESIDE_MOUTH * beside_mouth)
         return limit(CREASE_GAIN * creases, *CREASE_LIMITS) * (where * amount)
 
 

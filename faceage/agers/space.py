@@ -53,12 +53,13 @@ UNCOVERED_PX = 64
 """Side of the map of what of the face no hair covers."""
 YOUNGER_PX, YOUNGER_SHARE = 128, 0.4
 """Side of the crop in which FaceGAN draws its change of younger faces, and the share of it that they get."""
-DRAWN_GAIN, FOLD_GAIN, FOLD_SIGMA, DRAWN_CHROMA, DRAWN_LIMITS = 1.1, 1.7, 4.0, 1.0, (0.5, 0.22)
-"""What the change of older faces is multiplied by, luma and chroma, and the limits of its luma, as log ratios: on faces
-that were young all along the network is shyer than on those that it learned from."""
-DRAWN_YEARS = (60.0, 85.0)
-"""Ages at which it draws: the real faces that it learned from have these. Less is a part of it."""
-MOST_DRAWN = 1.15
+DRAWN_YEARS = (60.0, 88.0)
+"""Ages at which the network draws older faces, for the real ones that it learned from have these; to be younger than
+that, a face gets a part of it."""
+DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 12.0, 25.0
+"""It draws ages this far beyond the wanted one, less for small steps: what it is sure of is milder than most faces."""
+DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.4, 1.0, (0.5, 0.22)
+"""What its changes of luma and of chroma are multiplied by, and the limits of luma's, as log ratios."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -250,15 +251,14 @@ class SpaceAger:
         (side,) = self._older_view.sizes_px
         pixels = self._see(faces, chosen, self._older_view, side).pixels
         now, wanted = Ages.columns([looks[i].ages for i in chosen])
-        at = np.clip(wanted, *DRAWN_YEARS)
-        share = np.clip((wanted - now) / np.maximum(at - now, 1), 0, MOST_DRAWN)
-        (changes,) = self._older()(pixels, beside(pixels, now), beside(pixels, at.astype(np.float32)))
+        reach = DRAWN_REACH_YEARS * np.minimum((wanted - now) / DRAWN_REACH_OVER_YEARS, 1)
+        at = np.maximum(np.clip(wanted + reach, *DRAWN_YEARS), wanted).astype(np.float32)
+        share = (wanted - now) / (np.maximum(wanted, DRAWN_YEARS[0]) - now)
+        (changes,) = self._older()(pixels, beside(pixels, now), beside(pixels, at))
         back = _between(self._older_view, self.views[0], side, side)
         for i, change, amount in zip(chosen, changes, share.tolist(), strict=True):
             ratios = maps.warp(maps.pixels_of(change), back, side)
-            luma = maps.channel(ratios, 0)
-            wide = maps.blur(luma, FOLD_SIGMA)
-            ratios[..., 0] = limit(amount * (DRAWN_GAIN * wide + FOLD_GAIN * (luma - wide)), *DRAWN_LIMITS)
+            ratios[..., 0] = limit(DRAWN_GAIN * amount * ratios[..., 0], *DRAWN_LIMITS)
             ratios[..., 1:] *= DRAWN_CHROMA * looks[i].colour * amount
             drawn[i] = ratios
         return drawn
@@ -531,6 +531,6 @@ ARCHITECTURE = Architecture(
     },
     programs=_programs,
     make=_make,
-    always=("personal",),
+    always=("older",),
     options=("hair",),
 )
