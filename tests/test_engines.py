@@ -490,7 +490,8 @@ def programs(tiny_model, tiny_facegan):
 
 NETWORKS = [
     "age-cgan-encoder", "age-cgan-generator", "age-cgan-latent", "identity", "age-estimator",
-    "facegan-128", "facegan-192", "space-coordinates", "space-hair", "mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet",
+    "facegan-128", "facegan-192", "space-coordinates", "space-hair",
+    "space-older", "mtcnn-pnet", "mtcnn-rnet", "mtcnn-onet",
 ]  # fmt: skip
 
 

@@ -470,7 +470,7 @@ def older_program(checkpoint: Path) -> Program:
         return example_faces(EXAMPLES, size), wanted - 35, wanted
 
     ages = (TensorSpec("now", (BATCH,)), TensorSpec("wanted", (BATCH,)))
-    return _program(checkpoint, network, examples, (3, size), ages)
+    return _program(checkpoint, network, examples, (3, size), ages, exact=False)
 
 
 def _program(
@@ -479,6 +479,8 @@ def _program(
     examples: Callable[[], tuple[FloatArray, ...]],
     output: tuple[int, int],
     more: tuple[TensorSpec, ...] = (),
+    *,
+    exact: bool = True,
 ) -> Program:
     """Return a program whose output has so many channels and such a side."""
     channels, side = output
@@ -492,7 +494,7 @@ def _program(
         examples=examples,
         inputs=(TensorSpec("crops", (BATCH, 3, size, size)), *more),
         outputs=(TensorSpec("maps", (BATCH, channels, side, side)),),
-        exact=True,
+        exact=exact,
     )
 
 
