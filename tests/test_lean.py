@@ -8,9 +8,9 @@ import sys
 import sysconfig
 import time
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
-import pip
 import pytest
 
 from faceage.extras import EXTRAS
@@ -104,7 +104,8 @@ def fresh_machine(tmp_path):
         target = root / file.relative_to("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)  # what a link leads to
-    shutil.copytree(Path(pip.__file__).parent, root / "pip" / "pip", ignore=left_out)
+    pip = find_spec("pip")  # imported, it would keep setuptools from torch
+    shutil.copytree(Path(pip.origin).parent, root / "pip" / "pip", ignore=left_out)
     for name in ("proc", "dev", "sys", "tmp"):
         (root / name).mkdir()
     # There is no network in it either: what pip would fetch lies there.
