@@ -35,7 +35,7 @@ GREY_COLOURS, COLOURFUL = 0.12, 0.1
 GREY_SHARE = 0.9
 """Luma of grey hair, as a share of that of the face's skin."""
 GREY_RANGE = (0.4, 0.75)
-BROW_GREY, BROW_SIGMA, SKIN_SIGMA = 0.9, 0.008, 0.05
+BROW_GREY, BROW_SIGMA, SKIN_SIGMA = 0.5, 0.008, 0.05
 """How grey brows get while hair turns grey; the widths of the blurs of their luma and of the skin around them, in sides
 of the face's crop."""
 BROW_DARKER = (0.1, 0.3)
