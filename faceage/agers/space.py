@@ -515,7 +515,7 @@ def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAge
         coordinates=engine("coordinates"),
         hair=engine("hair") if hair else None,
         younger=FaceGAN(unet=lambda size_px: engine("younger"), view=read_view(files.paths["younger"], (YOUNGER_PX,))),
-        older=cache(lambda: engine("older")),
+        older=lambda: engine("older"),
         older_view=read_view(files.paths["older"], (read_header(files.paths["older"]).dims["size_px"],)),
         canonical=read_canonical(files.generator),
         views=tuple(views),

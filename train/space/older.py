@@ -7,13 +7,15 @@ ratios of luma, R/G and B/G. So its targets are no drawings: what it learns is w
 has folds, bags, spots and grey stubble. Two losses:
 
 - the error of the change in each band of a pyramid, as a share of the band's own contrast;
-- an adversary that sees faces that were made older beside real old ones, half of them real young faces, which have no
-  pairs: the error alone would average the wrinkles away, which are not where one expects them, and would teach only
-  what making young leaves behind. It sees no more than luma without what is wide: it can neither light nor tint.
+- an adversary that sees faces that were made older beside real old ones. Some of them are real young faces, which have
+  no pairs. The error alone would average the wrinkles away, for they are not where one expects them, and the network
+  would learn only to undo what making young leaves behind. The adversary sees no more than luma without what is wide:
+  it can neither light nor tint.
 
 Against the traces of making young, the versions of several models are mixed, with a part of the way back already gone,
-at any light, and under noise that only the network sees. Writes
-`older.safetensors` and `sheet.png`: real young validation faces, then each at 50, 70 and 85.
+at any light, and under noise that only the network sees.
+
+Writes `older.safetensors` and `sheet.png`: real young validation faces, then each at 50, 70 and 85.
 
 Reference: Isola et al., Image-to-image translation with conditional adversarial networks, CVPR 2017.
 """
@@ -183,7 +185,7 @@ def draw(
 
 def draw_young(pairs: Pairs, rows: np.ndarray, random: np.random.Generator, config: Config) -> tuple[Tensor, Tensor]:
     """Return real young faces as `draw` does: (inputs [N, 3, S, S] in [-1, 1], faces [N, 3, S, S] in [0, 1])."""
-    drawn = [_draw_one(pairs.young[row][None].repeat(4, 0), YOUNG_YEARS, random, config, plain=False) for row in rows]
+    drawn = [_draw_one(pairs.young[row][None].repeat(2, 0), YOUNG_YEARS, random, config, plain=False) for row in rows]
     seen, young = (torch.from_numpy(np.stack([each[i] for each in drawn])).permute(0, 3, 1, 2) for i in range(2))
     return 2 * seen - 1, young
 
@@ -200,7 +202,7 @@ def _draw_one(
     if not plain and random.random() < 0.5:
         faces = [face[:, ::-1] for face in faces]
     real, *young_versions = (np.log(face.astype(np.float32) / 255 + BLACK_OFFSET) for face in faces)
-    young: np.ndarray = np.tensordot(random.dirichlet((0.7,) * 3), np.stack(young_versions), 1)
+    young: np.ndarray = np.tensordot(random.dirichlet((0.7,) * len(young_versions)), np.stack(young_versions), 1)
     source = random.uniform(YOUNG_YEARS - 4, YOUNG_YEARS + 4)
     if not plain and random.random() < config.way_back_share:
         share = random.uniform(0.1, 0.7)
