@@ -127,7 +127,7 @@ def test_a_second_interruption_ends_the_run_at_once(command, tmp_path):
     assert rendering, lines
     process.send_signal(signal.SIGINT)
     # On CPUs with large registers (AMX) two signals at once can overflow the stack that a library set aside for them.
-    time.sleep(0.005)
+    time.sleep(0.03)
     process.send_signal(signal.SIGHUP)
     rest, _ = process.communicate()
     assert process.returncode in (130, -signal.SIGHUP), rest  # the latter: the run had ended in order by then
