@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from faceage.errors import FaceAgeError
     from faceage.follow import TrackConfig
     from faceage.media.codecs import EncodeOptions
-    from faceage.media.image import find_images
+    from faceage.media.find import find_images
     from faceage.pipeline.photos import age_photos
     from faceage.pipeline.report import FaceReport, PersonReport, PhotoReport, VideoReport
     from faceage.pipeline.request import AgeCurve, AgeRequest, Networks, load_networks
@@ -42,7 +42,7 @@ _HOMES = {
     "VideoReport": "faceage.pipeline.report",
     "age_photos": "faceage.pipeline.photos",
     "age_video": "faceage.pipeline.video",
-    "find_images": "faceage.media.image",
+    "find_images": "faceage.media.find",
     "load_networks": "faceage.pipeline.request",
     "make_sheet": "faceage.pipeline.sheet",
 }

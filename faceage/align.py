@@ -9,7 +9,7 @@ import numpy as np
 
 from faceage.errors import ShapeError
 from faceage.geometry import TEMPLATE_5, apply_affine, similarity_to_template, template_5
-from faceage.kernels import gather_crops, to_host
+from faceage.kernels import gather_crops, maps, to_host
 from faceage.types import Crops, FloatArray, Frame, IntArray, View
 
 FRONTAL_TURN = 0.6
@@ -96,7 +96,7 @@ def choose_size(landmarks: FloatArray, view: View) -> int:
         view: its sizes are there to choose from.
     """
     scales = np.linalg.norm(align_faces(landmarks, 1, view.template)[:, 0, :2], axis=-1)
-    side = 1 / float(np.median(scales))  # of the aligned crop, in pixels of the picture
+    side = 1 / float(maps.median_of(scales))  # of the aligned crop, in pixels of the picture
     return next((size for size in view.sizes_px if size >= FINENESS * side), view.sizes_px[-1])
 
 

@@ -353,14 +353,20 @@ def by_planes(maps: Samples) -> Samples:
 def median(maps: Samples) -> Samples:
     """Return the median over the pixels of maps [H, W(, C)], a value or [C]."""
     if isinstance(maps, np.ndarray):
-        return np.median(maps, axis=(0, 1))
+        return median_of(maps.reshape(-1, *maps.shape[2:]))
     return maps.flatten(0, 1).quantile(0.5, 0)
+
+
+def median_of(values: FloatArray) -> FloatArray:
+    """Return the median over an array's first axis. NumPy's own function imports masked arrays, which takes 11 ms."""
+    middle = [(len(values) - 1) // 2, len(values) // 2]
+    return np.partition(values, middle, 0)[middle].mean(0)
 
 
 def median_where(maps: Samples, where: Samples) -> Number:
     """Return the median of a map over the pixels where a bool map is true; 0 if that is nowhere."""
     if isinstance(maps, np.ndarray):
-        return float(np.median(maps[where])) if where.any() else 0.0
+        return float(median_of(maps[where])) if where.any() else 0.0
     return maps.where(where, float("nan")).nanquantile(0.5).nan_to_num(0)
 
 

@@ -43,7 +43,7 @@ def command(networks, tiny_model, clip):
     # The length of a segment is no option; a short clip would be one segment.
     program = (
         "import faceage.pipeline.scan as scan; scan.scan.__kwdefaults__['segment_frames'] = 96; "
-        "from faceage.cli import main; main()"
+        "from faceage.cli import run; run()"
     )
     options = ["--model", tiny_model, "--age", "70", "--codec", "ffv1", "--json"]
 

@@ -437,8 +437,23 @@ class TestImages:
         assert result.exit_code == 3
         assert error_of(result).startswith(f"the folder {tmp_path}/file/out cannot be made (")
 
+    def test_a_process_ends_at_once_but_with_all_that_it_has_to_do(self):
+        """What was said is written, what was registered for the end is called, and the exit code is the command's."""
+        program = (
+            "import atexit, sys; from faceage import cli\n"
+            "def main():\n    print('done'); atexit.register(print, 'left'); sys.exit(3)\n"
+            "cli.main = main; cli.run()"
+        )
+        words = [sys.executable, "-c", program]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (3, "done\nleft\n", "")
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode not in (0, 3)
+        assert "No space left on device" in done.stderr
+
     def test_a_full_disk_under_stdout_is_one_line(self, tmp_path):
-        program = "from faceage.cli import main; main()"
+        program = "from faceage.cli import run; run()"
         words = [sys.executable, "-c", program, "images", str(tmp_path / "none.png"), "-o", str(tmp_path)]
         words += ["--json", "--age", "70"]
         with open("/dev/full", "w") as full:

@@ -1,5 +1,6 @@
 """`faceage compile` and `faceage engines`: engines for GPUs are really built here, without one."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -99,7 +100,7 @@ def test_prune_removes_what_no_model_needs(smallest, tmp_path, monkeypatch):
     store.build(smallest, TENSORRT, Spec("portable", "fp16"))
     kept = store.path(smallest, TENSORRT, Spec("portable", "fp16"))
     with monkeypatch.context() as patch:
-        patch.setattr(tensorrt, "version", lambda name: "0.1")
+        patch.setattr(importlib.metadata, "version", lambda name: "0.1")
         store.build(smallest, TENSORRT, Spec("portable", "fp16"))
     (store.root / "other-0123.engine").write_bytes(b"whose?")
     kept.with_suffix(".cache").touch()
@@ -196,8 +197,8 @@ def test_torch_tensorrt_is_called_as_its_documentation_says(smallest, tmp_path, 
             Path(path).touch()
 
     TorchTensorRT.Input = Input
+    exported = export_for(smallest, Spec("cpu", "fp16"))  # before: it imports modules by this function
     monkeypatch.setattr(tensorrt.importlib, "import_module", lambda name: TorchTensorRT)
-    exported = export_for(smallest, Spec("cpu", "fp16"))
     monkeypatch.setattr(export, "export_for", lambda program, spec: exported)
     path = tmp_path / f"rnet{tensorrt.TORCH_SUFFIX}"
     TENSORRT.build(smallest, Spec("cuda", "fp16"), path)

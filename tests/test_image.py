@@ -15,7 +15,8 @@ from PIL import Image, ImageCms, IptcImagePlugin, TiffImagePlugin
 
 from faceage.errors import MediaError, UnsupportedError
 from faceage.media.encode_still import to_rgb
-from faceage.media.image import IMAGE_SUFFIXES, find_images, read_image, write_image
+from faceage.media.find import IMAGE_SUFFIXES, find_images
+from faceage.media.image import read_image, write_image
 from faceage.media.xmp import SOURCE_TYPE, label_xmp
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -25,7 +25,7 @@ from faceage.engines.registry import BACKENDS, BackendName, backend_named, backe
 from faceage.engines.store import EngineStore
 from faceage.errors import EngineError
 from faceage.extras import missing
-from faceage.media.image import find_images
+from faceage.media.find import find_images
 from faceage.media.video import EncodeOptions, probe_video
 from faceage.pipeline.request import AgeRequest, Networks
 from faceage.types import Crops

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -25,12 +25,14 @@ from faceage.cli.options import (
 )
 from faceage.cli.output import Output
 from faceage.errors import MediaError
-from faceage.media.image import LeftOut, find_images
-from faceage.pipeline.folder import Manifest, Skipped, age_folder, folder_options, locked_folder
-from faceage.pipeline.report import PhotoReport
+from faceage.media.find import LeftOut, find_images
 from faceage.pipeline.request import AgeRequest
 from faceage.pipeline.timer import StageTimer
 from faceage.pipeline.work import check_space
+
+if TYPE_CHECKING:
+    from faceage.pipeline.folder import Skipped
+    from faceage.pipeline.report import PhotoReport
 
 _CONVERT = "convert it to JPEG, PNG, WebP or TIFF first"
 SKIPPED_SHOWN = 5
@@ -89,9 +91,12 @@ def command(
         count, size = _survey(present, output, out)
         if not count:
             return
+        networks = network.load(out, in_background=True)
+        # Engines are opened while what reads and writes photos is imported.
+        from faceage.pipeline.folder import Manifest, age_folder, folder_options, locked_folder
+
         with locked_folder(output):
             check_space({output: size})
-            networks = network.load(out)
             options = folder_options(networks.fingerprints, request, label=not no_label, quality=quality)
             skipped: Counter[Skipped] = Counter()
             timer, summary = StageTimer(), _Summary()

@@ -124,10 +124,10 @@ class NetworkOptions:
             hair=self.hair == "on",
         )
 
-    def load(self, out: Output) -> Networks:
-        """Load the networks, saying what is built."""
+    def load(self, out: Output, *, in_background: bool = False) -> Networks:
+        """Load the networks, saying what is built; `in_background` as in `load_networks`."""
         loader = self.loader()
-        networks = loader(on_build=out.building)
+        networks = loader(on_build=out.building, in_background=in_background)
         runtime: Runtime = loader.keywords["runtime"]
         out.detail(f"model {self.model}, backend {runtime.backend.name} on {runtime.device} in {runtime.precision}")
         out.result("engines", {"model": self.model, **runtime.describe()})

@@ -17,7 +17,8 @@ from faceage.cli.options import (
     strength_option,
 )
 from faceage.cli.output import Output
-from faceage.media.image import FORMATS, Still, write_image
+from faceage.media.find import FORMATS
+from faceage.media.image import Still, write_image
 from faceage.media.video import check_output
 from faceage.pipeline.label import label_fields
 from faceage.pipeline.sheet import make_sheet

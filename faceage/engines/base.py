@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -17,6 +19,8 @@ from faceage.errors import CheckpointError, EngineError, ShapeError
 from faceage.types import FloatArray
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from torch import Tensor, nn
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -182,10 +186,14 @@ class Engine(Protocol):
 
     name: str
     """The program's name."""
-    backend: str
-    """The backend's name, as in `registry.BACKENDS`."""
-    device: str | None
-    """The GPU that it runs on, "cuda:N"; None: the CPU."""
+
+    @property
+    def backend(self) -> str:
+        """The backend's name, as in `registry.BACKENDS`."""
+
+    @property
+    def device(self) -> str | None:
+        """The GPU that it runs on, "cuda:N"; None: the CPU."""
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network.
@@ -202,6 +210,28 @@ class Engine(Protocol):
             ShapeError: if an input does not fit.
         """
         ...
+
+
+class OpeningEngine:
+    """An engine that another thread opens: whoever needs it waits for it, and gets the error if there is one."""
+
+    def __init__(self, name: str, opening: Future[Engine]) -> None:
+        self.name = name
+        self._opening = opening
+
+    @property
+    def backend(self) -> str:
+        """See `Engine`."""
+        return self._opening.result().backend
+
+    @property
+    def device(self) -> str | None:
+        """See `Engine`."""
+        return self._opening.result().device
+
+    def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
+        """Run the network; see `Engine`."""
+        return self._opening.result()(*arrays)
 
 
 class Backend(ABC):
@@ -315,12 +345,15 @@ def fingerprint(*parts: str | bytes | Path) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the sha256 (hex) of a file; one that has not changed is read once."""
+    """Return the sha256 (hex) of a file; one that has not changed is read once, by whichever thread comes first."""
     status = path.stat()
-    return _sha256(path, status.st_mtime_ns, status.st_size)
+    with _HASHING[path]:
+        return _sha256(path, status.st_mtime_ns, status.st_size)
+
+
+_HASHING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
 @cache
 def _sha256(path: Path, mtime_ns: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()

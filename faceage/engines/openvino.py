@@ -7,7 +7,6 @@ import sys
 import threading
 from collections import deque
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -34,8 +33,6 @@ SMALL_FACE, PADDED_FROM = 3 * 50 * 50, 4
 
 SUFFIX = ".blob"
 
-version = cache(metadata.version)
-
 _FIRST = threading.Lock()
 
 
@@ -46,7 +43,7 @@ class OpenVINOEngine:
     device: str | None = None
 
     def __init__(self, program: Program, path: Path, config: dict[str, Any]) -> None:
-        """Open what was compiled for single faces at `path`; what else is needed is compiled when it is."""
+        """Open what was compiled at `path` for single faces; what else is needed is compiled when it is."""
         self.name = program.name
         self._program = program
         self._path = path
@@ -58,7 +55,10 @@ class OpenVINOEngine:
         # A request for each call that runs at the same time, and a model of its own for each request: two that share
         # one, with two streams, wait for each other half of the time.
         self._idle: dict[int, deque[openvino.InferRequest]] = {size: deque() for size in sizes}
-        self._idle[1].append(self._compile(1))
+        self._mapped = _mapped(path)  # networks read weights from it for as long as they live
+        # Those that are always filled up are needed as soon as there are some candidates.
+        for size in {1, max(sizes)} if largest < SMALL_FACE else {1}:
+            self._idle[size].append(self._compile(size))
 
     def __call__(self, *arrays: FloatArray) -> tuple[FloatArray, ...]:
         """Run the network; see `base.Engine`."""
@@ -85,13 +85,20 @@ class OpenVINOEngine:
     def _compile(self, size: int) -> openvino.InferRequest:
         """Compile the network for `size` faces, or open what was compiled before, which takes half as long."""
         if size == 1:
-            return _core().import_model(self._path.read_bytes(), "CPU", self._config).create_infer_request()
+            return _core().import_model(self._mapped, "CPU", self._config).create_infer_request()
         kept = self._path.with_suffix(f".{size}.cache")
         if compiled := read_kept(kept):
             return _core().import_model(compiled, "CPU", self._config).create_infer_request()
         model = _compile(self._program, size, self._config)
         keep(kept, model.export_model().getvalue())
         return model.create_infer_request()
+
+
+def _mapped(path: Path) -> openvino.Tensor:
+    """Return the bytes of a file without reading them: what is copied into the tensor stays this process's own."""
+    import openvino
+
+    return openvino.Tensor(np.memmap(path, np.uint8, mode="c"), shared_memory=True)
 
 
 def _filled_up(batch: FloatArray, size: int) -> FloatArray:
@@ -132,7 +139,7 @@ class OpenVINO(Backend):
 
     def versions(self, spec: Spec) -> dict[str, str]:
         """Return the version of OpenVINO, and the processor that it compiled for."""
-        return {"openvino": version("openvino"), "machine": cpu()}
+        return {"openvino": version(), "machine": cpu()}
 
     def check(self, spec: Spec) -> None:
         """Raise EngineError unless `spec` is what it builds: for the CPU, in fp32, or in bf16 where the CPU has it."""
@@ -183,6 +190,14 @@ def _is_batch(axis: int | Axis) -> bool:
 def has_bf16() -> bool:
     """Return whether this CPU computes in bfloat16."""
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def version() -> str:
+    """Return OpenVINO's version and build."""
+    _core()
+    import openvino
+
+    return openvino.__version__
 
 
 @cache

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from faceage.engines.base import Backend, Precision, Program, Runtime, Spec
 from faceage.errors import EngineError
 from faceage.types import FloatArray
 
-# From 1.29 on ONNX Runtime sends its maker what models are run, unless this is set before it is imported.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import onnxruntime as ort
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 INPUT_PREFIX, OUTPUT_PREFIX = "in_", "out_"
 """Before the names of inputs and outputs in a graph."""
@@ -72,6 +74,16 @@ class OnnxRuntime(Backend):
         return open_graph(program, program.graph, runtime.threads)
 
 
+@cache
+def _onnxruntime() -> ModuleType:
+    """Import ONNX Runtime, which takes 20 ms: other engines are opened beside it."""
+    # From 1.29 on it sends its maker what models are run, unless this is set before it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
 def open_graph(program: Program, graph: Path | bytes, threads: int = 1, *, optimize: bool = True) -> OrtEngine:
     """Open an ONNX graph of `program`.
 
@@ -87,6 +99,7 @@ def open_graph(program: Program, graph: Path | bytes, threads: int = 1, *, optim
     """
     if graph == program.graph:
         assert program.fingerprint  # raises unless its files are whole
+    ort = _onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

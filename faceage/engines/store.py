@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from time import perf_counter
 
@@ -374,7 +373,7 @@ def _is_old(record: dict) -> bool:
         return bool(record["versions"] != backend_named(record["backend"]).versions(spec))
     except KeyError:
         return True
-    except (EngineError, PackageNotFoundError):
+    except (EngineError, ModuleNotFoundError):
         return False  # built for another machine, or by what is not installed here: nobody can say
 
 

@@ -10,7 +10,6 @@ import importlib
 import logging
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +58,8 @@ class TensorRT(Backend):
 
     def versions(self, spec: Spec) -> dict[str, str]:
         """Return the builder's version, and the GPU if the file is for that one alone."""
+        from importlib.metadata import version
+
         if spec.kind == "cuda":
             return {"torch-tensorrt": _torch_tensorrt_version(), "torch": version("torch"), "machine": gpu(spec.target)}
         return {"tensorrt-rtx": version("tensorrt-rtx")}
@@ -146,6 +147,8 @@ def _missing_torch_tensorrt() -> str | None:
 
 def _torch_tensorrt_version() -> str:
     """Return the version of the distribution that is installed: `torch-tensorrt-rtx` has the same module."""
+    from importlib.metadata import PackageNotFoundError, version
+
     for name in ("torch-tensorrt", "torch-tensorrt-rtx"):
         with suppress(PackageNotFoundError):
             return f"{name} {version(name)}"

@@ -21,22 +21,12 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from faceage.errors import MediaError, UnsupportedError
+from faceage.media.find import FORMATS
 from faceage.media.jpeg import BASELINE, EXTENDED, PROGRESSIVE, Jpeg, parse_jpeg
 from faceage.media.turbojpeg import decode_planes, why_missing
 from faceage.types import PIXEL_LAYOUTS, RGB, ColorSpec, Frame, Plane
 
 log = logging.getLogger(__name__)
-
-FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-}
-"""What a file name's suffix means, in Pillow's words."""
 
 MAX_PIXELS = 400_000_000
 """Largest picture read, in pixels: 20000 x 20000, 1.2 GB as RGB."""

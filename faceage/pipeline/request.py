@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -19,8 +20,8 @@ from faceage.agers.registry import ARCHITECTURES, architecture_of, model_program
 from faceage.ages import OLDEST_YEARS
 from faceage.align import align_faces
 from faceage.checkpoint import read_header
-from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
-from faceage.engines.base import Engine, Program, Runtime, sha256_of_file
+from faceage.detect import DetectConfig, Detector, detector_programs
+from faceage.engines.base import Engine, OpeningEngine, Program, Runtime, sha256_of_file
 from faceage.engines.registry import BACKENDS, DEFAULT_RUNTIME
 from faceage.engines.store import EngineStore, OnBuild
 from faceage.errors import CheckpointError, UnsupportedError
@@ -32,6 +33,8 @@ from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame, S
 log = logging.getLogger(__name__)
 
 AGE_LIMITS_YEARS = (0.0, 100.0)
+OPENING_THREADS = min(3, os.cpu_count() or 1)
+"""Engines that are opened, or built, at the same time."""
 THUMBNAIL_PX = 16
 """Side of `Appearance.thumbnail`: it shows the light and the tone of the skin, and no feature."""
 
@@ -270,6 +273,7 @@ def load_networks(
     composite: Composite = "delta",
     hair: bool = True,
     on_build: OnBuild | None = None,
+    in_background: bool = False,
 ) -> Networks:
     """Load (and on the first run build) the engines of a model.
 
@@ -284,6 +288,8 @@ def load_networks(
         composite: how the change is made, for an architecture that has a choice; see `agers.age_cgan.AgeCGAN`.
         hair: let hair turn grey, for an architecture that can.
         on_build: called with an engine's name before it is built; see `engines.store.OnBuild`.
+        in_background: on the CPU, return at once: engines are opened while other work is done. What needs one waits for
+            it, and raises what is wrong with it. A GPU may not be there: nothing is brought to one before it is seen.
 
     Raises:
         CheckpointError: for an unknown model or a damaged file.
@@ -295,14 +301,21 @@ def load_networks(
     if is_facenet and not facenet_file().exists():
         raise CheckpointError("FaceNet is not on this machine; run `faceage models fetch facenet` once, with a network")
     store = EngineStore(on_build=on_build)
+    pnet, rnet, onet = detector_programs()
     programs = model_programs(files, facenet_file() if is_facenet else None)
+    programs |= {program.name: program for program in (pnet, rnet, onet)}
+    pool = ThreadPoolExecutor(OPENING_THREADS if runtime.backend.loads_in_threads else 1, "engines")
+    opening: list[Future[Engine]] = []
 
     @cache
     def engine(role: str) -> Engine:
+        """Begin to open an engine; those that the first photo needs first are to be asked for first."""
         # The latent's program may be one that only torch can differentiate.
-        if role == "latent" and is_facenet:
-            return store.load(programs[role], replace(runtime, backend=BACKENDS["torch"], precision="fp32"))
-        return store.load(programs[role], runtime)
+        by_torch = role == "latent" and is_facenet
+        chosen = replace(runtime, backend=BACKENDS["torch"], precision="fp32") if by_torch else runtime
+        future = pool.submit(store.load, programs[role], chosen)
+        opening.append(future)
+        return OpeningEngine(programs[role].name, future)
 
     architecture = architecture_of(files.architecture)
     given: dict[str, object] = {} if latent is None else {"latent": latent}
@@ -315,34 +328,30 @@ def load_networks(
             able = " or ".join(f"--model {other.name}" for other in ARCHITECTURES if name in other.options)
             raise UnsupportedError(f"model {model} has no option {name}; leave it out, or use {able}")
 
-    def load_measuring() -> tuple[Detector, Engine]:
-        return load_detector(store, detect, runtime), engine("age")
-
-    together = runtime.backend.loads_in_threads
-    with ThreadPoolExecutor(2 if together else 1) as beside:
-        measuring = beside.submit(load_measuring)
-        others = [beside.submit(engine, name) for name in architecture.always]
-        if not together:
-            wait([measuring])
-            wait(others)
-        identity_reader = engine("identity")
-        ager = architecture.make(files, engine, **given)
-        detector, age_reader = measuring.result()
-        for other in others:
-            other.result()
-    return Networks(
-        model=model,
-        detector=detector,
-        age_reader=age_reader,
-        age_reader_px=read_header(files.age).dims["size_px"],
-        identity=identity_reader,
-        identity_px=read_header(files.identity).dims["size_px"],
-        ager=ager,
-        device=None if runtime.device == "cpu" else runtime.device,
-        fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
-        | {"model": model, **runtime.describe()}
-        | {name: str(value) for name, value in [("detect", detect), *given.items()]},
-    )
+    try:
+        detector = Detector(engine(pnet.name), engine(rnet.name), engine(onet.name), detect)
+        for name in architecture.always:  # the largest ones: the others are opened beside them
+            engine(name)
+        networks = Networks(
+            model=model,
+            detector=detector,
+            age_reader=engine("age"),
+            age_reader_px=read_header(files.age).dims["size_px"],
+            identity=engine("identity"),
+            identity_px=read_header(files.identity).dims["size_px"],
+            ager=architecture.make(files, engine, **given),
+            device=None if runtime.device == "cpu" else runtime.device,
+            fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
+            | {"model": model, **runtime.describe()}
+            | {name: str(value) for name, value in [("detect", detect), *given.items()]},
+        )
+        if not (in_background and runtime.device == "cpu"):
+            for future in opening:
+                future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    return networks
 
 
 def _fingerprints(files: ModelFiles, identity: Path) -> dict[str, str]:

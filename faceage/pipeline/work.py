@@ -16,7 +16,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +36,10 @@ _LIBRARIES = ("numpy", "opencv-python-headless", "openvino", "onnxruntime", "tor
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes and encodes pictures."""
-    import av  # folders of photos are locked by this module too, and need neither this nor plans
+    # Folders of photos are locked by this module too, and need neither these nor plans.
+    from importlib.metadata import PackageNotFoundError, version
+
+    import av
 
     found = {"faceage": __version__, "av": av.__version__}
     found |= {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
