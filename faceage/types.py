@@ -26,6 +26,9 @@ Plane = Union[HostPlane, "Tensor"]
 Samples = Union[FloatArray, "Tensor"]
 """float32 values that were read from planes, on the frames' own device."""
 
+Rect = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels or samples; x1 and y1 lie outside."""
+
 Matrix = Literal["rgb", "bt601", "bt709", "bt2020", "smpte240m"]
 ChromaSiting = Literal["left", "center", "topleft"]
 
@@ -181,6 +184,11 @@ class Frame:
         return float(self.pts * self.time_base)
 
 
+def enclosing(a: Rect, b: Rect) -> Rect:
+    """Return the smallest rectangle with two others in it."""
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """What ageing does to one face, in the pixels of an aligned crop: `kernels.apply_change` has the formula.
@@ -195,6 +203,9 @@ class Change:
     dark: tuple[float, float] | tuple[Tensor, Tensor] | None = None
     """Lumas in [0, 1] of a sample up to which its luma changes in full, and from which on not at all; None: all samples
     change. It needs a gain. Those that a device computed are tensors without dimensions."""
+    part: Rect | None = None
+    """The pixels of the crop outside of which it is 0, if that is known: only these are worked on. None: any may
+    change."""
     kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     """What `kernels.apply_change` made of it, for the next time that it is applied."""
 
@@ -214,14 +225,15 @@ class Change:
         if weight == 1:
             return self
         gain = None if self.gain is None else self.gain * weight
-        return Change(delta=self.delta * weight, gain=gain, dark=self.dark)
+        return Change(delta=self.delta * weight, gain=gain, dark=self.dark, part=self.part)
 
     def plus(self, other: Change) -> Change:
         """Return the sum of two changes of one face, which are meant for the same samples."""
         assert (self.dark is None) == (other.dark is None), "changes for other samples"
         gains = [change.gain for change in (self, other) if change.gain is not None]
         gain = sum(gains[1:], gains[0]) if gains else None
-        return Change(delta=self.delta + other.delta, gain=gain, dark=self.dark)
+        part = None if self.part is None or other.part is None else enclosing(self.part, other.part)
+        return Change(delta=self.delta + other.delta, gain=gain, dark=self.dark, part=part)
 
 
 @dataclass(frozen=True)

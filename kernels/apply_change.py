@@ -55,13 +55,10 @@ from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane, invert_affine
 from faceage.kernels.streams import await_samples, samples_changed
 from faceage.kernels.transfer import as_tensor, beside, to_device
-from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout, Samples
+from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout, Rect, Samples
 
 if TYPE_CHECKING:
     import torch
-
-Rect = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in samples; x1 and y1 lie outside."""
 
 BLACK_OFFSET = 0.04
 """b of the module's formula, in units of E'Y: even black gains a little, and dark noise is not scaled to nothing."""
@@ -71,9 +68,6 @@ MAX_ENLARGE = 4
 
 STEPS_PER_PX = 16
 """A tent whose half-width differs by less than a sixteenth of a crop pixel gives the same picture."""
-
-MAX_PART = 0.8
-"""A crop of which less than this changes is cut to what changes: hair is a small part of a head's crop."""
 
 STRIP_SAMPLES = 65536
 """Samples changed at a time: the float32 strip (256 KiB) stays in the cache."""
@@ -128,20 +122,19 @@ def plane_steps(crop_to_samples: Matrix23) -> tuple[float, float]:
 def _changing_part(change: Change) -> Rect | None:
     """Return the pixels of the crop outside which the change is 0; None if it is 0 everywhere.
 
-    Of a change on a device it is the whole crop: nobody waits for the device to know more.
+    Of a change on a device it is what the change itself says: nobody waits for the device to know more.
     """
     size = change.size_px
-    if not isinstance(change.delta, np.ndarray):
+    if change.part is not None:
+        x0, y0, x1, y1 = change.part
+        return change.part if x0 < x1 and y0 < y1 else None
+    if (
+        not isinstance(change.delta, np.ndarray)
+        or change.delta.any()
+        or (change.gain is not None and change.gain.any())
+    ):
         return 0, 0, size, size
-    bits = np.bitwise_or.reduce(change.delta.view(np.uint32))
-    if change.gain is not None:
-        bits |= change.gain.view(np.uint32)
-    rows, columns = np.flatnonzero(bits.any(1)), np.flatnonzero(bits.any(0))
-    if not len(rows):
-        return None
-    box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-    is_small = (box[2] - box[0]) * (box[3] - box[1]) < MAX_PART * size * size
-    return box if is_small else (0, 0, size, size)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +142,7 @@ class _Codes:
     """A change in the codes of a kind of frames, where those live."""
 
     delta: Samples
-    """float32 [S, S, 3], in the order of the frame's components; of tensors, each component lies by itself."""
+    """float32 [S, S, 3], in the order of the frame's components; each component lies by itself."""
     gain: Samples | None
     changing: Rect
     """The pixels of the crop outside which it is 0."""
@@ -163,10 +156,17 @@ def _in_codes(change: Change, frame: Frame) -> _Codes | None:
     matrix = rgb_to_yuv_delta(color_of(frame), frame.layout.bit_depth)
     if not frame.is_array:
         return _in_codes_on_device(change, changing, matrix, frame.device)
-    # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
+    x0, y0, x1, y1 = changing
+    inner = slice(y0, y1), slice(x0, x1)
+    rgb = cv2.merge([plane[inner] for plane in change.delta])
+    codes = np.zeros_like(change.delta)
+    for component, weights in zip(codes, matrix, strict=True):
+        # OpenCV's transform, not a matrix product: BLAS threads wait for each other longer than this takes.
+        component[inner] = cv2.transform(rgb, weights[None])
+    gain = change.gain
     return _Codes(
-        delta=cv2.transform(cv2.merge(list(change.delta)), matrix),
-        gain=change.gain if change.gain is not None and change.gain.any() else None,
+        delta=codes.transpose(1, 2, 0),
+        gain=gain if gain is not None and gain[inner].any() else None,
         changing=changing,
     )
 
@@ -306,7 +306,8 @@ def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> FloatArray:
 
 def _filter_part(part: PlaneChange, steps: tuple[float, float]) -> tuple[FloatArray, FloatArray | None]:
     """Return D of a plane's delta, float32 [ky * H', kx * W'(, C)], and of its gain."""
-    maps, relative = cv2.split(cast(FloatArray, part.delta)), cast("FloatArray | None", part.gain)
+    delta, relative = cast(FloatArray, part.delta), cast("FloatArray | None", part.gain)
+    maps = [delta[..., component] for component in range(delta.shape[2])]
     if relative is None:
         gain = None
     else:
@@ -359,11 +360,17 @@ def _with_gain(change: FloatArray, gain: FloatArray, samples: HostPlane, part: P
         luma = cv2.transform(luma, RGB_LUMA[None]).reshape(gain.shape)
     change = cv2.add(change, _spread(cv2.multiply(gain, luma, dst=gain), samples), dst=change)
     if part.dark is not None:
-        whole, none = (part.black + part.span * cast(float, limit) for limit in part.dark)
-        per_code = 2.0**-part.layout.shift / (none - whole)
-        share = np.clip(np.float32(none / (none - whole)) - np.float32(per_code) * luma, 0, 1)
-        change = cv2.multiply(change, _spread(share, samples), dst=change)
+        change = cv2.multiply(change, _spread(_dark_share(luma, part), samples), dst=change)
     return change
+
+
+def _dark_share(luma: FloatArray, part: PlaneChange) -> FloatArray:
+    """Return the share of the change that samples [H, W] of a luma in stored codes take."""
+    assert part.dark is not None
+    whole, none = (part.black + part.span * cast(float, limit) for limit in part.dark)
+    per_code = 2.0**-part.layout.shift / (none - whole)
+    share = cv2.addWeighted(luma, -per_code, luma, 0, none / (none - whole))
+    return cv2.min(cv2.max(share, 0), 1)
 
 
 def _spread(values: FloatArray, samples: HostPlane) -> FloatArray:
@@ -373,7 +380,10 @@ def _spread(values: FloatArray, samples: HostPlane) -> FloatArray:
 
 def _add_rounded(part: HostPlane, change: FloatArray, layout: PixelLayout) -> None:
     if part.dtype == np.uint8:  # OpenCV rounds half to even, and saturates at 0 and 255
-        part[...] = cv2.add(part, change, dtype=cv2.CV_8U).reshape(part.shape)
+        if part.ndim == 2:
+            cv2.add(part, change, dst=part, dtype=cv2.CV_8U)
+        else:
+            part[...] = cv2.add(part, change, dtype=cv2.CV_8U)
         return
     codes = np.rint(change, out=change).astype(np.int32)
     after = np.clip(part + (codes << layout.shift), 0, code_max(layout))

@@ -275,15 +275,35 @@ def channel(maps: Samples, number: int) -> Samples:
     return cv2.extractChannel(maps, number) if isinstance(maps, np.ndarray) else maps[..., number].clone()
 
 
+def channels(maps: Samples) -> Sequence[Samples]:
+    """Return copies of the channels of maps [H, W, C], [H, W] each; of tensors, views."""
+    return cv2.split(maps) if isinstance(maps, np.ndarray) else maps.unbind(-1)
+
+
+def stacked(channels: Sequence[Samples]) -> Samples:
+    """Return maps [H, W, C] whose channels are these."""
+    return (
+        cv2.merge(list(channels)) if isinstance(channels[0], np.ndarray) else namespace(channels[0]).stack(channels, -1)
+    )
+
+
 def transform(maps: Samples, make_matrix: Callable[[], FloatArray]) -> Samples:
     """Return a matrix [D, C] times the channels of each pixel of maps [H, W, C]: [H, W, D]."""
     matrix = constant(make_matrix, like=maps)
     return cv2.transform(maps, matrix) if isinstance(maps, np.ndarray) else maps @ matrix.T
 
 
+def times(maps: Samples, factor: Samples) -> Samples:
+    """Return each channel of maps [H, W, C] times a map [H, W]."""
+    if isinstance(maps, np.ndarray):
+        return cv2.multiply(maps, cv2.merge([factor] * maps.shape[2]))
+    return maps * factor[..., None]
+
+
 def luma_of(rgb: Samples) -> Samples:
     """Return the luma of RGB [..., 3]: [...]."""
-    return rgb @ constant(_luma_weights, like=rgb)
+    weights = constant(_luma_weights, like=rgb)
+    return cv2.transform(rgb, weights[None]) if isinstance(rgb, np.ndarray) and rgb.ndim == 3 else rgb @ weights
 
 
 def luma_of_planes(planes: Samples) -> Samples:
@@ -325,8 +345,7 @@ def _inside_rim(size_px: int) -> FloatArray:
 
 def by_pixels(planes: Samples) -> Samples:
     """Return planes [C, H, W] as maps [H, W, C] in one piece."""
-    maps = pixels_of(planes)
-    return np.ascontiguousarray(maps) if isinstance(maps, np.ndarray) else maps.contiguous()
+    return cv2.merge(list(planes)) if isinstance(planes, np.ndarray) else planes.permute(1, 2, 0).contiguous()
 
 
 def zeros(*shape: int, like: Samples) -> Samples:
@@ -346,8 +365,7 @@ def pixels_of(planes: Samples) -> Samples:
 
 def by_planes(maps: Samples) -> Samples:
     """Return maps [H, W, C] as [C, H, W] in one piece."""
-    planes = planes_of(maps)
-    return np.ascontiguousarray(planes) if isinstance(planes, np.ndarray) else planes.contiguous()
+    return np.stack(cv2.split(maps)) if isinstance(maps, np.ndarray) else maps.permute(2, 0, 1).contiguous()
 
 
 def median(maps: Samples) -> Samples:

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from faceage.kernels import BLACK_OFFSET, maps
-from faceage.types import Change, FloatArray, Samples
+from faceage.types import Change, FloatArray, Rect, Samples, enclosing
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
@@ -69,27 +69,35 @@ MIN_CONTRAST = 0.1
 """Least difference of the two lumas that `DARK` is a share of."""
 RIM = 0.06
 """The mask falls to 0 over this share of the crop at its rims: long hair fades out there."""
+HINT, FILTERS_REACH = 0.1, 0.1
+"""Probability of hair from which on there may be some nearby, and how far from there the filters see or reach, in sides
+of the crop. The rest of the crop is left out."""
+BROWS_REACH = 0.035
+"""The same beside the area of the brows, whose filters are narrower."""
+SKIN_SHRUNK = 4
+"""The blur that shows the skin around the brows is so wide that it is computed at a quarter of the crop's side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HairKey:
-    """What was seen of one head, or of its brows, at a key frame; float32 [S, S] each but the last.
+    """What was seen of one head, or of its brows, at a key frame.
 
-    What turning all grey would do to a pixel of hair; it is linear in the share of hair, and in how grey it gets.
+    What turning all grey would do to a pixel of hair; it is linear in the share of hair, and in how grey it gets. Far
+    from hair it is 0.
     """
 
     mask: Samples
-    """Share of hair in a pixel."""
+    """float32 [S, S], share of hair in a pixel."""
     gain: Samples
-    """Of luma, as `types.Change.gain`."""
+    """float32 [S, S], of luma, as `types.Change.gain`."""
     lift: Samples
-    """Added to luma in [0, 1]."""
+    """float32 [S, S], added to luma in [0, 1]."""
     chroma: Samples
-    """[S/2, S/2, 3], added to RGB in [0, 1]; without luma."""
+    """float32 [S/2, S/2, 3], added to RGB in [0, 1]; without luma."""
     dark: tuple[maps.Number, maps.Number]
     """As `types.Change.dark`."""
-    rows: tuple[int, int]
-    """There is hair from the first to before the second, both even: drawing the others would cost as much."""
+    part: Rect
+    """The pixels with hair in them, and some more; its edges are even."""
 
 
 def grey_amount(source: float, target: float) -> float:
@@ -106,11 +114,13 @@ def find_hair(pixels: Samples, logit: Samples) -> HairKey:
         logit: float32 [C, C], the network's; its rims are softer than strands.
     """
     xp, size = maps.namespace(pixels), pixels.shape[-1]
-    rgb = (maps.pixels_of(pixels) + 1) / 2
-    luma = maps.luma_of(rgb)
     probability = maps.resize(1 / (1 + xp.exp(-logit)), size, size)
-    mask = ((_guided(probability, luma) - UNSURE) / (SURE - UNSURE)).clip(0, 1)
-    mask = mask * mask * (3 - 2 * mask) * _own_head(mask)
+    part = _part(probability > HINT, round(FILTERS_REACH * size))
+    inner = _slices(part)
+    rgb = (maps.by_pixels(pixels[:, *inner]) + 1) / 2
+    luma = maps.luma_of(rgb)
+    mask = ((_guided(probability[inner], luma, size) - UNSURE) / (SURE - UNSURE)).clip(0, 1)
+    mask = mask * mask * (3 - 2 * mask) * _own_head(mask, inner, size)
     calm = maps.bilateral(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
     base = _within(calm, mask, BASE_SIGMA * size)
     # What is far brighter than the strands around it is the background behind them. A margin is left to it: the head
@@ -119,10 +129,41 @@ def find_hair(pixels: Samples, logit: Samples) -> HairKey:
     margin = 2 * round(MARGIN * size) + 1
     mask = mask * maps.mean_around(maps.erode(dark, margin), margin)
     seen = xp.sqrt(maps.blur(xp.square(luma - base), BASE_SIGMA * size))
-    skin = maps.single(maps.median(rgb[int(0.42 * size) : int(0.52 * size), int(0.42 * size) : int(0.58 * size)]))
-    strands = STRANDS * maps.constant(_strands, size, like=luma) * _ramp(1 - seen / STRANDS_SEEN)
+    middle = pixels[:, int(0.42 * size) : int(0.52 * size), int(0.42 * size) : int(0.58 * size)]
+    skin = maps.single((maps.median(maps.by_pixels(middle)) + 1) / 2)
+    strands = STRANDS * maps.constant(_strands, size, like=luma)[inner] * _ramp(1 - seen / STRANDS_SEEN)
     skin_luma = maps.number(maps.luma_of(skin))
-    return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands, _grey_chroma(skin))
+    return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands, part, size, _grey_chroma(skin))
+
+
+def _part(where: Samples, reach_px: int) -> Rect:
+    """Return the rectangle around all pixels of a bool map [H, W], and so many pixels more; its edges are even.
+
+    Of a tensor it is the whole: nobody waits for its device to know. If there are none, it lies at the first pixel.
+    """
+    height, width = where.shape
+    if not isinstance(where, np.ndarray):
+        return 0, 0, width, height
+
+    def span(axis: int, size: int) -> tuple[int, int]:
+        found = np.flatnonzero(where.any(axis))
+        first, last = (int(found[0]), int(found[-1])) if len(found) else (0, 0)
+        return max(first - reach_px, 0) // 2 * 2, min(last + reach_px + 2, size) // 2 * 2
+
+    (left, right), (top, bottom) = span(0, width), span(1, height)
+    return left, top, right, bottom
+
+
+def _slices(part: Rect) -> tuple[slice, slice]:
+    """Return the rows and the columns of a part."""
+    left, top, right, bottom = part
+    return slice(top, bottom), slice(left, right)
+
+
+def _halved(part: Rect) -> tuple[slice, slice]:
+    """Return the rows and the columns of a part in maps of half the side."""
+    left, top, right, bottom = part
+    return slice(top // 2, bottom // 2), slice(left // 2, right // 2)
 
 
 def _grey_chroma(skin: Samples) -> Samples:
@@ -154,16 +195,20 @@ def _key(
     chroma: Samples,
     skin_luma: maps.Number,
     lift: Samples | float,
+    part: Rect,
+    size_px: int,
     grey: Samples | float = 0.0,
 ) -> HairKey:
-    """Put the module's formula together.
+    """Put the module's formula together, from what was seen in a part of the crop.
 
     Args:
-        mask: float32 [S, S], as `HairKey.mask`.
-        base: float32 [S, S].
-        chroma: float32 [S, S, 3], RGB less luma.
+        mask: float32 [H, W], as `HairKey.mask`.
+        base: float32 [H, W].
+        chroma: float32 [H, W, 3], RGB less luma.
         skin_luma: of the face.
         lift: the formula's LIFT, one or a map.
+        part: of the crop.
+        size_px: S, its side.
         grey: RGB less luma of grey hair of luma 1; 0: it has none.
     """
     # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
@@ -174,23 +219,23 @@ def _key(
     contrast = maps.limit(skin_luma - hair_luma, MIN_CONTRAST)
     gain = darker * (DETAIL / maps.limit(target, 1e-3))
     chroma = FADE * (grey * (base + LIFT * darker)[..., None] - chroma)
+
+    def place(values: Samples, inner: tuple[slice, slice], side: int) -> Samples:
+        whole = maps.zeros(side, side, *values.shape[2:], like=values)
+        whole[inner] = values
+        return whole
+
+    inner, (left, top, _, _) = _slices(part), part
+    x0, y0, x1, y1 = _part(mask > 0, 2)  # maps of half the side are enlarged, which reads their neighbours
+    last = size_px - 2  # a change is 0 on its crop's outer two pixels
     return HairKey(
-        mask=mask,
-        gain=gain,
-        lift=lift * darker - gain * (base + BLACK_OFFSET),
-        chroma=maps.halve(chroma),
+        mask=place(mask, inner, size_px),
+        gain=place(gain, inner, size_px),
+        lift=place(lift * darker - gain * (base + BLACK_OFFSET), inner, size_px),
+        chroma=place(maps.halve(chroma), _halved(part), size_px // 2),
         dark=(hair_luma + DARK[0] * contrast, hair_luma + DARK[1] * contrast),
-        rows=_rows(mask),
+        part=(max(x0 + left, 2), max(y0 + top, 2), min(x1 + left, last), min(y1 + top, last)),
     )
-
-
-def _rows(mask: Samples) -> tuple[int, int]:
-    """Return `HairKey.rows` of a mask [S, S]. Of a tensor these are all rows: nobody waits for its device to know."""
-    if not isinstance(mask, np.ndarray):
-        return 0, len(mask)
-    found = np.flatnonzero(mask.any(1))
-    # Two rows more on each side: half of the maps' side is enlarged, which reads the neighbouring rows.
-    return (max(found[0] // 2 * 2 - 2, 0), min(found[-1] // 2 * 2 + 4, len(mask))) if len(found) else (0, 2)
 
 
 def find_brows(rgb: Samples, area: Samples) -> HairKey:
@@ -201,16 +246,21 @@ def find_brows(rgb: Samples, area: Samples) -> HairKey:
         area: float32 [S, S], 1 where brows can be. Of it, what is darker than the skin around it is hair.
     """
     size = rgb.shape[0]
+    small = maps.shrink(rgb, size // SKIN_SHRUNK)
+    bare = 1 - maps.shrink(area, size // SKIN_SHRUNK)
+    sigma = SKIN_SIGMA * size / SKIN_SHRUNK
+    skin = maps.blur(maps.luma_of(small) * bare, sigma) / maps.blur(bare, sigma).clip(min=1e-3)
+    part = _part(area > 0, round(BROWS_REACH * size))
+    inner = _slices(part)
+    skin, rgb, area = maps.resize(skin, size, size)[inner], rgb[inner], area[inner]
     luma = maps.luma_of(rgb)
-    bare = 1 - area
-    sigma = SKIN_SIGMA * size
-    skin = maps.blur(luma * bare, sigma) / maps.blur(bare, sigma).clip(min=1e-3)
     low, high = BROW_DARKER
     mask = _ramp(((skin - luma) / skin.clip(min=0.05) - low) / (high - low)) * area
-    mask = maps.clear_rim(maps.blur(mask, BROW_SIGMA * size)[None])[0]
+    mask = maps.blur(mask, BROW_SIGMA * size)
     # Of skin its chroma is, mostly: brows are thin, and what is left of them without it would be blue.
     chroma = BROW_CHROMA * (rgb - luma[..., None])
-    return _key(mask, maps.blur(luma, BROW_SIGMA * size), chroma, maps.median_where(skin, area > 0.5), LIFT)
+    base, skin_luma = maps.blur(luma, BROW_SIGMA * size), maps.median_where(skin, area > 0.5)
+    return _key(mask, base, chroma, skin_luma, LIFT, part, size)
 
 
 def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Change:
@@ -221,32 +271,32 @@ def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Cha
         delta=maps.zeros(3, size, size, like=before.mask),
         gain=maps.zeros(size, size, like=before.mask),
         dark=None if before is after else (whole, none),  # a picture's own key frame shows its hair as it is
+        part=enclosing(before.part, after.part),
     )
     add_hair(change, grey, before, after, share)
     return change
 
 
 def add_hair(change: Change, grey: float, before: HairKey, after: HairKey, share: float) -> None:
-    """Add the change of hair to another one of the same crop, in place."""
+    """Add the change of hair to another one of the same crop, in place; the hair lies in its part."""
     assert change.gain is not None
-    top, bottom = min(before.rows[0], after.rows[0]), max(before.rows[1], after.rows[1])
-    rows, half_rows = slice(top, bottom), slice(top // 2, bottom // 2)
-
-    def mix(a: Samples, b: Samples, rows: slice) -> Samples:
-        return a[rows] if before is after else maps.mix(a[rows], b[rows], share)
-
-    amount = grey * mix(before.mask, after.mask, rows)
-    change.gain[rows] += amount * mix(before.gain, after.gain, rows)
-    chroma = mix(before.chroma, after.chroma, half_rows)
-    faded = maps.resize(amount, *chroma.shape[:2])[..., None] * chroma
-    amount *= mix(before.lift, after.lift, rows)
-    change.delta[:, rows] += 2 * (amount + maps.planes_of(maps.resize(faded, *amount.shape)))
-    maps.clear_rim(change.delta)
+    part = enclosing(before.part, after.part)
+    inner, half = _slices(part), _halved(part)
+    amount = grey * maps.mix(before.mask[inner], after.mask[inner], share)
+    change.gain[inner] += amount * maps.mix(before.gain[inner], after.gain[inner], share)
+    chroma = 2 * maps.mix(before.chroma[half], after.chroma[half], share)
+    faded = maps.times(chroma, maps.resize(amount, *chroma.shape[:2]))
+    lift = 2 * amount * maps.mix(before.lift[inner], after.lift[inner], share)
+    for plane, component in zip(change.delta, maps.channels(faded), strict=True):
+        plane[inner] += lift + maps.resize(component, *lift.shape)
 
 
-def _guided(p: Samples, guide: Samples) -> Samples:
-    """Return the guided filter of p by a picture (He, Sun, Tang, ECCV 2010): rims move to the picture's edges."""
-    side = 2 * max(2, round(GUIDE_RADIUS * p.shape[0])) + 1
+def _guided(p: Samples, guide: Samples, size_px: int) -> Samples:
+    """Return the guided filter of p by a picture (He, Sun, Tang, ECCV 2010): rims move to the picture's edges.
+
+    Its width goes with the side of the crop.
+    """
+    side = 2 * max(2, round(GUIDE_RADIUS * size_px)) + 1
 
     def mean(x: Samples) -> Samples:
         return maps.mean_around(x, side, is_replicated=True)
@@ -256,16 +306,20 @@ def _guided(p: Samples, guide: Samples) -> Samples:
     return mean(slope) * guide + mean(mean_p - slope * mean_i)
 
 
-def _own_head(mask: Samples) -> Samples:
-    """Return which hair of a mask [S, S] is the crop's own head's: its neighbours' hair is theirs to change.
+def _own_head(mask: Samples, inner: tuple[slice, slice], size_px: int) -> Samples:
+    """Return which hair of a mask [H, W] is the crop's own head's: its neighbours' hair is theirs to change.
 
     Hair hangs together: what does not come near the face is somebody else's.
+
+    Args:
+        mask: of a part of the crop.
+        inner: its rows and columns.
+        size_px: the crop's side.
     """
-    size = mask.shape[0]
     hair = maps.dilate(maps.erode(maps.single(mask > 0.5), 3), 3)
-    own = maps.connected(hair, maps.constant(_near_face, size, like=mask))
-    rim = 2 * round(RIM * size / 4) + 1
-    return maps.mean_around(maps.dilate(own, rim), rim) * maps.constant(_reach, size, like=mask)
+    own = maps.connected(hair, maps.constant(_near_face, size_px, like=mask)[inner])
+    rim = 2 * round(RIM * size_px / 4) + 1
+    return maps.mean_around(maps.dilate(own, rim), rim) * maps.constant(_reach, size_px, like=mask)[inner]
 
 
 @cache

@@ -16,6 +16,7 @@ wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +35,7 @@ from faceage.engines.base import BATCH, Engine, Program, TensorSpec
 from faceage.engines.examples import example_faces
 from faceage.geometry import TEMPLATES, apply_affine, face_mask, similarity_to_template, template_5
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA, beside, maps, settle
-from faceage.types import Appearance, Change, Crops, FloatArray, Frame, Samples, View
+from faceage.types import Appearance, Change, Crops, FloatArray, Frame, Rect, Samples, View, enclosing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,8 @@ SHARP, BLURRED, BLUR_SIGMA = 0.22, 0.17, 0.0125
 full, and the blur's width in sides of the crop: sharp creases on a blurred face would be seen at once."""
 BRIGHT = (0.75, 0.95)
 """Luma above which a face is brightened less than the change says, then not at all: skin would turn white."""
-MIN_BLUR_PX = 0.3
+MIN_BLUR_PX, BLUR_REACH = 0.3, 4
+"""Blurs that are narrower are left out; how far they reach, in their widths."""
 COLOUR_PX = 32
 """Side of the map of the face's own colours, which chroma changes follow."""
 UNCOVERED_PX = 64
@@ -94,6 +96,8 @@ class FaceKey:
 
     size_px: int
     """S, the side of the crop in which the change is drawn."""
+    part: Rect
+    """The pixels of the crop in which the face is, or all; their edges lie between cells of all maps."""
     coordinates: Samples
     """float32 [M, M, 2], canonical pixels."""
     colours: Samples
@@ -107,7 +111,7 @@ class FaceKey:
     younger: Samples | None
     """float32 [128, 128], added to luma in [0, 1]; None where it is not to get younger."""
     older: Samples | None
-    """float32 [P, P, 3], added to `Look.tone`'s log ratios; None where it is not to get older."""
+    """float32 [P, P, 4], added to `Look.tone`; None where it is not to get older."""
     blur: maps.Number
     """Width of the blur that creases get, in sides of the crop."""
     uncovered: Samples | None
@@ -203,19 +207,20 @@ class SpaceAger:
             looks, faces.pixels, small, fractions, hair, _close(faces), younger, older, strict=True
         ):
             coordinates = maps.by_pixels(where) * CANONICAL_PX - 0.5
-            rgb = (maps.pixels_of(pixels) + 1) / 2
+            rgb = (maps.by_pixels(pixels) + 1) / 2
             luma = maps.luma_of(rgb)
             smooth = _smooth(luma) if look.ages.target != look.ages.source else None
             keys.append(
                 FaceKey(
                     size_px=faces.size_px,
+                    part=self._part(coordinates, faces.size_px, is_whole=bright is not None),
                     coordinates=coordinates,
                     colours=maps.shrink(rgb, COLOUR_PX),
                     blur=BLUR_SIGMA * maps.limit((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1),
                     smooth=smooth,
                     close=float(near),
                     younger=bright,
-                    older=None if folded is None else folded * self._inside(coordinates, len(folded)),
+                    older=None if folded is None else maps.times(folded, self._inside(coordinates, len(folded))),
                     coarsening=0.0 if smooth is None else _coarsening(luma, smooth),
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
@@ -257,10 +262,10 @@ class SpaceAger:
         (changes,) = self._older()(pixels, beside(pixels, now), beside(pixels, at))
         back = _between(self._older_view, self.views[0], side, side)
         for i, change, amount in zip(chosen, changes, share.tolist(), strict=True):
-            ratios = maps.warp(maps.pixels_of(change), back, side)
-            ratios[..., 0] = limit(DRAWN_GAIN * amount * ratios[..., 0], *DRAWN_LIMITS)
-            ratios[..., 1:] *= DRAWN_CHROMA * looks[i].colour * amount
-            drawn[i] = ratios
+            luma, *chroma = (maps.warp(plane, back, side) for plane in change)
+            luma = limit(DRAWN_GAIN * amount * luma, *DRAWN_LIMITS)
+            red, blue = (DRAWN_CHROMA * looks[i].colour * amount * plane for plane in chroma)
+            drawn[i] = maps.stacked([luma, red, blue, maps.zeros(side, side, like=luma)])
         return drawn
 
     def _see(self, faces: Crops, chosen: Sequence[int], view: View, size_px: int) -> Crops:
@@ -277,9 +282,21 @@ class SpaceAger:
         )
 
     def _inside(self, coordinates: Samples, size_px: int) -> Samples:
-        """Return the canonical mask in a face's crop: float32 [S, S, 1]."""
+        """Return the canonical mask in a face's crop: float32 [S, S]."""
         mask = self._canonical_beside(coordinates).areas.mask
-        return maps.remap(mask, maps.resize(coordinates, size_px, size_px))[..., None]
+        return maps.remap(mask, maps.resize(coordinates, size_px, size_px))
+
+    def _part(self, coordinates: Samples, size_px: int, *, is_whole: bool) -> Rect:
+        """Return `FaceKey.part`. Of tensors it is the whole crop: nobody waits for their device to know."""
+        if is_whole or not isinstance(coordinates, np.ndarray):
+            return 0, 0, size_px, size_px
+        cells = maps.dilate(maps.shrink(self._inside(coordinates, size_px // 2), COLOUR_PX), 3)
+        rows, columns = np.flatnonzero(cells.any(1)), np.flatnonzero(cells.any(0))
+        if not len(rows):
+            return 0, 0, 0, 0
+        cell_px = size_px // COLOUR_PX
+        left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return int(left) * cell_px, int(top) * cell_px, int(right) * cell_px, int(bottom) * cell_px
 
     def _brows(self, coordinates: Samples, size_px: int) -> Samples:
         """Return where brows can be in a face's crop: float32 [S, S]."""
@@ -303,61 +320,81 @@ class SpaceAger:
         return changes
 
     def _draw_face(self, look: Look, before: FaceKey, after: FaceKey, share: float) -> Change:
-        size = before.size_px
-        where = maps.mix(before.coordinates, after.coordinates, share)
-        tone = self._read(look.tone, where, size)
+        size, part = before.size_px, enclosing(before.part, after.part)
+        blur = (1 - share) * before.blur + share * after.blur
+        if isinstance(blur, float) and blur * size > MIN_BLUR_PX:
+            part = _grown(part, math.ceil(BLUR_REACH * blur * COLOUR_PX) * (size // COLOUR_PX), size)
+        delta, gain = maps.zeros(3, size, size, like=look.tone), maps.zeros(size, size, like=look.tone)
+        if part[2] > part[0]:
+            self._draw_part(delta, gain, part, look, before, after, share)
+        if part != (part := _inside_rim(part, size)):
+            maps.clear_rim(delta)
+            maps.clear_rim(gain[None])
+        if not look.grey or before.brows is None or after.brows is None:
+            return Change(delta=delta, gain=gain, part=part)
+        part = enclosing(part, enclosing(before.brows.part, after.brows.part))
+        change = Change(delta=delta, gain=gain, part=part)
+        add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
+        return change
+
+    def _draw_part(
+        self, delta: Samples, gain: Samples, part: Rect, look: Look, before: FaceKey, after: FaceKey, share: float
+    ) -> None:
+        """Write the face's change in a part of its crop into a change of 0."""
+        size, (left, top, right, bottom) = before.size_px, part
+        height, width = bottom - top, right - left
+
+        def mixed(first: Samples, second: Samples) -> Samples:
+            """Return what two maps of the whole crop have of the part, mixed."""
+            x0, y0, x1, y1 = (edge * len(first) // size for edge in part)
+            return maps.mix(first[y0:y1, x0:x1], second[y0:y1, x0:x1], share)
+
+        def enlarged(each: Samples) -> Samples:
+            return maps.resize(each, height, width)
+
+        where = enlarged(mixed(before.coordinates, after.coordinates))
+        tone = maps.remap(look.tone, where)
         if close := (1 - share) * before.close + share * after.close:
-            tone[..., 0] += close * self._read(look.crisp, where, size)
+            none = maps.zeros(height, width, like=where)
+            tone += maps.stacked([close * maps.remap(look.crisp, where), none, none, none])
         blur = (1 - share) * before.blur + share * after.blur
         tone = maps.blur_within(tone, blur * size, MIN_BLUR_PX, BLUR_SIGMA * size)
         if before.older is not None and after.older is not None:
-            tone[..., :3] += maps.resize(maps.mix(before.older, after.older, share), size, size)
-        maps.clear_rim(maps.planes_of(tone))
-        luma, small = maps.channel(tone, 0), maps.halve(tone)
+            tone += enlarged(mixed(before.older, after.older))
         if before.uncovered is not None and after.uncovered is not None:
-            uncovered = maps.mix(before.uncovered, after.uncovered, share)
-            luma *= maps.resize(uncovered, size, size)
-            small *= maps.resize(uncovered, size // 2, size // 2)[..., None]
-        colours = maps.mix(before.colours, after.colours, share)
+            tone = maps.times(tone, enlarged(mixed(before.uncovered, after.uncovered)))
+        luma, small = maps.channel(tone, 0), maps.halve(tone)
+        colours = mixed(before.colours, after.colours)
         headroom = ((BRIGHT[1] - maps.luma_of(colours)) / (BRIGHT[1] - BRIGHT[0])).clip(0, 1)
-        luma = luma.clip(max=0) + luma.clip(min=0) * maps.resize(headroom, size, size)
-        ratio = maps.exp(luma)
-        delta = self._chroma(small, colours, size)
-        gain = ratio - 1
+        ratio = maps.exp(luma.clip(max=0) + luma.clip(min=0) * enlarged(headroom))
+        scaled, added = ratio - 1, maps.zeros(height, width, like=luma)
         if before.smooth is not None and after.smooth is not None:
             coarsening = (1 - share) * before.coarsening + share * after.coarsening
             detail = maps.channel(small, 3)
             detail = detail.clip(min=0) + detail.clip(max=0) * coarsening
-            taken = ratio * maps.resize(detail, size, size)
-            gain -= taken
-            delta += 2 * taken * (maps.mix(before.smooth, after.smooth, share) + BLACK_OFFSET)
+            taken = ratio * enlarged(detail)
+            scaled -= taken
+            added += 2 * taken * (mixed(before.smooth, after.smooth) + BLACK_OFFSET)
         if before.younger is not None and after.younger is not None:
-            delta += 2 * maps.resize(maps.mix(before.younger, after.younger, share), size, size)
-        change = Change(delta=maps.clear_rim(delta), gain=maps.clear_rim(gain[None])[0])
-        if look.grey and before.brows is not None and after.brows is not None:
-            add_hair(change, BROW_GREY * look.grey, before.brows, after.brows, share)
-        return change
+            added += 2 * enlarged(mixed(before.younger, after.younger))
+        inner = slice(top, bottom), slice(left, right)
+        gain[inner] = scaled
+        for plane, component in zip(delta, maps.channels(self._chroma(small, colours)), strict=True):
+            plane[inner] = enlarged(component) + added
 
     @staticmethod
-    def _read(tone: Samples, coordinates: Samples, size_px: int) -> Samples:
-        """Return the canonical change at the pixels of the crop: float32 [S, S, 4]."""
-        return maps.remap(tone, maps.resize(coordinates, size_px, size_px))
-
-    @staticmethod
-    def _chroma(tone: Samples, colours: Samples, size_px: int) -> Samples:
-        """Return the change of chroma, without luma: float32 [3, S, S], RGB in units of [-1, 1].
+    def _chroma(tone: Samples, colours: Samples) -> Samples:
+        """Return the change of chroma, without luma: float32 [H, W, 3], RGB in units of [-1, 1].
 
         The colours of the face change by the log ratios; what of that is grey is the gain's.
 
         Args:
-            tone: float32 [S/2, S/2, 4], as `Look.tone`.
-            colours: as `FaceKey.colours`.
-            size_px: S.
+            tone: float32 [H, W, 4], as `Look.tone`.
+            colours: as `FaceKey.colours`, of the same part of the face.
         """
         rgb = maps.resize(colours, *tone.shape[:2]) + BLACK_OFFSET
-        change = 2 * rgb * (maps.exp(maps.transform(tone, _tone_to_log_rgb)) - 1)
-        change -= maps.luma_of(change)[..., None]
-        return maps.by_planes(maps.resize(change, size_px, size_px))
+        change = rgb * (maps.exp(maps.transform(tone, _tone_to_log_rgb)) - 1)
+        return maps.transform(change, _twice_without_luma)
 
 
 @cache
@@ -368,6 +405,24 @@ def _tone_to_log_rgb() -> FloatArray:
     """
     red, _, blue = RGB_LUMA
     return np.array([[1, 1 - red, -blue, 0], [1, -red, -blue, 0], [1, -red, 1 - blue, 0]], np.float32)
+
+
+@cache
+def _twice_without_luma() -> FloatArray:
+    """Return the map from RGB to twice RGB less its luma: float32 [3, 3]."""
+    return 2 * (np.eye(3, dtype=np.float32) - RGB_LUMA)
+
+
+def _grown(part: Rect, by_px: int, size_px: int) -> Rect:
+    """Return a part of a crop, larger by so many pixels on all sides where the crop goes on."""
+    left, top, right, bottom = part
+    return max(left - by_px, 0), max(top - by_px, 0), min(right + by_px, size_px), min(bottom + by_px, size_px)
+
+
+def _inside_rim(part: Rect, size_px: int) -> Rect:
+    """Return what a part of a crop has inside of the crop's outer two pixels, in which a change is 0."""
+    left, top, right, bottom = part
+    return max(left, 2), max(top, 2), min(right, size_px - 2), min(bottom, size_px - 2)
 
 
 def _between(source: View, target: View, source_px: int, target_px: int) -> FloatArray:

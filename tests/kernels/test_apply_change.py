@@ -124,6 +124,21 @@ def test_no_delta_and_no_overlap_touch_nothing(pixel_format):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+def test_of_a_change_whose_part_is_known_the_rest_is_left_out(impl, matrix):
+    left, top, right, bottom = part = (5, 8, SIZE - 9, SIZE - 4)
+    inside = np.zeros((SIZE, SIZE), np.float32)
+    inside[top:bottom, left:right] = 1
+    maps = {"delta": rough_delta() * inside, "gain": rough_gain() * inside}
+    whole, cut = make_frame("yuv420p"), make_frame("yuv420p")
+    apply_change(whole, Change(**maps), matrix, impl=impl)
+    apply_change(cut, Change(**maps, part=part), matrix, impl=impl)
+    for a, b in zip(whole.planes, cut.planes, strict=True):
+        np.testing.assert_allclose(a.astype(int), b, atol=ADD_ATOL_CODES)
+    assert apply_change(cut, Change(**maps, part=(4, 4, 4, 4)), matrix, impl=impl) is None
+
+
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "nv12", "yuv444p10le", "rgb24", "gray"])
 def test_a_change_that_was_applied_before_gives_what_a_new_one_gives(pixel_format):
     parts = {"delta": rough_delta(), "gain": rough_gain(), "dark": (0.3, 0.7)}
