@@ -18,6 +18,9 @@ def blend_faces(
     changes: Sequence[Change | None],
     weights: Sequence[float] | FloatArray,
     frame_to_crop: Sequence[FloatArray] | FloatArray,
+    *,
+    following: Sequence[Change | None] | None = None,
+    share: float = 0.0,
 ) -> None:
     """Apply changes to a frame, in place and in order: where two overlap, the second changes what the first gave.
 
@@ -26,7 +29,15 @@ def blend_faces(
         changes: one a face and view, masked; None changes nothing.
         weights: the share of each change, in [0, 1].
         frame_to_crop: float32 [2, 3] a change.
+        following: what each change turns into; None: they stay as they are.
+        share: of those in the mixture, in [0, 1].
     """
-    for change, weight, matrix in zip(changes, weights, frame_to_crop, strict=True):
-        if change is not None and weight > 0:
-            apply_change(frame, change, matrix, float(weight))
+    if following is None:
+        following = [None] * len(changes)
+    for change, other, weight, matrix in zip(changes, following, weights, frame_to_crop, strict=True):
+        if weight <= 0:
+            continue
+        if change is None and other is not None:
+            apply_change(frame, other, matrix, float(weight) * share)
+        elif change is not None:
+            apply_change(frame, change, matrix, float(weight), following=other, share=share)

@@ -29,6 +29,9 @@ Samples = Union[FloatArray, "Tensor"]
 Rect = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels or samples; x1 and y1 lie outside."""
 
+Dark = Union[tuple[float, float], "tuple[Tensor, Tensor]"]
+"""See `Change.dark`."""
+
 Matrix = Literal["rgb", "bt601", "bt709", "bt2020", "smpte240m"]
 ChromaSiting = Literal["left", "center", "topleft"]
 
@@ -200,7 +203,7 @@ class Change:
     """float32 [3, S, S], what is added to RGB in units of its [-1, 1] range (2 is black to white)."""
     gain: Samples | None = None
     """float32 [S, S], the relative change of the luma: -0.1 makes it a tenth darker; None: the luma is not scaled."""
-    dark: tuple[float, float] | tuple[Tensor, Tensor] | None = None
+    dark: Dark | None = None
     """Lumas in [0, 1] of a sample up to which its luma changes in full, and from which on not at all; None: all samples
     change. It needs a gain. Those that a device computed are tensors without dimensions."""
     part: Rect | None = None

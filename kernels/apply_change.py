@@ -39,8 +39,10 @@ Reference: Keys, "Cubic convolution interpolation", IEEE TASSP 1981, eq. 15 (a =
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 from typing import TYPE_CHECKING, Literal, cast
 
 import cv2
@@ -55,7 +57,19 @@ from faceage.kernels.implementation import Implementation, choose_implementation
 from faceage.kernels.placement import Matrix23, compose_affine, crop_to_plane, invert_affine
 from faceage.kernels.streams import await_samples, samples_changed
 from faceage.kernels.transfer import as_tensor, beside, to_device
-from faceage.types import Change, FloatArray, Frame, HostPlane, PixelLayout, Plane, PlaneLayout, Rect, Samples
+from faceage.types import (
+    Change,
+    Dark,
+    FloatArray,
+    Frame,
+    HostPlane,
+    PixelLayout,
+    Plane,
+    PlaneLayout,
+    Rect,
+    Samples,
+    enclosing,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +88,20 @@ STRIP_SAMPLES = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One of the changes that are mixed in a plane, in codes."""
+
+    delta: Samples
+    """float32 [H', W', C], codes: the part of the crop in which anything changes; where the plane lives."""
+    gain: Samples | None
+    """float32 [H', W']; None for chroma, and where luma is not scaled."""
+    share: float
+    """In the mixture, in [0, 1]."""
+    kept: dict
+    """What `_filter_layer` made of the change, of each kind of plane, filter and part."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlaneChange:
     """The change of one plane, in codes."""
 
@@ -82,19 +110,29 @@ class PlaneChange:
     components: str
     """As `PlaneLayout.components`."""
     layout: PixelLayout
+    part: Rect
+    """The part of the crop in which anything changes."""
     matrix: Matrix23
     """Pixels of that part to samples of the plane."""
-    delta: Samples
-    """float32 [H', W', C], codes: the part of the crop in which anything changes; where the plane lives."""
-    gain: Samples | None
-    """float32 [H', W']; None for chroma, and where luma is not scaled."""
+    layers: tuple[Layer, ...]
+    """On the CPU one or two; else they are mixed already."""
     weight: float
     """Share of the change, in [0, 1]."""
     black: float
     span: float
     """Codes of E'Y = 0, and of the range of E'Y."""
-    dark: tuple[float, float] | tuple[torch.Tensor, torch.Tensor] | None
+    dark: Dark | None
     """`Change.dark`; None for chroma."""
+
+    @property
+    def delta(self) -> Samples:
+        """The delta, where there is one layer."""
+        return self.layers[0].delta
+
+    @property
+    def gain(self) -> Samples | None:
+        """The gain, where there is one layer."""
+        return self.layers[0].gain
 
 
 def enlarge_factor(crop_px_per_sample: float) -> int:
@@ -304,9 +342,9 @@ def _filter_maps(maps: FloatArray, step_x: float, step_y: float) -> FloatArray:
     return _filter_axis(_filter_axis(maps, 1, step_x), 0, step_y)
 
 
-def _filter_part(part: PlaneChange, steps: tuple[float, float]) -> tuple[FloatArray, FloatArray | None]:
+def _filter_layer(layer: Layer, part: PlaneChange, steps: tuple[float, float]) -> tuple[FloatArray, FloatArray | None]:
     """Return D of a plane's delta, float32 [ky * H', kx * W'(, C)], and of its gain."""
-    delta, relative = cast(FloatArray, part.delta), cast("FloatArray | None", part.gain)
+    delta, relative = cast(FloatArray, layer.delta), cast("FloatArray | None", layer.gain)
     maps = [delta[..., component] for component in range(delta.shape[2])]
     if relative is None:
         gain = None
@@ -318,22 +356,35 @@ def _filter_part(part: PlaneChange, steps: tuple[float, float]) -> tuple[FloatAr
     return filtered[0] if len(filtered) == 1 else cv2.merge(filtered), gain
 
 
-def _change_cpu(part: PlaneChange, rect: Rect, kept: dict) -> None:
-    """Change `rect` of a plane with OpenCV, a strip at a time.
+def _mixed(
+    filtered: Sequence[tuple[FloatArray, FloatArray | None]], shares: Sequence[float]
+) -> tuple[FloatArray, FloatArray | None]:
+    """Return the sums of what `_filter_layer` returned for layers, times their shares."""
 
-    Args:
-        part: the change.
-        rect: of the plane.
-        kept: what `_filter_part` returned, of each kind of plane and filter.
-    """
+    def mix(maps: Sequence[FloatArray | None]) -> FloatArray | None:
+        weighed = [(each, share) for each, share in zip(maps, shares, strict=True) if each is not None]
+        if len(weighed) == 2:
+            (a, of_a), (b, of_b) = weighed
+            return cv2.addWeighted(a, of_a, b, of_b, 0)
+        return weighed[0][0] * np.float32(weighed[0][1]) if weighed else None
+
+    if shares == [1]:
+        return filtered[0]
+    deltas, gains = zip(*filtered, strict=True)
+    return cast(FloatArray, mix(deltas)), mix(gains)
+
+
+def _change_cpu(part: PlaneChange, rect: Rect) -> None:
+    """Change `rect` of a plane with OpenCV, a strip at a time."""
     layout, matrix = part.layout, part.matrix
     plane = cast(HostPlane, part.plane)
     steps = plane_steps(matrix)
     kx, ky = (enlarge_factor(step) if step < 1 else 1 for step in steps)
-    how = part.components, kx, max(steps[0], 1.0), ky, max(steps[1], 1.0)
-    if how not in kept:
-        kept[how] = _filter_part(part, steps)
-    deltas, gains = kept[how]
+    how = part.components, kx, max(steps[0], 1.0), ky, max(steps[1], 1.0), part.part
+    for layer in part.layers:
+        if how not in layer.kept:
+            layer.kept[how] = _filter_layer(layer, part, steps)
+    deltas, gains = _mixed([layer.kept[how] for layer in part.layers], [layer.share for layer in part.layers])
     x0, y0, x1, y1 = rect
     rows = max(1, STRIP_SAMPLES // ((x1 - x0) * part.delta.shape[2]))
     to_filtered = samples_to_filtered(matrix, rect, kx, ky)
@@ -397,12 +448,44 @@ def _components(codes: Samples, spec: PlaneLayout) -> Samples:
     return codes[..., first : first + min(len(spec.components), 3)]
 
 
+def _known(change: Change, frame: Frame) -> tuple[_Codes | None, dict]:
+    """Return a change in the codes of a frame, and what `Layer` keeps of it; both are kept with the change."""
+    kind = color_of(frame), frame.pixel_format, None if frame.is_array else frame.device
+    if kind not in change.kept:
+        change.kept[kind] = _in_codes(change, frame), {}
+    return change.kept[kind]
+
+
+def _mixed_codes(layers: Sequence[tuple[_Codes, dict, float]]) -> tuple[_Codes, dict, float]:
+    """Return one layer that does what several do."""
+    if [share for _, _, share in layers] == [1]:
+        return layers[0]
+    gains = [codes.gain * share for codes, _, share in layers if codes.gain is not None]
+    mixed = _Codes(
+        delta=reduce(add, [codes.delta * share for codes, _, share in layers]),
+        gain=reduce(add, gains) if gains else None,
+        changing=reduce(enclosing, [codes.changing for codes, _, _ in layers]),
+    )
+    return mixed, {}, 1.0
+
+
+def _mixed_dark(mixture: Sequence[tuple[Change, float]]) -> Dark | None:
+    """Return `Change.dark` of a mixture; where one has none, it is the other's."""
+    limits = [(change.dark, share) for change, share in mixture if change.dark is not None]
+    if len(limits) < 2:
+        return limits[0][0] if limits else None
+    ((whole, none), first), ((other_whole, other_none), second) = limits
+    return first * whole + second * other_whole, first * none + second * other_none
+
+
 def apply_change(
     frame: Frame,
     change: Change,
     frame_to_crop: FloatArray,
     weight: float = 1.0,
     *,
+    following: Change | None = None,
+    share: float = 0.0,
     impl: Literal["auto"] | Implementation = "auto",
 ) -> Rect | None:
     """Apply a face's change to the frame's planes, in place.
@@ -413,6 +496,8 @@ def apply_change(
             changed afterwards. Arrays, or tensors on the frame's device. A gain of None costs nothing.
         frame_to_crop: float32 [2, 3], frame (luma) pixels to crop pixels; invertible and finite.
         weight: the share of the change, in [0, 1].
+        following: another change of the same kind and side, with which it is mixed: what it turns into.
+        share: of that one in the mixture, in [0, 1].
         impl: "cpu" is NumPy and OpenCV, for arrays; "ref" the PyTorch reference; "triton" a kernel, for tensors on a
             GPU; "auto" what fits the frames.
 
@@ -427,35 +512,46 @@ def apply_change(
         raise ShapeError(f"expected a matrix [2, 3], got {frame_to_crop.shape}")
     color, layout = color_of(frame), frame.layout
     chosen = choose_implementation(frame, impl)
-    kind = color, frame.pixel_format, None if frame.is_array else frame.device
-    if kind not in change.kept:
-        change.kept[kind] = _in_codes(change, frame), {}
-    codes, kept = change.kept[kind]
-    if codes is None or not weight:
+    mixture = [(change, 1 - share)] if following is None else [(change, 1 - share), (following, share)]
+    known = [(_known(each, frame), part) for each, part in mixture if part]
+    layers = [(codes, kept, part) for (codes, kept), part in known if codes is not None]
+    if not layers or not weight:
         return None
-    gain, changing = codes.gain, codes.changing
+    if chosen != "cpu":
+        layers = [_mixed_codes(layers)]
+    changing, dark = reduce(enclosing, [codes.changing for codes, _, _ in layers]), _mixed_dark(mixture)
+    has_gain = any(codes.gain is not None for codes, _, _ in layers)
     black, span = luma_codes(color, layout.bit_depth)
     parts: list[tuple[PlaneChange, Rect]] = []
     touched: list[Rect] = []
     for plane, spec in zip(frame.planes, layout.planes, strict=True):
         matrix = crop_to_plane(frame, spec, frame_to_crop)
-        left, top, right, bottom = _grown(changing, matrix, change.size_px)
+        grown = left, top, right, bottom = _grown(changing, matrix, change.size_px)
         inner = slice(top, bottom), slice(left, right)
         matrix = compose_affine(matrix, np.array([[1.0, 0, left], [0, 1, top]]))
         rect = _covered_rect(matrix, (bottom - top, right - left), plane.shape[1], plane.shape[0])
         if rect is None:
             continue
+        has_luma = spec.components[0] in "YR"
         part = PlaneChange(
             plane=plane[..., :3] if plane.ndim == 3 else plane,
             components=spec.components,
             layout=layout,
+            part=grown,
             matrix=matrix,
-            delta=_components(codes.delta, spec)[inner],
-            gain=gain[inner] if gain is not None and spec.components[0] in "YR" else None,
+            layers=tuple(
+                Layer(
+                    delta=_components(codes.delta, spec)[inner],
+                    gain=codes.gain[inner] if codes.gain is not None and has_luma else None,
+                    share=part,
+                    kept=kept,
+                )
+                for codes, kept, part in layers
+            ),
             weight=weight,
             black=black,
             span=span,
-            dark=change.dark if gain is not None and spec.components[0] in "YR" else None,
+            dark=dark if has_gain and has_luma else None,
         )
         parts.append((part, rect))
         x0, y0, x1, y1 = rect
@@ -472,7 +568,7 @@ def apply_change(
             if chosen == "ref":
                 _change_ref(part, rect)
             else:
-                _change_cpu(part, rect, kept)
+                _change_cpu(part, rect)
     samples_changed(frame)
     x0s, y0s, x1s, y1s = zip(*touched, strict=True)
     height, width = frame.planes[0].shape[:2]

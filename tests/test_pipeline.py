@@ -15,7 +15,7 @@ from faceage.geometry import TEMPLATE_5, invert_affine, template_5
 from faceage.media.video import EncodeOptions, VideoReader
 from faceage.pipeline.photos import age_frames, age_photos
 from faceage.pipeline.plan import KEY_EVERY_FRAMES
-from faceage.pipeline.render import DRAW_FRAMES, decide
+from faceage.pipeline.render import DRAWN_BETWEEN, decide
 from faceage.pipeline.request import AgeRequest
 from faceage.pipeline.scan import scan
 from faceage.pipeline.sheet import make_sheet
@@ -402,9 +402,7 @@ def test_an_ager_of_two_views_changes_videos_between_key_frames(networks, clip, 
     for key, start in enumerate(range(0, FRAMES - 1, KEY_EVERY_FRAMES)):
         count = min(KEY_EVERY_FRAMES, FRAMES - 1 - start)
         expected.append((key, key, 0))
-        for first in range(1, count, DRAW_FRAMES):
-            last = min(first + DRAW_FRAMES, count) - 1
-            expected.append((key, key + 1, pytest.approx((first + last) / 2 / count)))
+        expected += [(key, key + 1, part / DRAWN_BETWEEN) for part in range(1, DRAWN_BETWEEN) if count > 1]
     assert shares == [*expected, (key + 1, key + 1, 0)]
     for old, new in zip(decoded(clip), decoded(tmp_path / "dark.mkv"), strict=True):
         assert old[0].mean() - new[0].mean() > 3

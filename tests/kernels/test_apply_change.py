@@ -139,6 +139,23 @@ def test_of_a_change_whose_part_is_known_the_rest_is_left_out(impl, matrix):
     assert apply_change(cut, Change(**maps, part=(4, 4, 4, 4)), matrix, impl=impl) is None
 
 
+@pytest.mark.parametrize("impl", ["cpu", "ref"])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "nv12", "rgb48"])
+def test_a_change_and_the_one_that_it_turns_into_are_mixed(impl, pixel_format):
+    first = Change(delta=rough_delta(), gain=rough_gain(), dark=(0.2, 0.6))
+    second = Change(delta=rough_delta()[:, ::-1].copy(), gain=rough_gain().T.copy(), dark=(0.4, 0.9))
+    other = Change(delta=second.delta, gain=second.gain)  # without limits of its own it takes the first one's
+    nothing = Change(delta=np.zeros((3, SIZE, SIZE), np.float32))
+    for after, dark in ((second, (0.26, 0.69)), (other, (0.2, 0.6)), (nothing, (0.2, 0.6))):
+        gain = 0.7 * first.gain + (0 if after.gain is None else 0.3 * after.gain)
+        want = Change(delta=0.7 * first.delta + np.float32(0.3) * after.delta, gain=gain.astype(np.float32), dark=dark)
+        mixed, expected = make_frame(pixel_format), make_frame(pixel_format)
+        apply_change(mixed, first, MATRICES["enlarged"], 0.8, following=after, share=0.3, impl=impl)
+        apply_change(expected, want, MATRICES["enlarged"], 0.8, impl="ref")
+        for a, b in zip(mixed.planes, expected.planes, strict=True):
+            np.testing.assert_allclose(a.astype(int), b, atol=ADD_ATOL_CODES)
+
+
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "nv12", "yuv444p10le", "rgb24", "gray"])
 def test_a_change_that_was_applied_before_gives_what_a_new_one_gives(pixel_format):
     parts = {"delta": rough_delta(), "gain": rough_gain(), "dark": (0.3, 0.7)}
