@@ -65,6 +65,8 @@ class AreaMeans:
         self.width, self.height = frames[0].width, frames[0].height
         await_samples(frames)
         chosen = choose_implementation(frames[0], impl)
+        self.is_reduced = chosen not in ("triton", "ref") and shrink > 1
+        """Whether reduced pictures are read: what is made of them is nearly what the frames show."""
         self._frames: Sequence[_TensorSums | _ArraySums | _ReducedFrame | BinSums]
         if chosen == "triton":
             from faceage.kernels.area_means_triton import BinSums
@@ -72,7 +74,7 @@ class AreaMeans:
             self._frames = [BinSums(frame, scale) for frame in frames]
         elif chosen == "ref":
             self._frames = [_TensorSums(frame, scale) for frame in frames]
-        elif shrink > 1:
+        elif self.is_reduced:
             self._frames = [_ReducedFrame(frame, scale, shrink) for frame in frames]
         else:
             self._frames = [_ArraySums(frame, scale) for frame in frames]

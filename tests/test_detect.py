@@ -21,7 +21,9 @@ import pytest
 from skimage import data
 
 from faceage.detect import DetectConfig, Detector, detector_programs, load_detector
+from faceage.engines.registry import choose_runtime
 from faceage.engines.store import EngineStore
+from faceage.networks.mtcnn import pnet_program
 from faceage.types import RGB, ColorSpec, Faces, Frame
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
@@ -218,6 +220,23 @@ def test_halved_frames_show_the_same_faces(detector, monkeypatch):
     assert iou(halved.boxes, whole.boxes).max(1).min() > 0.9
     height = whole.boxes[0, 3] - whole.boxes[0, 1]
     assert np.abs(halved.landmarks[0] - whole.landmarks[0]).max() < 0.02 * height
+
+
+def test_proposals_for_halved_frames_are_made_in_the_runtimes_own_precision(detector, engine_store):
+    """The coarse P-Net is opened when the first large frame comes, and the same faces are found with it."""
+    coarse = engine_store.load(pnet_program(exact=False), choose_runtime(device="cpu"))
+    assert coarse.backend == "openvino"
+    asked = []
+    engines = detector._pnet, detector._rnet, detector._onet
+    half = Detector(*engines, DetectConfig(min_face_px=60), lambda: asked.append("P-Net") or coarse)
+    half.detect([rgb_frame(data.astronaut()[:256, :256])])
+    assert not asked
+    frame = rgb_frame(cv2.resize(data.astronaut(), (1536, 1536)))
+    found, want = half.detect([frame]), Detector(*engines, half.config).detect([frame])
+    assert asked
+    assert len(found) == len(want) == 1
+    assert iou(found.boxes, want.boxes)[0, 0] > 0.9
+    assert np.abs(found.landmarks - want.landmarks).max() < 0.005 * (want.boxes[0, 3] - want.boxes[0, 1])
 
 
 @pytest.mark.parametrize("side", [24, 25, 27, 37, 49, 98, 103])

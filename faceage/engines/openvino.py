@@ -50,7 +50,7 @@ class OpenVINOEngine:
         self._config = config
         self._has_batch = [any(map(_is_batch, spec.shape)) for spec in program.inputs]
         largest = max(math.prod(spec.sizes("min")) for spec in program.inputs)
-        sizes = BATCH_SIZES if largest < LARGE_FACE else (1,)
+        sizes = BATCH_SIZES if largest < LARGE_FACE and not _takes_any_size(program) else (1,)
         self._fewest = {size: PADDED_FROM if size > 1 and largest < SMALL_FACE else size for size in sizes}
         # A request for each call that runs at the same time, and a model of its own for each request: two that share
         # one, with two streams, wait for each other half of the time.
@@ -110,7 +110,10 @@ def _filled_up(batch: FloatArray, size: int) -> FloatArray:
 
 def _compile(program: Program, size: int, config: dict[str, Any]) -> openvino.CompiledModel:
     graph = _core().read_model(program.graph)
-    shapes = [[size if _is_batch(axis) else axis for axis in spec.shape] for spec in program.inputs]
+    shapes = [
+        [size if _is_batch(axis) else -1 if isinstance(axis, Axis) else axis for axis in spec.shape]
+        for spec in program.inputs
+    ]
     graph.reshape(dict(enumerate(shapes)))
     return _core().compile_model(graph, "CPU", config)
 
@@ -118,7 +121,8 @@ def _compile(program: Program, size: int, config: dict[str, Any]) -> openvino.Co
 class OpenVINO(Backend):
     """OpenVINO, on CPUs. Its engines are what it compiled for this CPU.
 
-    What takes pictures of any size is opened by ONNX Runtime, which has nothing to compile for each of them.
+    What takes pictures of any size is opened by ONNX Runtime, which has nothing to compile for each of them, unless it
+    need not be exact: in half precision it takes a third of the time, and sizes are few where pictures are large.
     """
 
     name = "openvino"
@@ -127,7 +131,7 @@ class OpenVINO(Backend):
 
     def suffix(self, program: Program, target: str) -> str | None:
         """Return the end of its files' names; None for what ONNX Runtime opens."""
-        return None if _takes_any_size(program) else SUFFIX
+        return None if program.exact and _takes_any_size(program) else SUFFIX
 
     def missing(self, target: str) -> None:
         """Return None: it is always installed."""

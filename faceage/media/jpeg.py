@@ -194,15 +194,15 @@ def edit_jpeg(jpeg: Jpeg, before: Sequence[Plane], after: Sequence[Plane], segme
     transforms = [_DCT_2D / table.reshape(64) for table in jpeg.quantisation()]
 
     def edit(component: int, row: int, coefficients: Coefficients) -> None:
-        columns = np.flatnonzero(changed[component][row : row + 1])
-        if len(columns):
-            change = _change_of(before[component], after[component], row, columns) @ transforms[component]
-            new = coefficients[columns] + np.rint(change).astype(np.int16)
-            coefficients[columns] = np.clip(new, MIN_COEFFICIENTS, MAX_COEFFICIENT)
+        columns = np.flatnonzero(changed[component][row])
+        change = _change_of(before[component], after[component], row, columns) @ transforms[component]
+        new = coefficients[columns] + np.rint(change).astype(np.int16)
+        coefficients[columns] = np.clip(new, MIN_COEFFICIENTS, MAX_COEFFICIENT)
 
     coded = edit_coefficients(
         jpeg.data[: jpeg.end],
         edit,
+        rows=[set(np.flatnonzero(blocks.any(1)).tolist()) for blocks in changed],
         progressive=jpeg.coding == PROGRESSIVE,
         optimize=not jpeg.huffman_tables().items() <= _standard_huffman_tables().items(),
         restart_interval=jpeg.restart_interval,

@@ -10,7 +10,7 @@ Reference: turbojpeg.h of libjpeg-turbo 3.1.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -152,13 +152,20 @@ def decode_planes(data: bytes) -> tuple[str, list[npt.NDArray[np.uint8]]] | None
 
 
 def edit_coefficients(
-    data: bytes, edit: EditRow, *, progressive: bool, optimize: bool = False, restart_interval: int = 0
+    data: bytes,
+    edit: EditRow,
+    rows: Sequence[Collection[int]],
+    *,
+    progressive: bool,
+    optimize: bool = False,
+    restart_interval: int = 0,
 ) -> bytes:
     """Change quantised coefficients of a JPEG; all others are coded again as they are.
 
     Args:
         data: a JPEG of 8 bits a sample.
-        edit: called for every row of blocks of every component.
+        edit: called for some rows of blocks.
+        rows: the numbers of these rows, of each component.
         progressive: code the result in several scans.
         optimize: compute Huffman tables for the result; progressive files always have such.
         restart_interval: blocks (MCUs) between restart markers, 0 for none.
@@ -173,6 +180,8 @@ def edit_coefficients(
     raised: list[Exception] = []
 
     def call(address: int, row: _Region, plane: _Region, component: int, number: int, transform: int) -> int:
+        if row.y // 8 not in rows[component]:
+            return 0
         memory = (ctypes.c_int16 * (row.w * 8)).from_address(address)
         try:
             edit(component, row.y // 8, np.frombuffer(memory, np.int16).reshape(-1, 64))

@@ -35,22 +35,32 @@ PNET_MIN_PX = 14
 PNET_MAX_PX = 16386
 """A pyramid's level has a pixel more than the frame at its scale, and one more to be even."""
 
+COARSE_PNET_MIN_PX = 128
+"""The least side of pictures for P-Net in half precision: what that loses is compared over many positions."""
+
 _FRAMES = Axis("batch", typical=2, max=16)
-_HEIGHT = Axis("height", min=PNET_MIN_PX, typical=360, max=PNET_MAX_PX, multiple=2)
-_WIDTH = Axis("width", min=PNET_MIN_PX, typical=640, max=PNET_MAX_PX, multiple=2)
 _ROWS, _COLUMNS = Axis("rows"), Axis("columns")
 
 
-def pnet_program() -> Program:
-    """Return P-Net: pixels [B, 3, H, W], H and W even, to offsets [B, 4, h, w] and scores [B, 1, h, w]."""
+def pnet_program(*, exact: bool = True) -> Program:
+    """Return P-Net: pixels [B, 3, H, W], H and W even, to offsets [B, 4, h, w] and scores [B, 1, h, w].
+
+    Args:
+        exact: whether its proposals must be those of facenet-pytorch to the last one; else it takes no pictures that
+            are smaller than `COARSE_PNET_MIN_PX`.
+    """
+    least = PNET_MIN_PX if exact else COARSE_PNET_MIN_PX
+    height = Axis("height", min=least, typical=360, max=PNET_MAX_PX, multiple=2)
+    width = Axis("width", min=least, typical=640, max=PNET_MAX_PX, multiple=2)
     return _program(
         "PNet",
-        inputs=(TensorSpec("pixels", (_FRAMES, 3, _HEIGHT, _WIDTH)),),
+        exact=exact,
+        inputs=(TensorSpec("pixels", (_FRAMES, 3, height, width)),),
         outputs=(
             TensorSpec("offsets", (BATCH, 4, _ROWS, _COLUMNS)),
             TensorSpec("probability", (BATCH, 1, _ROWS, _COLUMNS)),
         ),
-        example_shape=(5, 30, 42),
+        example_shape=(5, 30, 42) if exact else (2, 180, 240),
     )
 
 
@@ -86,6 +96,8 @@ def _program(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     example_shape: tuple[int, int, int],
+    *,
+    exact: bool = True,
 ) -> Program:
     def build(folded: bool) -> nn.Module:
         from facenet_pytorch.models import mtcnn
@@ -110,7 +122,7 @@ def _program(
         examples=lambda: (example_faces(*example_shape),),
         inputs=inputs,
         outputs=outputs,
-        exact=True,  # which of many near boxes wins depends on the scores' last digits
+        exact=exact,  # which of many near boxes wins depends on the scores' last digits
     )
 
 

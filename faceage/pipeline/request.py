@@ -28,6 +28,7 @@ from faceage.errors import CheckpointError, UnsupportedError
 from faceage.geometry import TEMPLATE_5, similarity_to_template, template_5
 from faceage.kernels import all_to_host, begin_all_to_host, change_crop, gather_crops, maps, to_host
 from faceage.models import DEFAULT_MODEL, facenet_file, find_model
+from faceage.networks.mtcnn import pnet_program
 from faceage.types import Appearance, Change, Crops, Faces, FloatArray, Frame, Samples
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 AGE_LIMITS_YEARS = (0.0, 100.0)
 OPENING_THREADS = min(3, os.cpu_count() or 1)
 """Engines that are opened, or built, at the same time."""
+COARSE_PNET = "coarse P-Net"
 THUMBNAIL_PX = 16
 """Side of `Appearance.thumbnail`: it shows the light and the tone of the skin, and no feature."""
 
@@ -303,7 +305,7 @@ def load_networks(
     store = EngineStore(on_build=on_build)
     pnet, rnet, onet = detector_programs()
     programs = model_programs(files, facenet_file() if is_facenet else None)
-    programs |= {program.name: program for program in (pnet, rnet, onet)}
+    programs |= {program.name: program for program in (pnet, rnet, onet)} | {COARSE_PNET: pnet_program(exact=False)}
     pool = ThreadPoolExecutor(OPENING_THREADS if runtime.backend.loads_in_threads else 1, "engines")
     opening: list[Future[Engine]] = []
 
@@ -329,7 +331,9 @@ def load_networks(
             raise UnsupportedError(f"model {model} has no option {name}; leave it out, or use {able}")
 
     try:
-        detector = Detector(engine(pnet.name), engine(rnet.name), engine(onet.name), detect)
+        detector = Detector(
+            engine(pnet.name), engine(rnet.name), engine(onet.name), detect, lambda: engine(COARSE_PNET)
+        )
         for name in architecture.always:  # the largest ones: the others are opened beside them
             engine(name)
         networks = Networks(
