@@ -242,6 +242,8 @@ class Backend(ABC):
     """The kinds of device that it runs on: "cpu", "cuda"."""
     loads_in_threads: ClassVar[bool] = False
     """Whether several engines may be built and opened at the same time in one process."""
+    cuts_batches: ClassVar[bool] = False
+    """Whether its engines cut each batch into the sizes that they are compiled for."""
 
     def check_device(self, device: str) -> None:
         """Raise EngineError if it does not run on this kind of device."""

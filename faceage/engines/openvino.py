@@ -128,6 +128,7 @@ class OpenVINO(Backend):
     name = "openvino"
     kinds = ("cpu",)
     loads_in_threads = True
+    cuts_batches = True
 
     def suffix(self, program: Program, target: str) -> str | None:
         """Return the end of its files' names; None for what ONNX Runtime opens."""

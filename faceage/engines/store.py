@@ -158,7 +158,9 @@ class EngineStore:
                     runtime = Runtime(backend=backend, device=device, precision=spec.precision)
                     engine = backend.load(program, draft, runtime)
                     runs = 1 if spec.kind == "cpu" else GPU_RUNS
-                    record["parity"] = check_parity(program, engine, reference, spec.precision, runs=runs)
+                    record["parity"] = check_parity(
+                        program, engine, reference, spec.precision, runs=runs, cuts_batches=backend.cuts_batches
+                    )
                 else:
                     parity = check_parity(program, backend.emulate(program, spec), reference, spec.precision)
                     record |= {"parity": None, "parity_missing_because": NOT_RUN, "graph_parity": parity}
