@@ -22,6 +22,7 @@ from faceage.cli import main
 from faceage.engines.registry import choose_runtime
 from faceage.extras import EXTRAS
 from faceage.media.xmp import SOURCE_TYPE
+from faceage.pipeline.request import Networks
 
 FAST = ["--preset", "ultrafast"]
 
@@ -436,6 +437,17 @@ class TestImages:
         result = images(face_photo, "-o", tmp_path / "file" / "out")
         assert result.exit_code == 3
         assert error_of(result).startswith(f"the folder {tmp_path}/file/out cannot be made (")
+
+    def test_a_first_run_ends_with_all_engines_though_no_photo_needs_them(self, images, tmp_path, monkeypatch):
+        opened = []
+        wait = Networks.wait_until_open
+        monkeypatch.setattr(Networks, "wait_until_open", lambda self: (wait(self), opened.extend(self.opening)))
+        Image.new("RGB", (96, 96), "gray").save(tmp_path / "gray.png")
+        result = images(tmp_path / "gray.png", "-o", tmp_path / "out", "--device", "cpu", "--json")
+        assert result.exit_code == 0, result.stderr
+        assert len(opened) > 5
+        assert all(engine.done() for engine in opened)
+        assert json.loads(result.stdout.splitlines()[-1])["event"] == "done"
 
     def test_a_process_ends_at_once_but_with_all_that_it_has_to_do(self):
         """What was said is written, what was registered for the end is called, and the exit code is the command's."""

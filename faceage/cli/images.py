@@ -126,6 +126,7 @@ def command(
                         out.note("stopped at the first photo that failed; the same command goes on")
                         break
             out.end_progress()
+            networks.wait_until_open()  # those that no photo has needed
             _say_skipped(skipped, output, out)
             if summary.photos:
                 summary.show(output, timer, out)

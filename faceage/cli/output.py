@@ -291,6 +291,8 @@ class Output:
             self.event("progress", source=source, stage=stage, done=done, total=total)
         elif self.is_interactive:
             with self._lock:
+                if self._clock is not None:
+                    return  # engines are built beside, which is shown
                 self._advance(f"{Path(source).name} {stage}", done, total)
 
     def end_progress(self) -> None:
@@ -318,12 +320,13 @@ class Output:
         self._bar_or_stderr(lambda line: click.echo(line, err=True), text)
 
     def _bar_or_stderr(self, say: Callable[[str], None], text: str) -> None:
-        """Print above the bar, if there is one: it would be drawn over otherwise."""
+        """Print above the bar, or the lines of the clock, if there are such: it would be drawn over otherwise."""
         with self._lock:
-            if self._bar is None:
+            shown = self._bar or self._clock
+            if shown is None:
                 say(text)
             else:
-                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                shown.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _log(self, level: int, message: str) -> None:
         """Show what the library logs, once: a video is opened several times."""

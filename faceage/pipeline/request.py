@@ -158,6 +158,13 @@ class Networks:
     that they were loaded with."""
     device: str | None = None
     """Where frames are to lie for them: "cuda" or "cuda:N"; None: they are arrays."""
+    opening: Sequence[Future[Engine]] = ()
+    """The engines, which other threads open."""
+
+    def wait_until_open(self) -> None:
+        """Wait for all engines that were asked for; raise what is wrong with one."""
+        for engine in self.opening:
+            engine.result()
 
     @property
     def estimators(self) -> dict[str, str]:
@@ -345,13 +352,13 @@ def load_networks(
             identity_px=read_header(files.identity).dims["size_px"],
             ager=architecture.make(files, engine, **given),
             device=None if runtime.device == "cpu" else runtime.device,
+            opening=opening,
             fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
             | {"model": model, **runtime.describe()}
             | {name: str(value) for name, value in [("detect", detect), *given.items()]},
         )
         if not (in_background and runtime.device == "cpu"):
-            for future in opening:
-                future.result()
+            networks.wait_until_open()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
