@@ -39,7 +39,7 @@ PROTOTYPE_GAIN = 2.0
 """For the same reason, what the change of the prototypes is multiplied by."""
 PROTOTYPE_LIMITS, CHROMA_LIMIT = (0.24, 0.14), 0.08
 """Largest darkening and brightening, and largest change of chroma, as log ratios; approached softly."""
-CREASE_GAIN, CREASE_LIMITS = 0.9, (0.26, 0.12)
+CREASE_GAIN, CREASE_LIMITS = 0.8, (0.26, 0.12)
 """What creases are multiplied by, and their limits."""
 BESIDE_MOUTH, BESIDE_MOUTH_PX, BESIDE_MOUTH_GAIN = 0.65, 14.0, 4.0
 """By what share creases are weaker around the mouth, which moves: somebody else's lie wrong there, as scars do. How
@@ -165,8 +165,8 @@ class CanonicalModel:
 
         Returns:
             float32 [256, 256, 4]: log ratio of luma, changes of log R/G and of log B/G, and the share of fine detail
-            that is taken away; below 0, what part is added of what old skin has more of; all 0 outside the face. It is
-            where the model's maps are, to which go the weights of the mixture alone.
+            that is taken away; all 0 outside the face. It is where the model's maps are, to which go the weights of the
+            mixture alone.
         """
         xp = maps.namespace(self.luma)
         covariates = self.basis(appearance.thumbnail[None], appearance.embedding[None], np.array([source], np.float32))[
@@ -186,7 +186,7 @@ class CanonicalModel:
         skin = (1 - feature)[..., None]
         slopes = _redness(appearance.thumbnail) * np.array([DETAIL_REDNESS, DETAIL_BLUENESS], np.float32)
         chroma = chroma + skin * luma[..., None] * beside(luma, slopes)
-        smoothed = SMOOTHED * np.clip(-years / 30, 0, 1) - np.clip(years / WRINKLED_BY_YEARS, 0, 1)
+        smoothed = SMOOTHED * np.clip(-years / 30, 0, 1)
         smoothed = (1 - feature - areas.eyes).clip(0, 1) * smoothed
         chroma *= colour_share(appearance.thumbnail)
         tone = xp.concatenate([luma[..., None], chroma, smoothed[..., None]], -1)

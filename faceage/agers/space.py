@@ -58,9 +58,9 @@ YOUNGER_PX, YOUNGER_SHARE = 128, 0.4
 DRAWN_YEARS = (60.0, 88.0)
 """Ages at which the network draws older faces, for the real ones that it learned from have these; to be younger than
 that, a face gets a part of it."""
-DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 12.0, 25.0
+DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 11.0, 25.0
 """It draws ages this far beyond the wanted one, less for small steps: what it is sure of is milder than most faces."""
-DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.2, 1.0, (0.5, 0.22)
+DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.1, 1.0, (0.5, 0.22)
 """What its changes of luma and of chroma are multiplied by, and the limits of luma's, as log ratios."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
@@ -70,9 +70,6 @@ that creases are from are smaller and have lost their sharpness."""
 CRISP_SIGMA, CRISP_DARKER, CRISP_BRIGHTER = 4.0, 1.3, 0.3
 """How wide the detail is that gets stronger there, in canonical pixels, and by how much what of it is dark, and what is
 bright, which soon looks like wax."""
-ROUGHNESS, COARSENED = 0.03, (0.3, 0.8)
-"""Old skin is rougher. Its roughness: the median of its fine detail as a share of its luma. A face that is to be old
-gets as much of its own detail in addition as it lacks, within these limits: more would show its noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +78,9 @@ class Look:
 
     tone: Samples
     """float32 [256, 256, 4], as `CanonicalModel.mix` returns it."""
-    crisp: Samples
-    """float32 [256, 256], log ratio of luma that makes creases as sharp as close-ups show them."""
+    crisp: Samples | None
+    """float32 [256, 256], log ratio of luma that makes creases as sharp as close-ups show them; None for
+    younger faces."""
     grey: float
     """0 to 1."""
     colour: float
@@ -106,8 +104,6 @@ class FaceKey:
     """float32 [S, S], luma in [0, 1] without fine detail; None where that stays as it is."""
     close: float
     """How near it is seen, 0 to 1."""
-    coarsening: maps.Number
-    """See `_coarsening`."""
     younger: Samples | None
     """float32 [128, 128], added to luma in [0, 1]; None where it is not to get younger."""
     older: Samples | None
@@ -169,7 +165,7 @@ class SpaceAger:
             looks.append(
                 Look(
                     tone=tone,
-                    crisp=_crisp(tone),
+                    crisp=_crisp(tone) if target > source else None,
                     grey=grey_amount(*ages),
                     colour=colour_share(appearance.thumbnail),
                     ages=ages,
@@ -209,7 +205,7 @@ class SpaceAger:
             coordinates = maps.by_pixels(where) * CANONICAL_PX - 0.5
             rgb = (maps.by_pixels(pixels) + 1) / 2
             luma = maps.luma_of(rgb)
-            smooth = _smooth(luma) if look.ages.target != look.ages.source else None
+            smooth = _smooth(luma) if look.ages.target < look.ages.source else None
             keys.append(
                 FaceKey(
                     size_px=faces.size_px,
@@ -221,7 +217,6 @@ class SpaceAger:
                     close=float(near),
                     younger=bright,
                     older=None if folded is None else maps.times(folded, self._inside(coordinates, len(folded))),
-                    coarsening=0.0 if smooth is None else _coarsening(luma, smooth),
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
                     brows=find_brows(rgb, self._brows(coordinates, faces.size_px))
@@ -354,7 +349,8 @@ class SpaceAger:
 
         where = enlarged(mixed(before.coordinates, after.coordinates))
         tone = maps.remap(look.tone, where)
-        if close := (1 - share) * before.close + share * after.close:
+        close = (1 - share) * before.close + share * after.close
+        if close and look.crisp is not None:
             none = maps.zeros(height, width, like=where)
             tone += maps.stacked([close * maps.remap(look.crisp, where), none, none, none])
         blur = (1 - share) * before.blur + share * after.blur
@@ -369,10 +365,7 @@ class SpaceAger:
         ratio = maps.exp(luma.clip(max=0) + luma.clip(min=0) * enlarged(headroom))
         scaled, added = ratio - 1, maps.zeros(height, width, like=luma)
         if before.smooth is not None and after.smooth is not None:
-            coarsening = (1 - share) * before.coarsening + share * after.coarsening
-            detail = maps.channel(small, 3)
-            detail = detail.clip(min=0) + detail.clip(max=0) * coarsening
-            taken = ratio * enlarged(detail)
+            taken = ratio * enlarged(maps.channel(small, 3))
             scaled -= taken
             added += 2 * taken * (mixed(before.smooth, after.smooth) + BLACK_OFFSET)
         if before.younger is not None and after.younger is not None:
@@ -448,10 +441,10 @@ def _fineness(face: Samples) -> maps.Number:
 
 
 def _crisp(tone: Samples) -> Samples:
-    """Return `Look.crisp` of a canonical change, 0 where that is to be younger."""
+    """Return `Look.crisp` of a canonical change."""
     luma = maps.channel(tone, 0)
     detail = luma - maps.blur(luma, CRISP_SIGMA)
-    return (CRISP_DARKER * detail.clip(max=0) + CRISP_BRIGHTER * detail.clip(min=0)) * (tone[..., 3] < 0)
+    return CRISP_DARKER * detail.clip(max=0) + CRISP_BRIGHTER * detail.clip(min=0)
 
 
 def _close(crops: Crops) -> FloatArray:
@@ -459,19 +452,6 @@ def _close(crops: Crops) -> FloatArray:
     far, near = CLOSE_PX
     side = crops.size_px / np.sqrt(np.abs(np.linalg.det(crops.frame_to_crop[:, :, :2])))
     return np.clip((side - far) / (near - far), 0, 1)
-
-
-def _coarsening(luma: Samples, smooth: Samples) -> maps.Number:
-    """Return what share of its own fine detail is added to skin that gets old; see `ROUGHNESS`.
-
-    Args:
-        luma: float32 [S, S] in [0, 1].
-        smooth: the same without fine detail.
-    """
-    side = len(luma)
-    middle = (slice(side // 4, 3 * side // 4),) * 2
-    detail = abs(luma[middle] - smooth[middle]) / (luma[middle] + BLACK_OFFSET)
-    return maps.limit(ROUGHNESS / maps.limit(maps.number(maps.median(detail)), 1e-4) - 1, *COARSENED)
 
 
 def _smooth(luma: Samples) -> Samples:
