@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -79,13 +79,17 @@ class FaceSet:
 
     def half(self, which: int) -> FaceSet:
         """One of two disjoint halves, 0 or 1, drawn by the names: pictures of one person can be in both."""
-        drawn = [hashlib.sha256(f"half {name}".encode()).digest()[0] % 2 for name in self.names]
-        return self.rows(np.array(drawn) == which)
+        return self.rows(in_half(self.names, which))
 
     @property
     def val(self) -> FaceSet:
         """The validation split."""
         return self.rows(self.validation)
+
+
+def in_half(names: Iterable[str], which: int) -> np.ndarray:
+    """Return which pictures are in one of two disjoint halves, 0 or 1: bool [N]."""
+    return np.array([hashlib.sha256(f"half {name}".encode()).digest()[0] % 2 == which for name in names])
 
 
 def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:

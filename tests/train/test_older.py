@@ -1,5 +1,6 @@
 """The network that makes faces older: its colours, its losses, and a run of a few pictures."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,12 +8,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from faceage.checkpoint import read_header
+from faceage.checkpoint import Header, read_header, save
 from faceage.geometry import TEMPLATES, template_5
 from faceage.networks.space import OlderDims, OlderNet
+from train.readers.age_estimator import LOSS_HALF
 from train.space import older, pairs
-from train.space.older import Adversary, Config, change_colours, draw, draw_sheet, draw_young, level_errors, log_colours
+from train.space.older import (
+    Adversary,
+    Config,
+    change_colours,
+    draw,
+    draw_alone,
+    draw_sheet,
+    drift,
+    level_errors,
+    log_colours,
+)
 from train.space.pairs import CROP_PX, SHOWN, STORED_PX, VERSIONS, Pairs
+from train.space.skin import SkinDims, SkinReader
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +44,8 @@ def folder(tmp_path_factory):
         ages=np.linspace(60, 80, 6, dtype=np.float32),
         validation=np.arange(6) < 2,
         young_ages=np.full(SHOWN + 4, 25, np.float32),
+        groups=np.arange(6) % 2,
+        young_groups=np.arange(SHOWN + 4) % 2,
     )
     (out / "manifest.json").write_text(json.dumps({"names": list("abcdefg")}))
     return out
@@ -54,13 +69,26 @@ def test_what_is_wanted_has_no_error_and_half_of_it_has_some():
     assert np.allclose(half_alike, 1, atol=1e-4)
 
 
-def test_the_adversary_sees_no_light():
-    adversary = Adversary()
-    luma = torch.from_numpy(np.random.default_rng(0).normal(0, 0.2, (1, 1, CROP_PX, CROP_PX)).astype(np.float32))
-    slope = torch.linspace(-1, 1, CROP_PX).expand(CROP_PX, -1)
-    inner = slice(40, -40)
-    seen, lit = (adversary.see(x)[..., inner, inner] for x in (luma, luma + 0.5 + 0.3 * slope))
-    torch.testing.assert_close(seen, lit, atol=2e-3, rtol=0)
+@pytest.fixture(scope="module")
+def skin(tmp_path_factory):
+    """A reader of skin that has learned nothing."""
+    torch.manual_seed(0)
+    header = Header(
+        arch="skin", dims=dataclasses.asdict(SkinDims()), stage="skin", images_seen=0, train_config={"half": LOSS_HALF}
+    )
+    file = tmp_path_factory.mktemp("skin") / "skin.safetensors"
+    save(file, SkinReader(SkinDims()).state_dict(), header)
+    return file
+
+
+def test_the_adversary_judges_every_level_by_features_that_are_given():
+    reader = SkinReader(SkinDims()).eval()
+    adversary = Adversary(reader.dims.widths)
+    logits = adversary(reader.features(reader.see(torch.zeros(2, 1, CROP_PX, CROP_PX))))
+    assert [tuple(x.shape) for x in logits] == [(2, 1, 40, 40), (2, 1, 20, 20), (2, 1, 20, 20), (2, 1, 10, 10)]
+    sum(x.mean() for x in logits).backward()
+    assert all(each.weight.grad is None for each in adversary.mix)
+    assert all(head[0].parametrizations.weight.original.grad is not None for head in adversary.heads)
 
 
 def test_faces_are_drawn_alike_and_only_the_network_sees_noise(folder):
@@ -73,7 +101,7 @@ def test_faces_are_drawn_alike_and_only_the_network_sees_noise(folder):
     torch.testing.assert_close(real[1].permute(1, 2, 0), torch.from_numpy(stored / np.float32(255)), atol=1e-3, rtol=0)
     assert (target > 59).all()
     assert ((source > 20) & (source < 30)).all()
-    inputs, faces = draw_young(loaded, np.arange(4), random, Config())
+    inputs, faces = draw_alone(list(loaded.young[:4]), random, Config())
     assert inputs.shape == faces.shape == (4, 3, CROP_PX, CROP_PX)
     assert float(((inputs + 1) / 2 - faces).abs().max()) > 0.01
 
@@ -86,29 +114,48 @@ def test_no_years_change_nothing():
         assert net(x, age, age + 30).any()
 
 
-def test_a_run_goes_on_where_it_was_and_refuses_other_pairs(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(older, "Config", lambda: Config(batch=2, young_batch=2, adversary_from_images=2, tick_images=4))
-    out = tmp_path / "older"
+def test_a_run_goes_on_where_it_was_and_refuses_other_pairs(folder, skin, tmp_path, monkeypatch):
+    monkeypatch.setattr(older, "Config", lambda: Config(batch=2, young_batch=2, tick_images=4))
+    monkeypatch.setattr(older, "SHEET_AGES", (70,))
 
-    def train(count):
-        arguments = ["--pairs", str(folder), "--out", str(out), "--images", str(count)]
-        return CliRunner().invoke(older.main, arguments, catch_exceptions=False)
+    def train(out, count, *more):
+        arguments = ["--pairs", str(folder), "--skin", str(skin), "--out", str(tmp_path / out), "--images", str(count)]
+        return CliRunner().invoke(older.main, [*arguments, *more], catch_exceptions=False)
 
-    assert train(4).exit_code == 0
-    assert train(8).exit_code == 0
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in lines] == [4, 8]
-    assert {"adversary", "made_young"} <= lines[-1].keys()
-    header = read_header(out / "older.safetensors")
+    assert train("first", 4).exit_code == 0
+    for count in (4, 8):
+        assert train("second", count, "--start", str(tmp_path / "first")).exit_code == 0
+    logs = ((tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("first", "second"))
+    first, *second = (json.loads(line) for lines in logs for line in lines)
+    assert [line["images"] for line in second] == [4, 8]
+    assert not {"hinge0", "years", "drift"} & first.keys()  # pairs alone
+    assert {"hinge0", "years", "drift"} <= second[-1].keys()
+    header = read_header(tmp_path / "second" / "older.safetensors")
     assert (header.arch, header.images_seen, header.dims["size_px"]) == ("space-older", 8, CROP_PX)
-    assert (out / "sheet.png").exists()
+    assert header.parents.keys() == {"pairs", "skin", "start"}
+    assert (tmp_path / "second" / "sheet.png").exists()
     manifest = folder / "manifest.json"
     was = manifest.read_text()
     manifest.write_text("{}")
-    refused = train(8)
+    refused = train("second", 8, "--start", str(tmp_path / "first"))
     manifest.write_text(was)
     assert refused.exit_code == 1
     assert "parent pairs" in refused.output
+
+
+def test_what_no_loss_sees_stays_as_it_was_and_folds_are_redder_than_skin():
+    random = np.random.default_rng(0)
+    first = torch.from_numpy(random.normal(0, 0.1, (2, 3, CROP_PX, CROP_PX)).astype(np.float32))
+    first = torch.nn.functional.avg_pool2d(first, 33, 1, 16)
+    y = torch.arange(CROP_PX).float()
+    folds = torch.zeros_like(first)
+    folds[:, 0] = 0.2 * torch.cos(np.pi * y)[:, None]  # as fine as can be
+    config = Config()
+    reddish = folds.clone()
+    reddish[:, 1], reddish[:, 2] = (share * folds[:, 0] for share in config.red_of_dark)
+    none, grey, red = (float(drift(first + x, first, config)) for x in (torch.zeros_like(first), folds, reddish))
+    assert red < 0.3 * grey
+    assert float(drift(first + 0.1, first, config)) > none + 1  # light is held
 
 
 def test_a_crop_of_pairs_is_the_product_s_with_a_margin():

@@ -62,6 +62,19 @@ class Config:
     seed: int = 4
 
 
+def check_half(path: Path, header: Header) -> None:
+    """Refuse a reader for a loss that may have learned from the judge's pictures.
+
+    Raises:
+        CheckpointError: if so.
+    """
+    if header.train_config.get("half") != LOSS_HALF:
+        raise CheckpointError(
+            f"{path} did not learn from half {LOSS_HALF} alone, the judge's pictures may be among its own; "
+            f"train it with --half {LOSS_HALF}"
+        )
+
+
 def load_reader(path: Path) -> AgeEstimator:
     """Load an age estimator for a loss, frozen, in evaluation mode.
 
@@ -69,11 +82,7 @@ def load_reader(path: Path) -> AgeEstimator:
         CheckpointError: if it may have learned from the pictures that the judge learned from.
     """
     header, weights = load(path, "age-estimator")
-    if header.train_config.get("half") != LOSS_HALF:
-        raise CheckpointError(
-            f"{path} did not learn from half {LOSS_HALF} alone, the judge's pictures may be among its own; "
-            f"train it with --half {LOSS_HALF}"
-        )
+    check_half(path, header)
     net = AgeEstimator(TrunkDims(**header.dims))
     net.load_state_dict(weights)
     return net.eval().requires_grad_(False)

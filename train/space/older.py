@@ -1,23 +1,29 @@
 """The network that draws what age adds to a face, taught by real old skin.
 
-    python -m train.space.older --pairs runs/space/pairs --out runs/space/older --minutes 120
+    python -m train.space.older --pairs pairs --skin skin.safetensors --out older-pairs --minutes 75
+    python -m train.space.older --pairs pairs --skin skin.safetensors --start older-pairs --out older --minutes 55
 
 Each face of `train.space.pairs` was made young by the product; the network learns the way back to the real one, in log
-ratios of luma, R/G and B/G. So its targets are no drawings: what it learns is where and how this skin, in this light,
-has folds, bags, spots and grey stubble. Two losses:
+ratios of luma, R/G and B/G: the error of the change in each band of a pyramid, as a share of the band's own contrast.
+So its targets are no drawings: what it learns is where and how this skin, in this light, has folds, bags, spots and
+grey stubble.
 
-- the error of the change in each band of a pyramid, as a share of the band's own contrast;
-- an adversary that sees faces that were made older beside real old ones. Some of them are real young faces, which have
-  no pairs. The error alone would average the wrinkles away, for they are not where one expects them, and the network
-  would learn only to undo what making young leaves behind. The adversary sees no more than luma without what is wide:
-  it can neither light nor tint.
+A face that was made young knows something of what it was. One that is young does not, and a network that has learned
+from pairs alone draws much less on it. So the second run shows it real young faces as well, which have no pair:
+
+- an adversary judges the features of `train.space.skin` of faces that were made older beside those of real old faces of
+  the same dataset and gender;
+- the reader of skin must read the wanted age;
+- both see luma without what is wide: they can neither light nor tint. Wide luma and colour stay as the first network
+  drew them, and folds get the colour that folds have.
 
 Against the traces of making young, the versions of several models are mixed, with a part of the way back already gone,
 at any light, and under noise that only the network sees.
 
 Writes `older.safetensors` and `sheet.png`: real young validation faces, then each at 50, 70 and 85.
 
-Reference: Isola et al., Image-to-image translation with conditional adversarial networks, CVPR 2017.
+References: Isola et al., Image-to-image translation with conditional adversarial networks, CVPR 2017; Sauer et al.,
+Projected GANs converge faster, NeurIPS 2021.
 """
 
 from __future__ import annotations
@@ -25,7 +31,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import click
@@ -34,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from faceage.checkpoint import Header, load, save
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA
@@ -41,6 +47,7 @@ from faceage.networks.space import OlderDims, OlderNet
 from train.data import to_tensor
 from train.run import EMA, Run, Script, autocast, device, git_commit, sheet
 from train.space.pairs import CROP_PX, SHOWN, STORED_PX, YOUNG_YEARS, Pairs
+from train.space.skin import SkinReader, inside, load_skin_reader
 
 DATASET = {"name": "UTKFace, All-Age-Faces (a part)", "licence": "non-commercial research only"}
 SHEET_AGES = (50, 70, 85)
@@ -52,22 +59,28 @@ LEVELS = 5
 class Config:
     """Hyper-parameters."""
 
-    batch: int = 10
+    batch: int = 8
     """Pairs a step."""
-    young_batch: int = 6
+    young_batch: int = 8
     """Real young faces a step, once there is an adversary."""
     rate: float = 6e-4
     warm_images: int = 2_000
     """The rate rises to its value over these."""
     betas: tuple[float, float] = (0.5, 0.99)
-    adversary_rate: float = 6e-4
-    adversary_from_images: int = 12_000
-    adversary_ramp_images: int = 4_000
-    """Without adversary at first, unless a run goes on from another; then its weight grows over so many images."""
+    adversary_rate: float = 2e-3
     adversary_weight: float = 1.0
-    r1_weight: float = 4.0
-    r1_every_steps: int = 8
-    """Penalty of the gradient of a real face's mean realness (Mescheder et al., ICML 2018)."""
+    adversary_ramp_images: int = 2_000
+    """The weights of the adversary and of the reader grow to their values over these."""
+    adversary_noise: float = 0.08
+    """Largest deviation of the noise under which the adversary sees, in its units (4 times log luma)."""
+    years_weight: float = 0.5
+    """Of the reader's error in tens of years, for faces that have no pair."""
+    anchor_weights: tuple[float, ...] = (0.0, 0.0, 0.0, 0.5, 1.0)
+    """How firmly each level of luma, fine to coarse, stays as the first network drew it, on faces that have no pair:
+    adversary and reader see only what is fine."""
+    anchor_chroma_weight: float = 1.0
+    red_of_dark: tuple[float, float] = (-0.28, 0.2)
+    """Log R/G and log B/G that come with a change of log luma: folds are redder than skin."""
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 0.8, 0.6)
     """Of the pyramid, fine to coarse."""
     chroma_weight: float = 0.4
@@ -81,14 +94,6 @@ class Config:
     ema_half_life_images: int = 4_000
     tick_images: int = 6_000
     seed: int = 6
-
-
-@cache
-def inside() -> Tensor:
-    """Return where the change counts: float32 [1, 1, S, S], 1 on the face, falling to 0 at its outline."""
-    y, x = (np.mgrid[0:CROP_PX, 0:CROP_PX].astype(np.float32) + 0.5) / CROP_PX
-    radius = np.hypot((x - 0.5) / 0.37, (y - 0.535) / 0.46)
-    return torch.from_numpy(np.clip((1.06 - radius) / 0.2, 0, 1).astype(np.float32))[None, None]
 
 
 def log_colours(rgb: Tensor) -> Tensor:
@@ -132,37 +137,83 @@ def level_errors(change: Tensor, wanted: Tensor, config: Config) -> tuple[Tensor
     return loss, alike
 
 
+def drift(change: Tensor, first: Tensor, config: Config) -> Tensor:
+    """Return how far changes [N, 3, S, S] are from what the first network drew where nothing else holds them.
+
+    That is wide luma, and colour: as the first network's where it is wide, as folds have it where it is fine.
+    """
+    loss, couple = torch.zeros((), device=change.device), torch.tensor(config.red_of_dark, device=change.device)
+    for level, (mine, theirs) in enumerate(zip(pyramid(change), pyramid(first), strict=True)):
+        mask = F.avg_pool2d(inside().to(change.device), 2**level)
+        contrast = (theirs.square() * mask).mean((0, 2, 3), keepdim=True).sqrt() + 0.004
+        colour = theirs[:, 1:] if config.anchor_weights[level] else couple[:, None, None] * mine[:, :1].detach()
+        error = torch.cat([mine[:, :1] - theirs[:, :1], mine[:, 1:] - colour], 1) / contrast
+        each = (((error.square() + config.kink**2).sqrt() - config.kink) * mask).mean((0, 2, 3)) / mask.mean()
+        loss = loss + config.anchor_weights[level] * each[0] + config.anchor_chroma_weight * each[1:].mean()
+    return loss
+
+
 class Adversary(nn.Module):
-    """Luma of faces, without what is wide -> realness of each patch."""
+    """Features of `SkinReader` -> realness of each patch, at every level.
 
-    WIDE_SIGMA = 9.0
-    """Blur in pixels; what that leaves is not seen."""
+    Each level is first mixed by weights that are drawn once and stay.
+    """
 
-    def __init__(self, widths: tuple[int, ...] = (40, 80, 128, 160)) -> None:
+    def __init__(self, widths: tuple[int, ...], mixed: int = 40, inner: int = 56) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip((2, *widths), widths, strict=False)):
-            conv = nn.Conv2d(a, b, 4, stride=2 if i < len(widths) - 1 else 1, padding=1)
-            nn.init.kaiming_normal_(conv.weight, 0.2)
-            layers += [conv, nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+        self.mix = nn.ModuleList(nn.Conv2d(width, mixed, 1, bias=False).requires_grad_(False) for width in widths)
+        self.heads = nn.ModuleList()
+        for i, mix in enumerate(self.mix):
+            nn.init.kaiming_normal_(mix.weight, nonlinearity="linear")
+            stride = 2 if i < len(widths) - 2 else 1
+            one = spectral_norm(nn.Conv2d(mixed, inner, 3, stride, 1))
+            two = spectral_norm(nn.Conv2d(inner, inner, 3, 1, 1))
+            self.heads.append(nn.Sequential(one, nn.LeakyReLU(0.2), two, nn.LeakyReLU(0.2), nn.Conv2d(inner, 1, 1)))
 
-    def see(self, luma: Tensor) -> Tensor:
-        """Return what it sees of log luma [N, 1, S, S]: [N, 2, S, S]."""
-        mask = inside().to(luma.device)
-        seen = torch.cat([4 * self._fine(luma) * mask, mask.expand_as(luma)], 1)
-        return seen.contiguous(memory_format=torch.channels_last)
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return logits [N, 1, P, P] of each level, high for patches of real faces."""
+        return [head(mix(x)) for head, mix, x in zip(self.heads, self.mix, features, strict=True)]
 
-    def _fine(self, x: Tensor) -> Tensor:
-        radius = int(3 * self.WIDE_SIGMA)
-        kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / self.WIDE_SIGMA) ** 2)
-        kernel = (kernel / kernel.sum())[None, None]
-        padded = F.pad(x, (radius,) * 4, mode="reflect")
-        return x - F.conv2d(F.conv2d(padded, kernel[:, :, None]), kernel[:, :, :, None])
 
-    def forward(self, seen: Tensor) -> Tensor:
-        """Return logits [N, 1, P, P], high for patches of real faces."""
-        return self.layers(seen)
+def compare(
+    made: Tensor, real: Tensor, years: Tensor, critics: tuple[SkinReader, Adversary], config: Config
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Return what critics say of faces: realness, the error of the age that is read, the adversary's own loss, figures.
+
+    Args:
+        made: log colours [N, 3, S, S] of faces that were made older; realness and the error have gradients to them.
+        real: log colours [N, 3, S, S] of real old faces.
+        years: [N], how old those that were made are to be.
+        critics: the reader, and the adversary on its features, to which its own loss has gradients.
+        config: hyper-parameters.
+    """
+    reader, adversary = critics
+    see_made, see_real = (
+        seen + config.adversary_noise * torch.rand(1, device=seen.device) * torch.randn_like(seen)
+        for seen in (reader.see(x[:, :1]) for x in (made, real))
+    )
+    with autocast(made.device):
+        of_made = reader.features(see_made)
+        with torch.no_grad():
+            of_real = reader.features(see_real)
+            read_real = reader.logits(of_real).sigmoid().sum(1)
+        adversary.heads.requires_grad_(False)
+        realness = torch.stack([logits.float().mean() for logits in adversary(of_made)]).sum()
+        adversary.heads.requires_grad_(True)
+        read = reader.logits(of_made).sigmoid().sum(1)
+        hinges = [
+            F.relu(1 - a.float()).mean() + F.relu(1 + b.float()).mean()
+            for a, b in zip(adversary(of_real), adversary([x.detach() for x in of_made]), strict=True)
+        ]
+    late = F.smooth_l1_loss(read, years, beta=10.0) / 10
+    figures = {f"hinge{i}": hinge.detach() for i, hinge in enumerate(hinges)} | {
+        "realness": realness.detach(),
+        "late": late.detach(),
+        "years": read.detach().mean(),
+        "years_wanted": years.mean(),
+        "years_real": read_real.mean(),
+    }
+    return realness, late, torch.stack(hinges).sum(), figures
 
 
 def draw(
@@ -183,9 +234,9 @@ def draw(
     return 2 * seen - 1, young, real, source, torch.from_numpy(pairs.ages[rows].astype(np.float32))
 
 
-def draw_young(pairs: Pairs, rows: np.ndarray, random: np.random.Generator, config: Config) -> tuple[Tensor, Tensor]:
-    """Return real young faces as `draw` does: (inputs [N, 3, S, S] in [-1, 1], faces [N, 3, S, S] in [0, 1])."""
-    drawn = [_draw_one(pairs.young[row][None].repeat(2, 0), YOUNG_YEARS, random, config, plain=False) for row in rows]
+def draw_alone(faces: list[np.ndarray], random: np.random.Generator, config: Config) -> tuple[Tensor, Tensor]:
+    """Return faces that have no pair as `draw` does: (inputs [N, 3, S, S] in [-1, 1], faces [N, 3, S, S] in [0, 1])."""
+    drawn = [_draw_one(face[None].repeat(2, 0), YOUNG_YEARS, random, config, plain=False) for face in faces]
     seen, young = (torch.from_numpy(np.stack([each[i] for each in drawn])).permute(0, 3, 1, 2) for i in range(2))
     return 2 * seen - 1, young
 
@@ -231,42 +282,49 @@ def _draw_one(
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--pairs", "folder", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--skin", type=click.Path(exists=True, path_type=Path), required=True, help="From train.space.skin.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=120.0, help="Budget of all sessions.")
 @click.option("--images", type=click.IntRange(1), help="Budget in images instead.")
-@click.option(
-    "--start", type=click.Path(exists=True, path_type=Path), help="A run folder, whose network and adversary go on."
-)
-def main(folder: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
+@click.option("--start", type=click.Path(exists=True, path_type=Path), help="A run folder, whose network goes on.")
+def main(folder: Path, skin: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
     """Train the network that makes faces older."""
     cv2.setNumThreads(1)
     config, dims = Config(), OlderDims(size_px=CROP_PX)
     torch.manual_seed(config.seed)
-    parents, alone = {"pairs": folder / "manifest.json"}, config.adversary_from_images if start is None else 0
-    net, adversary = OlderNet(dims), Adversary()
+    parents = {"pairs": folder / "manifest.json", "skin": skin}
+    reader = load_skin_reader(skin)
+    net, first, adversary = OlderNet(dims), OlderNet(dims), Adversary(reader.dims.widths)
     if start is not None:
         parents["start"] = start / "older.safetensors"
         net.load_state_dict(load(parents["start"], "space-older")[1])
-        state = torch.load(start / "resume.pt", weights_only=True, map_location="cpu")
-        adversary.load_state_dict(state["adversary"])
+        first.load_state_dict(net.state_dict())
+    first.eval().requires_grad_(False)
     run = Run(out, config, minutes, images, dims=dims, parents=parents)
     pairs, where = Pairs.load(folder), device()
     layout = {"memory_format": torch.channels_last, "device": where}
     train, val = np.flatnonzero(~pairs.validation), np.flatnonzero(pairs.validation)[:96]
     likely = 1 / (1 + ((pairs.ages[train] - config.likely_years) / config.likely_spread_years) ** 2)
     likely = likely / likely.sum()
+    # Real faces that the adversary sees are like those that were made: of the same dataset and gender.
+    by_group = {
+        group: (train[here], likely[here] / likely[here].sum())
+        for group in np.unique(pairs.young_groups)
+        if (here := pairs.groups[train] == group).any()
+    }
     margin = (STORED_PX - CROP_PX) // 2
     shown = to_tensor(np.ascontiguousarray(pairs.young[-SHOWN:, margin:-margin, margin:-margin])).to(**layout)
 
-    net, adversary = net.to(**layout), adversary.to(**layout)
+    net, first, adversary, reader = (each.to(**layout) for each in (net, first, adversary, reader))
+    critics = reader, adversary
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.Adam(net.parameters(), config.rate, config.betas)
-    adversary_step = torch.optim.Adam(adversary.parameters(), config.adversary_rate, (0.0, 0.99))
+    adversary_step = torch.optim.Adam(adversary.heads.parameters(), config.adversary_rate, (0.0, 0.99))
     parts = {"net": net, "ema": ema.net, "step": step, "adversary": adversary, "adversary_step": adversary_step}
     run.load_state(parts)
     random = np.random.default_rng((config.seed, run.images_seen))
 
-    ticks, steps = run.images_seen // config.tick_images, run.images_seen // config.batch
+    ticks = run.images_seen // config.tick_images
     totals: dict[str, list[float]] = {}
     is_over = run.is_over
     while not is_over:
@@ -275,41 +333,33 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
         rows = random.choice(train, config.batch, p=likely)
         seen, made_young, real, source, target = (each.to(where) for each in draw(pairs, rows, random, config))
         before, after = log_colours(made_young), log_colours(real)
-        share = (run.images_seen - alone) / config.adversary_ramp_images
-        if share > 0:
+        if start is not None:
             rows = random.choice(len(pairs.young) - SHOWN, config.young_batch)
-            more, young = (each.to(where) for each in draw_young(pairs, rows, random, config))
+            like = np.array(
+                [random.choice(by_group[group][0], p=by_group[group][1]) for group in pairs.young_groups[rows]]
+            )
+            more, young = (each.to(where) for each in draw_alone(list(pairs.young[rows]), random, config))
+            old = draw_alone([pairs.crops[pairs.rows[row], 0] for row in like], random, config)[1].to(where)
             seen, before = torch.cat([seen, more]), torch.cat([before, log_colours(young)])
             source = torch.cat([source, torch.from_numpy(pairs.young_ages[rows]).to(where)])
-            target = torch.cat([target, target[torch.randint(len(target), (config.young_batch,))]])
+            target = torch.cat([target, torch.from_numpy(pairs.ages[like].astype(np.float32)).to(where)])
         with autocast(where):
             change = net(seen.contiguous(memory_format=torch.channels_last), source, target).float()
         wanted = (after - before[: config.batch]).clamp(-0.7, 0.7)
         loss, alike = level_errors(change[: config.batch], wanted, config)
         terms = {"error": loss.detach()} | {f"alike{i}": torch.tensor(value) for i, value in enumerate(alike)}
-        if share > 0:
-            seen_made, seen_real = adversary.see((before + change)[:, :1]), adversary.see(after[:, :1])
-            adversary.requires_grad_(False)
-            with autocast(where):
-                realness = adversary(seen_made).float()
-            adversary.requires_grad_(True)
-            loss = loss - config.adversary_weight * min(1.0, share) * realness.mean()
-            with autocast(where):
-                of_real, of_made = adversary(seen_real).float(), adversary(seen_made.detach()).float()
-            hinge = F.relu(1 - of_real).mean() + F.relu(1 + of_made).mean()
-            penalty = torch.zeros((), device=where)
-            if steps % config.r1_every_steps == 0:
-                point = seen_real.detach().requires_grad_(True)
-                (gradient,) = torch.autograd.grad(adversary(point).mean((1, 2, 3)).sum(), point, create_graph=True)
-                penalty = config.r1_weight * gradient.square().sum((1, 2, 3)).mean()
+        if start is not None:
+            made = (before + change)[config.batch :]
+            realness, late, hinge, readings = compare(made, log_colours(old), target[config.batch :], critics, config)
+            with torch.no_grad(), autocast(where):
+                was = first(seen[config.batch :], source[config.batch :], target[config.batch :]).float()
+            moved = drift(change[config.batch :], was, config)
+            share = min(1.0, run.images_seen / config.adversary_ramp_images)
+            loss = loss + moved + share * (config.years_weight * late - config.adversary_weight * realness)
             adversary_step.zero_grad()
-            (hinge + penalty).backward()
+            hinge.backward()
             adversary_step.step()
-            terms |= {"adversary": hinge.detach(), "real": of_real.detach().mean()}
-            terms |= {
-                "made": realness[: config.batch].detach().mean(),
-                "made_young": realness[config.batch :].detach().mean(),
-            }
+            terms |= readings | {"drift": moved.detach()}
             terms |= {
                 "drawn": change[: config.batch, 0].detach().std(),
                 "drawn_young": change[config.batch :, 0].detach().std(),
@@ -318,7 +368,6 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         step.step()
-        steps += 1
         run.images_seen += config.batch
         ema.update(net, config.batch, run.images_seen)
         for name, term in terms.items():

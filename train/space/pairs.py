@@ -60,6 +60,10 @@ class Pairs:
     """uint8 [3000 + 24, 208, 208, 3], a memory map: real young faces; the last 24 are for validation."""
     young_ages: np.ndarray
     """float32 [3000 + 24]."""
+    groups: np.ndarray
+    """int64 [N]: dataset and gender, so that whoever compares faces compares the like."""
+    young_groups: np.ndarray
+    """int64 [3000 + 24]."""
 
     @classmethod
     def load(cls, folder: Path) -> Pairs:
@@ -71,9 +75,9 @@ class Pairs:
         if not (folder / "pairs.npz").exists():
             raise CheckpointError(f"{folder} has no pairs.npz; run train.space.pairs to its end, and name its --out")
         with np.load(folder / "pairs.npz", allow_pickle=False) as data:
-            rows, ages, validation, young_ages = (data[n] for n in ("rows", "ages", "validation", "young_ages"))
+            values = {name: data[name] for name in data.files}
         crops, young = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("crops", "young"))
-        return cls(crops, rows, ages, validation, young, young_ages)
+        return cls(crops=crops, young=young, **values)
 
 
 def crop(picture: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
@@ -95,6 +99,10 @@ def make_young(
     crops = [[crop(p, points) for p in row] for *row, points in zip(*versions, landmarks, strict=True)]
     changed = (np.nan_to_num(by_space.shares) > 0.5) & (np.nan_to_num(by_facegan.shares) > 0.5)
     return np.array(crops, np.uint8), changed
+
+
+def _groups(heads: Heads) -> np.ndarray:
+    return 2 * heads.dataset + heads.genders
 
 
 def _choose_young(heads: Heads) -> np.ndarray:
@@ -154,6 +162,8 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, limit: int | None)
         ages=heads.ages[good],
         validation=heads.validation[good],
         young_ages=young.ages,
+        groups=_groups(heads)[good],
+        young_groups=_groups(young),
     )
     some = crops[good[np.linspace(0, len(good) - 1, min(20, len(good))).astype(int)]]
     sheet([to_tensor(np.ascontiguousarray(some[:, i])) for i in range(len(VERSIONS))], out / "sheet.png")
