@@ -14,6 +14,7 @@ from faceage.agers.hair import draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.space import (
     DRAWN_CHROMA,
     DRAWN_GAIN,
+    DRAWN_REACH_OVER_YEARS,
     DRAWN_REACH_YEARS,
     FACE_SIZES_PX,
     HEAD_SIZES_PX,
@@ -462,13 +463,14 @@ def test_older_faces_get_what_their_network_draws_inside_the_face(canonical, app
         drawn(canned(straight, plain, older=network), appearance, ramps(size, 3), [60, 30, 30], [25, 75, 45])
         for network in (nothing, watched(change, asked))
     )
-    # It draws what lies beyond; at 45 what it does at 60, and half of it is taken.
+    # It draws what lies beyond; for 45 what it does at 60, and a part of it is taken.
     assert [ages for _, *ages in asked] == [[30, 75 + DRAWN_REACH_YEARS], [30, 60]]
     assert asked[0][0][0, 80, [0, -1]] == pytest.approx([-1, 1], abs=0.03)
     row, cheek = int(0.6 * size), int(0.65 * size)
     gains = [a.gain - b.gain for a, b in zip(some, none, strict=True)]
     assert not gains[0].any()
-    for gain, share in zip(gains[1:], (1, 0.5), strict=True):
+    part = (15 + DRAWN_REACH_YEARS * 15 / DRAWN_REACH_OVER_YEARS) / 30
+    for gain, share in zip(gains[1:], (1, part), strict=True):
         assert gain[row, cheek] == pytest.approx(np.expm1(DRAWN_GAIN * share * log_luma), rel=0.05)
         assert not gain[: int(0.02 * size)].any()
     delta = (some[1].delta - none[1].delta)[:, row, cheek]

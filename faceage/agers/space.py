@@ -253,7 +253,7 @@ class SpaceAger:
         now, wanted = Ages.columns([looks[i].ages for i in chosen])
         reach = DRAWN_REACH_YEARS * np.minimum((wanted - now) / DRAWN_REACH_OVER_YEARS, 1)
         at = np.maximum(np.clip(wanted + reach, *DRAWN_YEARS), wanted).astype(np.float32)
-        share = (wanted - now) / (np.maximum(wanted, DRAWN_YEARS[0]) - now)
+        share = np.minimum((wanted + reach - now) / (at - now), 1)
         (changes,) = self._older()(pixels, beside(pixels, now), beside(pixels, at))
         back = _between(self._older_view, self.views[0], side, side)
         for i, change, amount in zip(chosen, changes, share.tolist(), strict=True):
