@@ -161,7 +161,7 @@ class Detector:
         sizes = np.array([(frame.width, frame.height) for frame in frames]).reshape(-1, 2)
         parts = []
         with computing(frames[0].device if frames else None):  # the tracker calls it in threads
-            for size in np.unique(sizes, axis=0):
+            for size in sorted(set(map(tuple, sizes.tolist()))):  # NumPy's unique imports numpy.ma, for 10 ms
                 index = np.flatnonzero((sizes == size).all(1))
                 faces = self._detect_same_size([frames[i] for i in index.tolist()], least)
                 parts.append(replace(faces, frame_index=index[faces.frame_index]))

@@ -98,7 +98,7 @@ class AreaMeans:
         order = np.argsort(frame_index, kind="stable")
         parts = [
             self._frames[index].rectangles(low[rows], high[rows], size_px)
-            for index in np.unique(frame_index).tolist()
+            for index in sorted(set(frame_index.tolist()))
             for rows in [np.flatnonzero(frame_index == index)]
         ]
         if not parts:

@@ -239,7 +239,7 @@ def connected(mask: Samples, seeds: Samples) -> Samples:
     if isinstance(mask, np.ndarray):
         count, labels = cv2.connectedComponents(mask.astype(np.uint8))
         own = np.zeros(count, np.float32)
-        own[np.unique(labels[seeds])] = 1
+        own[labels[seeds]] = 1
         own[0] = 0
         return own[labels]
     reached = mask * seeds

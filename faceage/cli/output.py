@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -104,6 +103,8 @@ class Output:
 
     def __enter__(self) -> Self:
         if self._report is not None:
+            import tempfile  # here: a run without a report starts without it
+
             self._items = tempfile.TemporaryFile("w+")
         if threading.current_thread() is threading.main_thread():
             self._signals = {number: signal.signal(number, self._interrupt) for number in _INTERRUPTIONS}

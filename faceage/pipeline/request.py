@@ -153,9 +153,8 @@ class Networks:
     identity_px: int
     """Side of the aligned crops that `identity` takes."""
     ager: Ager
-    fingerprints: Mapping[str, str]
-    """What tells the results of these networks from those of others: role -> SHA-256 of its checkpoint, and the options
-    that they were loaded with."""
+    fingerprinting: Future[dict[str, str]]
+    """The fingerprints, which another thread computes."""
     device: str | None = None
     """Where frames are to lie for them: "cuda" or "cuda:N"; None: they are arrays."""
     opening: Sequence[Future[Engine]] = ()
@@ -165,6 +164,14 @@ class Networks:
         """Wait for all engines that were asked for; raise what is wrong with one."""
         for engine in self.opening:
             engine.result()
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the results of these networks from those of others.
+
+        The SHA-256 of each checkpoint by its role, and the options that they were loaded with.
+        """
+        return self.fingerprinting.result()
 
     @property
     def estimators(self) -> dict[str, str]:
@@ -314,6 +321,7 @@ def load_networks(
     programs = model_programs(files, facenet_file() if is_facenet else None)
     programs |= {program.name: program for program in (pnet, rnet, onet)} | {COARSE_PNET: pnet_program(exact=False)}
     pool = ThreadPoolExecutor(OPENING_THREADS if runtime.backend.loads_in_threads else 1, "engines")
+    hashing = ThreadPoolExecutor(1, "hashing")
     opening: list[Future[Engine]] = []
 
     @cache
@@ -341,6 +349,13 @@ def load_networks(
         detector = Detector(
             engine(pnet.name), engine(rnet.name), engine(onet.name), detect, lambda: engine(COARSE_PNET)
         )
+        options = {name: str(value) for name, value in [("detect", detect), *given.items()]}
+        fingerprinting = hashing.submit(
+            _fingerprints,
+            files,
+            facenet_file() if is_facenet else files.identity,
+            {"model": model, **runtime.describe(), **options},
+        )
         for name in architecture.always:  # the largest ones: the others are opened beside them
             engine(name)
         networks = Networks(
@@ -353,19 +368,19 @@ def load_networks(
             ager=architecture.make(files, engine, **given),
             device=None if runtime.device == "cpu" else runtime.device,
             opening=opening,
-            fingerprints=_fingerprints(files, facenet_file() if is_facenet else files.identity)
-            | {"model": model, **runtime.describe()}
-            | {name: str(value) for name, value in [("detect", detect), *given.items()]},
+            fingerprinting=fingerprinting,
         )
         if not (in_background and runtime.device == "cpu"):
             networks.wait_until_open()
+            networks.fingerprinting.result()
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for executor in (pool, hashing):
+            executor.shutdown(wait=False, cancel_futures=True)
         raise
     return networks
 
 
-def _fingerprints(files: ModelFiles, identity: Path) -> dict[str, str]:
-    """Return the SHA-256 of each checkpoint, by role."""
+def _fingerprints(files: ModelFiles, identity: Path, options: Mapping[str, str]) -> dict[str, str]:
+    """Return the SHA-256 of each checkpoint, by role, and options."""
     paths = {**files.paths, "age": files.age, "identity": identity}
-    return {role: sha256_of_file(path) for role, path in paths.items()}
+    return {role: sha256_of_file(path) for role, path in paths.items()} | dict(options)

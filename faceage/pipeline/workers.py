@@ -8,11 +8,9 @@ item whose worker dies is given to another one.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import threading
 import traceback
 from collections import Counter, deque
@@ -20,14 +18,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import cv2
 
 from faceage.errors import EngineError, FaceAgeError
 from faceage.pipeline.request import Networks
+
+# multiprocessing and socket are imported where they are needed: a run in one process starts without them.
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -164,6 +165,8 @@ def _serve(connection: Connection, load: bytes, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -174,6 +177,8 @@ class _Process:
     """A worker process. `place` is the number of what it loads."""
 
     def __init__(self, place: int, load: bytes, threads: int) -> None:
+        import multiprocessing
+
         self.place = place
         context = multiprocessing.get_context("spawn")  # a copy of this process would have its locks, not its threads
         self.connection, other = context.Pipe()
@@ -219,6 +224,8 @@ class Processes:
 
     def map(self, function: Function[T, R], items: Iterable[T]) -> Generator[R, None, None]:
         """Yield the results of each item; see `Workers.map`."""
+        from multiprocessing.connection import Connection, wait
+
         source = iter(items)
         again: deque[tuple[T, int]] = deque()
         busy: dict[Connection, tuple[_Process, T, int]] = {}
@@ -285,6 +292,8 @@ class Cluster:
             host, _, port = address.removeprefix("ray://").rpartition(":")
             try:
                 if host:  # Ray itself waits for minutes for a cluster that is not there
+                    import socket
+
                     socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
             except (OSError, ValueError, RuntimeError) as error:
