@@ -108,7 +108,7 @@ class AreaMeans:
 
 def _stack(parts: list[Samples]) -> Samples:
     if isinstance(parts[0], np.ndarray):
-        return np.stack(parts)
+        return np.stack(parts) if len(parts) > 1 else parts[0][None]  # which is no copy
     import torch
 
     return torch.stack(parts)
