@@ -129,3 +129,10 @@ def test_a_run_with_built_engines_needs_no_torch():
     code = "import faceage.cli.video, faceage.cli.images, faceage.cli.sheet, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_photos_start_without_what_other_runs_need():
+    names = ("multiprocessing", "socket", "html", "tempfile", "numpy.ma", "numpy.random")
+    code = f"import faceage.cli.images, faceage.pipeline.folder, sys; print([n for n in {names} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
