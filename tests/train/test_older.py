@@ -14,8 +14,8 @@ from faceage.networks.space import OlderDims, OlderNet
 from train.readers.age_estimator import LOSS_HALF
 from train.space import older, pairs
 from train.space.older import (
-    Adversary,
     Config,
+    Critics,
     change_colours,
     draw,
     draw_alone,
@@ -81,14 +81,23 @@ def skin(tmp_path_factory):
     return file
 
 
-def test_the_adversary_judges_every_level_by_features_that_are_given():
-    reader = SkinReader(SkinDims()).eval()
-    adversary = Adversary(reader.dims.widths)
-    logits = adversary(reader.features(reader.see(torch.zeros(2, 1, CROP_PX, CROP_PX))))
-    assert [tuple(x.shape) for x in logits] == [(2, 1, 40, 40), (2, 1, 20, 20), (2, 1, 20, 20), (2, 1, 10, 10)]
-    sum(x.mean() for x in logits).backward()
-    assert all(each.weight.grad is None for each in adversary.mix)
-    assert all(head[0].parametrizations.weight.original.grad is not None for head in adversary.heads)
+def test_the_adversary_learns_what_real_faces_have_and_faces_gain_by_having_it():
+    torch.manual_seed(0)
+    config, random = Config(adversary_kept=8, adversary_noise=0.02), np.random.default_rng(0)
+    critics = Critics(SkinReader(SkinDims()).eval().requires_grad_(False), config)
+    smooth = torch.zeros(6, 3, CROP_PX, CROP_PX)
+    lined = smooth.clone()
+    lined[:, 0, ::6] = -0.2
+    told = [float(critics.learn(smooth, lined, random)["told"]) for _ in range(8)]
+    assert told[-1] > 0.95
+    years = torch.full((6,), 70.0)
+    unreal = [float(critics.judge(share * lined, years)[0]) for share in (0.0, 1.0)]
+    assert unreal[1] < unreal[0]
+    made = smooth.clone().requires_grad_()
+    critics.judge(made, years)[0].backward()
+    assert float(made.grad[:, 0].abs().sum()) > 0
+    assert not made.grad[:, 1:].any()  # it sees no colour
+    assert all(each.requires_grad for each in critics.adversary.parameters())
 
 
 def test_faces_are_drawn_alike_and_only_the_network_sees_noise(folder):
@@ -119,17 +128,21 @@ def test_a_run_goes_on_where_it_was_and_refuses_other_pairs(folder, skin, tmp_pa
     monkeypatch.setattr(older, "SHEET_AGES", (70,))
 
     def train(out, count, *more):
-        arguments = ["--pairs", str(folder), "--skin", str(skin), "--out", str(tmp_path / out), "--images", str(count)]
+        arguments = ["--pairs", str(folder), "--out", str(tmp_path / out), "--images", str(count)]
         return CliRunner().invoke(older.main, [*arguments, *more], catch_exceptions=False)
 
+    more = ["--skin", str(skin), "--start", str(tmp_path / "first")]
     assert train("first", 4).exit_code == 0
+    alone = train("second", 4, *more[:2])
+    assert alone.exit_code == 2
+    assert "--start and --skin go together" in alone.output
     for count in (4, 8):
-        assert train("second", count, "--start", str(tmp_path / "first")).exit_code == 0
+        assert train("second", count, *more).exit_code == 0
     logs = ((tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("first", "second"))
     first, *second = (json.loads(line) for lines in logs for line in lines)
     assert [line["images"] for line in second] == [4, 8]
-    assert not {"hinge0", "years", "drift"} & first.keys()  # pairs alone
-    assert {"hinge0", "years", "drift"} <= second[-1].keys()
+    assert not {"adversary", "years", "drift"} & first.keys()  # pairs alone
+    assert {"adversary", "years", "drift"} <= second[-1].keys()
     header = read_header(tmp_path / "second" / "older.safetensors")
     assert (header.arch, header.images_seen, header.dims["size_px"]) == ("space-older", 8, CROP_PX)
     assert header.parents.keys() == {"pairs", "skin", "start"}
@@ -137,7 +150,7 @@ def test_a_run_goes_on_where_it_was_and_refuses_other_pairs(folder, skin, tmp_pa
     manifest = folder / "manifest.json"
     was = manifest.read_text()
     manifest.write_text("{}")
-    refused = train("second", 8, "--start", str(tmp_path / "first"))
+    refused = train("second", 8, *more)
     manifest.write_text(was)
     assert refused.exit_code == 1
     assert "parent pairs" in refused.output

@@ -1,7 +1,7 @@
 """The network that draws what age adds to a face, taught by real old skin.
 
-    python -m train.space.older --pairs pairs --skin skin.safetensors --out older-pairs --minutes 75
-    python -m train.space.older --pairs pairs --skin skin.safetensors --start older-pairs --out older --minutes 55
+    python -m train.space.older --pairs pairs --out older-pairs --minutes 75
+    python -m train.space.older --pairs pairs --skin skin.safetensors --start older-pairs --out older --minutes 150
 
 Each face of `train.space.pairs` was made young by the product; the network learns the way back to the real one, in log
 ratios of luma, R/G and B/G: the error of the change in each band of a pyramid, as a share of the band's own contrast.
@@ -11,9 +11,8 @@ grey stubble.
 A face that was made young knows something of what it was. One that is young does not, and a network that has learned
 from pairs alone draws much less on it. So the second run shows it real young faces as well, which have no pair:
 
-- an adversary judges the features of `train.space.skin` of faces that were made older beside those of real old faces of
-  the same dataset and gender;
-- the reader of skin must read the wanted age;
+- an adversary sees faces that were made older beside real old faces of the same dataset and gender;
+- the reader of skin (`train.space.skin`) must read the wanted age;
 - both see luma without what is wide: they can neither light nor tint. Wide luma and colour stay as the first network
   drew them, and folds get the colour that folds have.
 
@@ -22,8 +21,9 @@ at any light, and under noise that only the network sees.
 
 Writes `older.safetensors` and `sheet.png`: real young validation faces, then each at 50, 70 and 85.
 
-References: Isola et al., Image-to-image translation with conditional adversarial networks, CVPR 2017; Sauer et al.,
-Projected GANs converge faster, NeurIPS 2021.
+References: Isola et al., Image-to-image translation with conditional adversarial networks, CVPR 2017; Goodfellow et
+al., Generative adversarial nets, NeurIPS 2014 (the loss that does not saturate); Shrivastava et al., Learning from
+simulated and unsupervised images, CVPR 2017 (an adversary that is shown earlier pictures too).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 import cv2
@@ -39,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from faceage.checkpoint import Header, load, save
 from faceage.kernels import BLACK_OFFSET, RGB_LUMA
@@ -67,8 +68,11 @@ class Config:
     warm_images: int = 2_000
     """The rate rises to its value over these."""
     betas: tuple[float, float] = (0.5, 0.99)
-    adversary_rate: float = 2e-3
-    adversary_weight: float = 1.0
+    adversary_rate: float = 1e-3
+    adversary_decay: float = 0.02
+    adversary_weight: float = 2.0
+    adversary_kept: int = 256
+    """So many faces of earlier steps are kept; a step's faces come to it with as many of them."""
     adversary_ramp_images: int = 2_000
     """The weights of the adversary and of the reader grow to their values over these."""
     adversary_noise: float = 0.08
@@ -154,66 +158,78 @@ def drift(change: Tensor, first: Tensor, config: Config) -> Tensor:
 
 
 class Adversary(nn.Module):
-    """Features of `SkinReader` -> realness of each patch, at every level.
+    """What `SkinReader.see` shows of faces -> how real they are.
 
-    Each level is first mixed by weights that are drawn once and stay.
+    It has features of its own: the reader has learned to read through blur and noise, and is blind to much.
     """
 
-    def __init__(self, widths: tuple[int, ...], mixed: int = 40, inner: int = 56) -> None:
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 72, 96)) -> None:
         super().__init__()
-        self.mix = nn.ModuleList(nn.Conv2d(width, mixed, 1, bias=False).requires_grad_(False) for width in widths)
-        self.heads = nn.ModuleList()
-        for i, mix in enumerate(self.mix):
-            nn.init.kaiming_normal_(mix.weight, nonlinearity="linear")
-            stride = 2 if i < len(widths) - 2 else 1
-            one = spectral_norm(nn.Conv2d(mixed, inner, 3, stride, 1))
-            two = spectral_norm(nn.Conv2d(inner, inner, 3, 1, 1))
-            self.heads.append(nn.Sequential(one, nn.LeakyReLU(0.2), two, nn.LeakyReLU(0.2), nn.Conv2d(inner, 1, 1)))
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((2, *widths)):
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, 1, 1))
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Return logits [N, 1, P, P] of each level, high for patches of real faces."""
-        return [head(mix(x)) for head, mix, x in zip(self.heads, self.mix, features, strict=True)]
+    def forward(self, seen: Tensor) -> Tensor:
+        """Return logits [N], high for real faces: a single patch says too little to learn from."""
+        return self.layers(seen).mean((1, 2, 3))
 
 
-def compare(
-    made: Tensor, real: Tensor, years: Tensor, critics: tuple[SkinReader, Adversary], config: Config
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Return what critics say of faces: realness, the error of the age that is read, the adversary's own loss, figures.
+class Critics:
+    """Who judges faces that have no pair: the reader of skin, and an adversary that learns beside the network."""
 
-    Args:
-        made: log colours [N, 3, S, S] of faces that were made older; realness and the error have gradients to them.
-        real: log colours [N, 3, S, S] of real old faces.
-        years: [N], how old those that were made are to be.
-        critics: the reader, and the adversary on its features, to which its own loss has gradients.
-        config: hyper-parameters.
-    """
-    reader, adversary = critics
-    see_made, see_real = (
-        seen + config.adversary_noise * torch.rand(1, device=seen.device) * torch.randn_like(seen)
-        for seen in (reader.see(x[:, :1]) for x in (made, real))
-    )
-    with autocast(made.device):
-        of_made = reader.features(see_made)
-        with torch.no_grad():
-            of_real = reader.features(see_real)
-            read_real = reader.logits(of_real).sigmoid().sum(1)
-        adversary.heads.requires_grad_(False)
-        realness = torch.stack([logits.float().mean() for logits in adversary(of_made)]).sum()
-        adversary.heads.requires_grad_(True)
-        read = reader.logits(of_made).sigmoid().sum(1)
-        hinges = [
-            F.relu(1 - a.float()).mean() + F.relu(1 + b.float()).mean()
-            for a, b in zip(adversary(of_real), adversary([x.detach() for x in of_made]), strict=True)
-        ]
-    late = F.smooth_l1_loss(read, years, beta=10.0) / 10
-    figures = {f"hinge{i}": hinge.detach() for i, hinge in enumerate(hinges)} | {
-        "realness": realness.detach(),
-        "late": late.detach(),
-        "years": read.detach().mean(),
-        "years_wanted": years.mean(),
-        "years_real": read_real.mean(),
-    }
-    return realness, late, torch.stack(hinges).sum(), figures
+    def __init__(self, reader: SkinReader, config: Config, **layout: Any) -> None:
+        self._reader, self._config = reader.to(**layout), config
+        self.adversary = Adversary().to(**layout)
+        rate, decay = config.adversary_rate, config.adversary_decay
+        self.step = torch.optim.AdamW(self.adversary.parameters(), rate, (0.5, 0.99), weight_decay=decay)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def judge(self, made: Tensor, years: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return how unreal faces are, the error of the age that is read, and figures.
+
+        Args:
+            made: log colours [N, 3, S, S] of faces that were made older; both have gradients to them.
+            years: [N], how old they are to be.
+        """
+        seen = self._see(made[:, :1])
+        with autocast(made.device):
+            self.adversary.eval().requires_grad_(False)
+            unreal = F.softplus(-self.adversary(seen).float()).mean()
+            self.adversary.train().requires_grad_(True)
+            read = self._reader(seen)
+        late = F.smooth_l1_loss(read, years, beta=10.0) / 10
+        figures = {"unreal": unreal, "late": late, "years": read.mean(), "years_wanted": years.mean()}
+        return unreal, late, {name: value.detach() for name, value in figures.items()}
+
+    def learn(self, made: Tensor, real: Tensor, random: np.random.Generator) -> dict[str, Tensor]:
+        """Let the adversary learn to tell faces that were made from real ones, and return figures.
+
+        Args:
+            made: log colours [N, 3, S, S] of faces that were made older.
+            real: of as many real old faces.
+            random: says which of those before come with them, and whose place these take.
+        """
+        now, kept = list(zip(made[:, :1].detach(), real[:, :1], strict=True)), self._kept
+        before = random.choice(len(kept), min(len(now), len(kept)), replace=False) if kept else ()
+        shown = [torch.stack(each) for each in zip(*now, *(kept[i] for i in before), strict=True)]
+        for pair in now:
+            if len(kept) < self._config.adversary_kept:
+                kept.append(pair)
+            else:
+                kept[random.integers(len(kept))] = pair
+        with autocast(made.device):
+            of_made, of_real = self.adversary(self._see(torch.cat(shown))).float().chunk(2)
+        loss = F.softplus(of_made).mean() + F.softplus(-of_real).mean()
+        self.step.zero_grad()
+        loss.backward()
+        self.step.step()
+        return {"adversary": loss.detach(), "told": (of_real[:, None] > of_made).float().mean()}
+
+    def _see(self, luma: Tensor) -> Tensor:
+        """Return what critics see of log luma [N, 1, S, S]: [N, 2, S, S], under noise."""
+        seen = self._reader.see(luma)
+        return seen + self._config.adversary_noise * torch.rand(1, device=seen.device) * torch.randn_like(seen)
 
 
 def draw(
@@ -282,27 +298,30 @@ def _draw_one(
 
 @click.command(cls=Script, context_settings={"show_default": True})
 @click.option("--pairs", "folder", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--skin", type=click.Path(exists=True, path_type=Path), required=True, help="From train.space.skin.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=120.0, help="Budget of all sessions.")
 @click.option("--images", type=click.IntRange(1), help="Budget in images instead.")
 @click.option("--start", type=click.Path(exists=True, path_type=Path), help="A run folder, whose network goes on.")
-def main(folder: Path, skin: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
+@click.option("--skin", type=click.Path(exists=True, path_type=Path), help="From train.space.skin; with --start.")
+def main(folder: Path, out: Path, minutes: float, images: int | None, start: Path | None, skin: Path | None) -> None:
     """Train the network that makes faces older."""
+    if (start is None) != (skin is None):
+        raise click.UsageError("--start and --skin go together: faces that have no pair need both")
     cv2.setNumThreads(1)
     config, dims = Config(), OlderDims(size_px=CROP_PX)
     torch.manual_seed(config.seed)
-    parents = {"pairs": folder / "manifest.json", "skin": skin}
-    reader = load_skin_reader(skin)
-    net, first, adversary = OlderNet(dims), OlderNet(dims), Adversary(reader.dims.widths)
-    if start is not None:
-        parents["start"] = start / "older.safetensors"
+    where = device()
+    layout = {"memory_format": torch.channels_last, "device": where}
+    parents = {"pairs": folder / "manifest.json"}
+    net, first, critics = OlderNet(dims), OlderNet(dims), None
+    if start is not None and skin is not None:
+        parents |= {"skin": skin, "start": start / "older.safetensors"}
         net.load_state_dict(load(parents["start"], "space-older")[1])
         first.load_state_dict(net.state_dict())
+        critics = Critics(load_skin_reader(skin), config, **layout)
     first.eval().requires_grad_(False)
     run = Run(out, config, minutes, images, dims=dims, parents=parents)
-    pairs, where = Pairs.load(folder), device()
-    layout = {"memory_format": torch.channels_last, "device": where}
+    pairs = Pairs.load(folder)
     train, val = np.flatnonzero(~pairs.validation), np.flatnonzero(pairs.validation)[:96]
     likely = 1 / (1 + ((pairs.ages[train] - config.likely_years) / config.likely_spread_years) ** 2)
     likely = likely / likely.sum()
@@ -315,12 +334,12 @@ def main(folder: Path, skin: Path, out: Path, minutes: float, images: int | None
     margin = (STORED_PX - CROP_PX) // 2
     shown = to_tensor(np.ascontiguousarray(pairs.young[-SHOWN:, margin:-margin, margin:-margin])).to(**layout)
 
-    net, first, adversary, reader = (each.to(**layout) for each in (net, first, adversary, reader))
-    critics = reader, adversary
+    net, first = net.to(**layout), first.to(**layout)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.Adam(net.parameters(), config.rate, config.betas)
-    adversary_step = torch.optim.Adam(adversary.heads.parameters(), config.adversary_rate, (0.0, 0.99))
-    parts = {"net": net, "ema": ema.net, "step": step, "adversary": adversary, "adversary_step": adversary_step}
+    parts = {"net": net, "ema": ema.net, "step": step}
+    if critics is not None:
+        parts |= {"adversary": critics.adversary, "adversary_step": critics.step}
     run.load_state(parts)
     random = np.random.default_rng((config.seed, run.images_seen))
 
@@ -333,7 +352,7 @@ def main(folder: Path, skin: Path, out: Path, minutes: float, images: int | None
         rows = random.choice(train, config.batch, p=likely)
         seen, made_young, real, source, target = (each.to(where) for each in draw(pairs, rows, random, config))
         before, after = log_colours(made_young), log_colours(real)
-        if start is not None:
+        if critics is not None:
             rows = random.choice(len(pairs.young) - SHOWN, config.young_batch)
             like = np.array(
                 [random.choice(by_group[group][0], p=by_group[group][1]) for group in pairs.young_groups[rows]]
@@ -348,26 +367,25 @@ def main(folder: Path, skin: Path, out: Path, minutes: float, images: int | None
         wanted = (after - before[: config.batch]).clamp(-0.7, 0.7)
         loss, alike = level_errors(change[: config.batch], wanted, config)
         terms = {"error": loss.detach()} | {f"alike{i}": torch.tensor(value) for i, value in enumerate(alike)}
-        if start is not None:
+        if critics is not None:
             made = (before + change)[config.batch :]
-            realness, late, hinge, readings = compare(made, log_colours(old), target[config.batch :], critics, config)
+            unreal, late, figures = critics.judge(made, target[config.batch :])
             with torch.no_grad(), autocast(where):
                 was = first(seen[config.batch :], source[config.batch :], target[config.batch :]).float()
             moved = drift(change[config.batch :], was, config)
             share = min(1.0, run.images_seen / config.adversary_ramp_images)
-            loss = loss + moved + share * (config.years_weight * late - config.adversary_weight * realness)
-            adversary_step.zero_grad()
-            hinge.backward()
-            adversary_step.step()
-            terms |= readings | {"drift": moved.detach()}
-            terms |= {
-                "drawn": change[: config.batch, 0].detach().std(),
-                "drawn_young": change[config.batch :, 0].detach().std(),
+            loss = loss + moved + share * (config.years_weight * late + config.adversary_weight * unreal)
+            terms |= figures | {
+                "drift": moved.detach(),
+                "drawn_fine": pyramid(change[config.batch :, :1].detach())[0].std(),
+                "first_fine": pyramid(was[:, :1])[0].std(),
             }
         step.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         step.step()
+        if critics is not None:
+            terms |= critics.learn(made, log_colours(old), random)  # after the gradients that went through it
         run.images_seen += config.batch
         ema.update(net, config.batch, run.images_seen)
         for name, term in terms.items():

@@ -1,12 +1,10 @@
-"""The reader of skin: how old is what is fine in a face. Its features are those of an adversary.
+"""The reader of skin: how old is what is fine in a face. An adversary sees what it sees, with features of its own.
 
     python -m train.space.skin --faces runs/space/faces --out runs/space/skin --minutes 15
 
 It sees luma without what is wide, at any contrast and sharpness, so it can say nothing of light, colour or shape. It
 is in a loss (`train.space.older`), therefore it learns from no UTKFace picture that `train.readers.judge` learned from;
 All-Age-Faces the judge has never seen. Writes `skin.safetensors`; not part of the product.
-
-References: Sauer et al.: Projected GANs converge faster, NeurIPS 2021 (discriminators on features that are given).
 """
 
 from __future__ import annotations
@@ -108,22 +106,17 @@ class SkinReader(nn.Module):
         seen = torch.cat([4 * fine(luma, self.dims.wide_sigma) * mask, mask.expand_as(luma)], 1)
         return seen.contiguous(memory_format=torch.channels_last)
 
-    def features(self, seen: Tensor) -> list[Tensor]:
-        """Return the levels' features, [N, C, S/2, S/2] and coarser."""
-        levels, x = [], seen
+    def logits(self, seen: Tensor) -> Tensor:
+        """Return logits [N, 100] of p(older than 0, 1, ... 99)."""
+        x = seen
         for level in self.levels:
             x = level(x)
-            levels.append(x)
-        return levels
-
-    def logits(self, features: list[Tensor]) -> Tensor:
-        """Return logits [N, 100] of p(older than 0, 1, ... 99)."""
         # Where a line lies says more than that there is one: areas of the face are kept apart.
-        return self.older(self.dropout(F.adaptive_avg_pool2d(features[-1], 5).flatten(1))).float()
+        return self.older(self.dropout(F.adaptive_avg_pool2d(x, 5).flatten(1))).float()
 
     def forward(self, seen: Tensor) -> Tensor:
         """Return ages [N], years."""
-        return self.logits(self.features(seen)).sigmoid().sum(1)
+        return self.logits(seen).sigmoid().sum(1)
 
 
 def load_skin_reader(path: Path) -> SkinReader:
@@ -205,7 +198,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
         want = torch.from_numpy(heads.ages[rows]).to(where)
         label = torch.sigmoid((want[:, None] - years) / config.label_blur_years)
         with autocast(where):
-            logits = net.logits(net.features(net.see(log_luma(crops[rows], random).to(where))))
+            logits = net.logits(net.see(log_luma(crops[rows], random).to(where)))
         loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").sum(1).mean()
         step.zero_grad()
         loss.backward()
