@@ -69,7 +69,7 @@ DRAWN_YEARS = (60.0, 88.0)
 that, a face gets a part of it."""
 DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 11.0, 25.0
 """It draws ages this far beyond the wanted one, less for small steps: what it is sure of is milder than most faces."""
-DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.1, 1.0, (0.5, 0.22)
+DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.05, 1.0, (0.5, 0.22)
 """What its changes of luma and of chroma are multiplied by, and the limits of luma's, as log ratios."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""

@@ -382,7 +382,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
             }
         step.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(net.parameters(), 10.0)
         step.step()
         if critics is not None:
             terms |= critics.learn(made, log_colours(old), random)  # after the gradients that went through it
