@@ -146,7 +146,7 @@ class CanonicalModel:
     chroma: Samples
     """[R, H', H', 2], changes of log R/G and of log B/G."""
     wrinkles: Samples
-    """[M, 256, 256], creases of old faces: log ratios of luma."""
+    """[M, H'', H''], creases of old faces: log ratios of luma."""
     wrinkle_covariates: FloatArray
     """[M, C]."""
 
@@ -208,6 +208,7 @@ class CanonicalModel:
         nearest = np.argsort(distance, kind="stable")[: len(CREASE_SHARES)]
         shares = np.array(CREASE_SHARES[: len(nearest)], np.float32)
         creases = maps.weighted_sum(shares, [self.wrinkles[int(row)] for row in nearest])
+        creases = maps.resize(creases, CANONICAL_PX, CANONICAL_PX, is_cubic=True)
         span = ALL_WRINKLES_YEARS - FIRST_WRINKLES_YEARS
         amount = np.clip((target - source) / WRINKLED_BY_YEARS, 0, 1.15) * np.clip(
             (target - FIRST_WRINKLES_YEARS) / span, 0, 1.1
@@ -262,14 +263,12 @@ def read_canonical(checkpoint: Path) -> CanonicalModel:
     (side,) = (int(v) for v in arrays["wrinkle_px"])
     stored = np.zeros((len(small), side, side), np.float32)
     stored[:, top : top + small.shape[1], left : left + small.shape[2]] = small
-    whole = (CANONICAL_PX, CANONICAL_PX)
-    wrinkles = np.stack([cv2.resize(each, whole, interpolation=cv2.INTER_CUBIC) for each in stored])
     return CanonicalModel(
         basis=CovariateBasis(**group("basis.")),
         areas=Areas(**areas),
         mixing=parts["mixing"],
         luma=parts["luma"],
         chroma=parts["chroma"],
-        wrinkles=wrinkles,
+        wrinkles=stored,
         wrinkle_covariates=parts["wrinkle_covariates"],
     )
