@@ -157,8 +157,6 @@ class Architecture:
     "identity" or "age"."""
     always: tuple[str, ...] = ()
     """Names of programs that most changes need and `make` does not ask for: they are loaded with the others."""
-    prepare: Callable[[], None] = lambda: None
-    """Computes what is the same for all faces before the first one comes: another thread does, after the engines."""
     options: tuple[str, ...] = ()
     """Keyword arguments of `load_networks` that are for this architecture, and go to `make` when they are given."""
     check: Callable[[dict[str, Path]], None] = lambda paths: None

@@ -131,7 +131,7 @@ def find_hair(pixels: Samples, logit: Samples) -> HairKey:
     seen = xp.sqrt(maps.blur(xp.square(luma - base), BASE_SIGMA * size))
     middle = pixels[:, int(0.42 * size) : int(0.52 * size), int(0.42 * size) : int(0.58 * size)]
     skin = maps.single((maps.median(maps.by_pixels(middle)) + 1) / 2)
-    strands = STRANDS * maps.constant(strands_of_hair, size, like=luma)[inner] * _ramp(1 - seen / STRANDS_SEEN)
+    strands = STRANDS * maps.constant(_strands, size, like=luma)[inner] * _ramp(1 - seen / STRANDS_SEEN)
     skin_luma = maps.number(maps.luma_of(skin))
     return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands, part, size, _grey_chroma(skin))
 
@@ -351,7 +351,7 @@ def _away(size_px: int) -> FloatArray:
 
 
 @cache
-def strands_of_hair(size_px: int) -> FloatArray:
+def _strands(size_px: int) -> FloatArray:
     """Return strands as hair falls: over the top of the head and down beside the face; float32 [S, S], deviation 1."""
     pixels = ((np.arange(size_px) + 0.5) / size_px).astype(np.float32)
     beside = np.broadcast_to(pixels[None, :] - 0.5, (size_px, size_px))

@@ -28,16 +28,7 @@ import numpy as np
 from faceage.agers.base import Ages, Architecture, EngineOf, ModelFiles, read_view
 from faceage.agers.canonical import CANONICAL_PX, CanonicalModel, colour_share, limit, read_canonical
 from faceage.agers.facegan import FaceGAN, unet_program
-from faceage.agers.hair import (
-    BROW_GREY,
-    HairKey,
-    add_hair,
-    draw_hair,
-    find_brows,
-    find_hair,
-    grey_amount,
-    strands_of_hair,
-)
+from faceage.agers.hair import BROW_GREY, HairKey, add_hair, draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.programs import EXAMPLES, graph_of, load_network
 from faceage.checkpoint import read_header
 from faceage.engines.base import BATCH, Engine, Program, TensorSpec
@@ -566,11 +557,6 @@ def _make(files: ModelFiles, engine: EngineOf, *, hair: bool = True) -> SpaceAge
     )
 
 
-def _prepare() -> None:
-    for size_px in HEAD_SIZES_PX:
-        strands_of_hair(size_px)
-
-
 ARCHITECTURE = Architecture(
     name="space",
     roles={
@@ -583,6 +569,5 @@ ARCHITECTURE = Architecture(
     programs=_programs,
     make=_make,
     always=("older",),
-    prepare=_prepare,
     options=("hair",),
 )

@@ -370,7 +370,6 @@ def load_networks(
             opening=opening,
             fingerprinting=fingerprinting,
         )
-        pool.submit(architecture.prepare)
         if not (in_background and runtime.device == "cpu"):
             networks.wait_until_open()
             networks.fingerprinting.result()
