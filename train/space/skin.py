@@ -1,4 +1,4 @@
-"""The reader of skin: how old is what is fine in a face. An adversary sees what it sees, with features of its own.
+"""The reader of skin: how old is what is fine in a face. The adversary of `train.space.older` gets the same input.
 
     python -m train.space.skin --faces runs/space/faces --out runs/space/skin --minutes 15
 
