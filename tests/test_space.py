@@ -174,6 +174,27 @@ def test_dark_hair_turns_grey_and_keeps_its_strands():
     np.testing.assert_allclose(after[90:150], before[90:150], atol=2e-3)  # skin
 
 
+def test_the_light_on_locks_of_dark_hair_is_not_evened_out():
+    pixels, logits = head(0.15)
+    pixels[:, : 160 // 3] += 0.06 * np.sin(np.arange(160) * 2 * np.pi / 20).astype(np.float32)
+    key = find_hair(pixels, logits)
+    before, after = (
+        cv2.GaussianBlur(np.tensordot(RGB_LUMA, each, 1), (0, 0), 2)[30:44, 50:110].mean(0).std()
+        for each in (pixels, change_crop(pixels, draw_hair(1.0, key, key, 0.0)))
+    )
+    assert after > 2.5 * before
+
+
+def test_red_cloth_behind_hair_stays_red():
+    pixels, logits = head(0.15)
+    pixels[:, : 160 // 3, 96:] = 2 * np.array([0.5, 0.1, 0.15], np.float32)[:, None, None] - 1
+    mask = find_hair(pixels, logits).mask
+    assert mask[30:48, 60:90].min() > 0.6
+    assert not mask[30:48, 100:120].any()
+    pixels[:, : 160 // 3, 96:] = 2 * np.array([0.5, 0.24, 0.13], np.float32)[:, None, None] - 1  # red hair
+    assert find_hair(pixels, logits).mask[30:48, 100:120].min() > 0.6
+
+
 def test_grey_hair_has_the_colour_of_the_light():
     """Skin in bluish light: neutral grey would look yellow beside it."""
     size, seen = 160, []

@@ -1,14 +1,14 @@
 """Grey hair: hair loses colour and gains luma where it is darker than grey hair would be; its strands stay.
 
-With m the mask, a = grey m, Y the luma, base its mean over some strands, and L what grey hair has in the light that is
-on the face:
+With m the mask, a = grey m, Y the luma, base its mean over some locks, and L what grey hair has in the light that is on
+the face:
 
     Y' = Y + a LIFT max(L - base, 0) + a d (Y - base),        chroma' = (1 - a FADE) chroma + a FADE C
 
-with C the chroma that grey hair has in this light, and d = DETAIL max(1 - base / L, 0): dark hair shows its strands
-least. It is linear in Y, so the picture's own strands are scaled at its own resolution. Working in the signal, not in
-its logarithm, leaves the noise of dark hair alone. Where black hair shows no strands, some are drawn: they are added to
-LIFT. Brows turn grey in the same way.
+with C the chroma that grey hair has in this light, and d = DETAIL max(1 - base / L, 0)^2: dark hair shows its strands,
+and the light on its locks, least. It is linear in Y, so the picture's own strands are scaled at its own resolution.
+Working in the signal, not in its logarithm, leaves the noise of dark hair alone. Where black hair shows no strands,
+some are drawn: they are added to LIFT. Brows turn grey in the same way.
 
 Reference: Panhard, Lozano, Loussouarn, Br. J. Dermatol. 2012 (how grey people are by age).
 """
@@ -26,7 +26,7 @@ from faceage.types import Change, FloatArray, Rect, Samples, enclosing
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
-LIFT, DETAIL, FADE = 0.85, 1.8, 0.85
+LIFT, DETAIL, FADE = 0.78, 3.4, 0.85
 GREY_COLOUR = np.array([[-0.03, 0.24, -0.28], [0.01, 0.0, 0.63]], np.float32)
 """Linear map from (1, log R/G, log B/G of the skin) to log R/G and log B/G of grey hair, which has the colour of the
 light: least squares over 281 grey heads of All-Age-Faces, 62 years and older."""
@@ -42,18 +42,22 @@ BROW_DARKER = (0.1, 0.3)
 """By what share brows are darker than the skin."""
 BROW_CHROMA = 0.4
 """How much of the chroma around them brows have."""
-STRANDS, STRANDS_SEEN = 0.42, 0.045
+STRANDS, STRANDS_SEEN = 0.55, 0.06
 """Deviation of the strands that are drawn on black hair without any, beside `LIFT`; and the deviation of luma among the
 picture's own from which on none are drawn."""
-STRAND_SIGMAS, STRAND_SHARES = (0.9, 2.5, 7.0), (1.0, 1.0, 0.8)
+STRAND_SIGMAS, STRAND_SHARES = (0.9, 2.5, 7.0), (1.5, 1.2, 0.4)
 """Widths of strands and of locks in pixels, and how much each counts."""
-BASE_SIGMA, NOISE_SIGMA, NOISE_RANGE = 0.0125, 3, 0.03
-"""Widths of the base's blur, in sides of the crop, and of the filter that takes out noise before it."""
+BASE_SIGMA, STRANDS_SIGMA = 0.035, 0.0125
+"""Widths of the base's blur, and of a narrower one that shows what is no strand, in sides of the crop."""
+NOISE_SIGMA, NOISE_RANGE = 3, 0.03
+"""Widths of the filter that takes out noise before them, in pixels and in luma."""
 GUIDE_RADIUS, GUIDE_EPSILON = 0.02, 1e-3
 UNSURE, SURE = 0.4, 0.8
 """Probability of hair up to which nothing turns grey, and from which it does in full."""
 BRIGHTER = (0.12, 0.3)
 """How much brighter than the strands around it a pixel may be, and from where on it is no hair."""
+RED = (0.75, 0.95)
+"""What `_redness` returns up to which hair may be red, and from which on it is cloth."""
 MARGIN = 0.003
 """Width of the margin to a bright background, in sides of the crop."""
 FACE_CENTRE, REACH, OWN_REACH = 0.45, (0.36, 0.43), 0.2
@@ -121,14 +125,16 @@ def find_hair(pixels: Samples, logit: Samples) -> HairKey:
     luma = maps.luma_of(rgb)
     mask = ((_guided(probability[inner], luma, size) - UNSURE) / (SURE - UNSURE)).clip(0, 1)
     mask = mask * mask * (3 - 2 * mask) * _own_head(mask, inner, size)
+    mask = mask * _ramp((RED[1] - _redness(rgb)) / (RED[1] - RED[0]))
     calm = maps.bilateral(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
-    base = _within(calm, mask, BASE_SIGMA * size)
+    detail = luma - _within(calm, mask, STRANDS_SIGMA * size)
     # What is far brighter than the strands around it is the background behind them. A margin is left to it: the head
     # moves between key frames, and a bright background that is taken for hair would shine.
-    dark = _ramp((BRIGHTER[1] - (luma - base)) / (BRIGHTER[1] - BRIGHTER[0]))
+    dark = _ramp((BRIGHTER[1] - detail) / (BRIGHTER[1] - BRIGHTER[0]))
     margin = 2 * round(MARGIN * size) + 1
     mask = mask * maps.mean_around(maps.erode(dark, margin), margin)
-    seen = xp.sqrt(maps.blur(xp.square(luma - base), BASE_SIGMA * size))
+    base = maps.resize(_within(maps.halve(calm), maps.halve(mask), BASE_SIGMA * size / 2), *mask.shape)
+    seen = xp.sqrt(maps.blur(xp.square(detail), STRANDS_SIGMA * size))
     middle = pixels[:, int(0.42 * size) : int(0.52 * size), int(0.42 * size) : int(0.58 * size)]
     skin = maps.single((maps.median(maps.by_pixels(middle)) + 1) / 2)
     strands = STRANDS * maps.constant(_strands, size, like=luma)[inner] * _ramp(1 - seen / STRANDS_SEEN)
@@ -164,6 +170,15 @@ def _halved(part: Rect) -> tuple[slice, slice]:
     """Return the rows and the columns of a part in maps of half the side."""
     left, top, right, bottom = part
     return slice(top // 2, bottom // 2), slice(left // 2, right // 2)
+
+
+def _redness(rgb: Samples) -> Samples:
+    """Return log R/G of RGB [H, W, 3], and log B/G with it where that is above 0, as it is of no red hair: [H, W].
+
+    Both are small for dark noise.
+    """
+    red, green, blue = maps.channels(maps.namespace(rgb).log(rgb.clip(min=0) + BLACK_OFFSET))
+    return red - green + (blue - green).clip(min=0)
 
 
 def _grey_chroma(skin: Samples) -> Samples:
@@ -217,7 +232,7 @@ def _key(
     darker = (target - base).clip(min=0)
     hair_luma = maps.number((base * mask).sum() / maps.limit(mask.sum(), 1e-6))
     contrast = maps.limit(skin_luma - hair_luma, MIN_CONTRAST)
-    gain = darker * (DETAIL / maps.limit(target, 1e-3))
+    gain = DETAIL * maps.namespace(base).square(darker / maps.limit(target, 1e-3))
     chroma = FADE * (grey * (base + LIFT * darker)[..., None] - chroma)
 
     def place(values: Samples, inner: tuple[slice, slice], side: int) -> Samples:
