@@ -36,16 +36,16 @@ def folder(tmp_path_factory):
     crops = np.lib.format.open_memmap(out / "crops.npy", "w+", np.uint8, shape)
     crops[:] = random.integers(90, 200, (7, 1, STORED_PX, STORED_PX, 3))
     crops[:, 0, ::12] //= 2
-    young = np.lib.format.open_memmap(out / "young.npy", "w+", np.uint8, (SHOWN + 4, STORED_PX, STORED_PX, 3))
+    young = np.lib.format.open_memmap(out / "alone.npy", "w+", np.uint8, (SHOWN + 4, STORED_PX, STORED_PX, 3))
     young[:] = 128
     np.savez(
         out / "pairs.npz",
         rows=np.array([0, 1, 2, 3, 5, 6]),
         ages=np.linspace(60, 80, 6, dtype=np.float32),
         validation=np.arange(6) < 2,
-        young_ages=np.full(SHOWN + 4, 25, np.float32),
+        alone_ages=np.full(SHOWN + 4, 25, np.float32),
         groups=np.arange(6) % 2,
-        young_groups=np.arange(SHOWN + 4) % 2,
+        alone_groups=np.arange(SHOWN + 4) % 2,
     )
     (out / "manifest.json").write_text(json.dumps({"names": list("abcdefg")}))
     return out
@@ -110,7 +110,7 @@ def test_faces_are_drawn_alike_and_only_the_network_sees_noise(folder):
     torch.testing.assert_close(real[1].permute(1, 2, 0), torch.from_numpy(stored / np.float32(255)), atol=1e-3, rtol=0)
     assert (target > 59).all()
     assert ((source > 20) & (source < 30)).all()
-    inputs, faces = draw_alone(list(loaded.young[:4]), random, Config())
+    inputs, faces = draw_alone(list(loaded.alone[:4]), random, Config())
     assert inputs.shape == faces.shape == (4, 3, CROP_PX, CROP_PX)
     assert float(((inputs + 1) / 2 - faces).abs().max()) > 0.01
 

@@ -9,7 +9,7 @@ So its targets are no drawings: what it learns is where and how this skin, in th
 grey stubble.
 
 A face that was made young knows something of what it was. One that is young does not, and a network that has learned
-from pairs alone draws much less on it. So the second run shows it real young faces as well, which have no pair:
+from pairs alone draws much less on it. So the second run shows it real faces of 18 to 57 years as well, which have no pair:
 
 - an adversary sees faces that were made older beside real old faces of the same dataset and gender;
 - the reader of skin (`train.space.skin`) must read the wanted age;
@@ -19,7 +19,7 @@ from pairs alone draws much less on it. So the second run shows it real young fa
 Against the traces of making young, the versions of several models are mixed, with a part of the way back already gone,
 at any light, and under noise that only the network sees.
 
-Writes `older.safetensors` and `sheet.png`: real young validation faces, then each at 50, 70 and 85.
+Writes `older.safetensors` and `sheet.png`: real validation faces of 18 to 57 years, then each at 50, 70 and 85.
 
 References: Isola et al., Image-to-image translation with conditional adversarial networks, CVPR 2017; Goodfellow et
 al., Generative adversarial nets, NeurIPS 2014 (the loss that does not saturate); Shrivastava et al., Learning from
@@ -48,7 +48,7 @@ from faceage.networks.space import OlderDims, OlderNet
 from train.data import to_tensor
 from train.run import EMA, Run, Script, autocast, device, git_commit, sheet
 from train.space.pairs import CROP_PX, SHOWN, STORED_PX, YOUNG_YEARS, Pairs
-from train.space.skin import SkinReader, inside, load_skin_reader
+from train.space.skin import SkinReader, blur, inside, load_skin_reader
 
 DATASET = {"name": "UTKFace, All-Age-Faces (a part)", "licence": "non-commercial research only"}
 SHEET_AGES = (50, 70, 85)
@@ -62,8 +62,8 @@ class Config:
 
     batch: int = 8
     """Pairs a step."""
-    young_batch: int = 8
-    """Real young faces a step, once there is an adversary."""
+    alone_batch: int = 8
+    """Faces without a pair a step, once there is an adversary."""
     rate: float = 6e-4
     warm_images: int = 2_000
     """The rate rises to its value over these."""
@@ -160,19 +160,25 @@ def drift(change: Tensor, first: Tensor, config: Config) -> Tensor:
 class Adversary(nn.Module):
     """What `SkinReader.see` shows of faces -> how real they are.
 
-    It has features of its own: the reader has learned to read through blur and noise, and is blind to much.
+    It has features of its own: the reader has learned to read through blur and noise, and is blind to much. It also
+    sees the same luma divided by its local deviation, in which weak texture counts as much as strong folds.
     """
+
+    local_sigma = 9.0
+    """Pixels."""
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 72, 96)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in pairwise((2, *widths)):
+        for inputs, outputs in pairwise((3, *widths)):
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, 1, 1))
 
     def forward(self, seen: Tensor) -> Tensor:
         """Return logits [N], high for real faces: a single patch says too little to learn from."""
-        return self.layers(seen).mean((1, 2, 3))
+        luma = seen[:, :1].float()
+        even = luma / ((blur(luma.square(), self.local_sigma) + 1e-4).sqrt() + 0.04)
+        return self.layers(torch.cat([seen, even * seen[:, 1:]], 1)).mean((1, 2, 3))
 
 
 class Critics:
@@ -253,8 +259,8 @@ def draw(
 def draw_alone(faces: list[np.ndarray], random: np.random.Generator, config: Config) -> tuple[Tensor, Tensor]:
     """Return faces that have no pair as `draw` does: (inputs [N, 3, S, S] in [-1, 1], faces [N, 3, S, S] in [0, 1])."""
     drawn = [_draw_one(face[None].repeat(2, 0), YOUNG_YEARS, random, config, plain=False) for face in faces]
-    seen, young = (torch.from_numpy(np.stack([each[i] for each in drawn])).permute(0, 3, 1, 2) for i in range(2))
-    return 2 * seen - 1, young
+    seen, clean = (torch.from_numpy(np.stack([each[i] for each in drawn])).permute(0, 3, 1, 2) for i in range(2))
+    return 2 * seen - 1, clean
 
 
 def _draw_one(
@@ -328,11 +334,12 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
     # Real faces that the adversary sees are like those that were made: of the same dataset and gender.
     by_group = {
         group: (train[here], likely[here] / likely[here].sum())
-        for group in np.unique(pairs.young_groups)
+        for group in np.unique(pairs.alone_groups)
         if (here := pairs.groups[train] == group).any()
     }
     margin = (STORED_PX - CROP_PX) // 2
-    shown = to_tensor(np.ascontiguousarray(pairs.young[-SHOWN:, margin:-margin, margin:-margin])).to(**layout)
+    shown = to_tensor(np.ascontiguousarray(pairs.alone[-SHOWN:, margin:-margin, margin:-margin])).to(**layout)
+    shown_ages = torch.from_numpy(pairs.alone_ages[-SHOWN:]).to(where)
 
     net, first = net.to(**layout), first.to(**layout)
     ema = EMA(net, config.ema_half_life_images)
@@ -353,14 +360,14 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
         seen, made_young, real, source, target = (each.to(where) for each in draw(pairs, rows, random, config))
         before, after = log_colours(made_young), log_colours(real)
         if critics is not None:
-            rows = random.choice(len(pairs.young) - SHOWN, config.young_batch)
+            rows = random.choice(len(pairs.alone) - SHOWN, config.alone_batch)
             like = np.array(
-                [random.choice(by_group[group][0], p=by_group[group][1]) for group in pairs.young_groups[rows]]
+                [random.choice(by_group[group][0], p=by_group[group][1]) for group in pairs.alone_groups[rows]]
             )
-            more, young = (each.to(where) for each in draw_alone(list(pairs.young[rows]), random, config))
+            more, alone = (each.to(where) for each in draw_alone(list(pairs.alone[rows]), random, config))
             old = draw_alone([pairs.crops[pairs.rows[row], 0] for row in like], random, config)[1].to(where)
-            seen, before = torch.cat([seen, more]), torch.cat([before, log_colours(young)])
-            source = torch.cat([source, torch.from_numpy(pairs.young_ages[rows]).to(where)])
+            seen, before = torch.cat([seen, more]), torch.cat([before, log_colours(alone)])
+            source = torch.cat([source, torch.from_numpy(pairs.alone_ages[rows]).to(where)])
             target = torch.cat([target, torch.from_numpy(pairs.ages[like].astype(np.float32)).to(where)])
         with autocast(where):
             change = net(seen.contiguous(memory_format=torch.channels_last), source, target).float()
@@ -397,7 +404,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
             metrics = validate(ema.net, pairs, val, config)
             run.record(**{name: float(np.mean(values)) for name, values in totals.items()}, **metrics)
             totals.clear()
-            draw_sheet(ema.net, shown, out / "sheet.png")
+            draw_sheet(ema.net, shown, shown_ages, out / "sheet.png")
             header = Header(
                 arch="space-older",
                 dims=dataclasses.asdict(dims),
@@ -430,12 +437,11 @@ def validate(net: OlderNet, pairs: Pairs, rows: np.ndarray, config: Config) -> d
 
 
 @torch.inference_mode()
-def draw_sheet(net: OlderNet, faces: Tensor, path: Path) -> None:
-    """Write real young faces [N, 3, S, S] in [-1, 1], and each at `SHEET_AGES`."""
-    source = torch.full((len(faces),), YOUNG_YEARS, device=faces.device)
+def draw_sheet(net: OlderNet, faces: Tensor, ages: Tensor, path: Path) -> None:
+    """Write faces [N, 3, S, S] in [-1, 1] of ages [N], and each at `SHEET_AGES`."""
     rows = [faces]
     for age in SHEET_AGES:
-        change = net(faces, source, torch.full_like(source, age)) * inside().to(faces.device)
+        change = net(faces, ages, torch.full_like(ages, age)) * inside().to(faces.device)
         rows.append(2 * change_colours((faces + 1) / 2, change) - 1)
     sheet(rows, path)
 

@@ -7,8 +7,8 @@ the way back (`train.space.older`) sees real old skin as its target, and on this
 bundled models make each face young, by themselves and one after the other: a network that saw the traces of one alone
 would look for them.
 
-Writes `crops.npy`, `found.npy`, `pairs.npz` and, for what has no pairs, real young faces: `young.npy`. Started again,
-it goes on. `sheet.png` shows some: the real face, then the young ones.
+Writes `crops.npy`, `found.npy`, `pairs.npz` and real younger faces, which have no pair: `alone.npy`. Started again, it
+goes on. `sheet.png` shows some: the real face, then the young ones.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ YOUNG_YEARS = 25.0
 CROP_PX, STORED_PX = 160, 208
 """Side of the crop that a network sees, and of what is stored: wider, for it is turned and moved while training."""
 VERSIONS = ("real", "space", "facegan", "facegan of space")
-YOUNG, YOUNG_FACES, SHOWN = (18, 35), 3_000, 24
-"""First and last age of the real young faces, how many there are for training, and how many for validation."""
+ALONE, ALONE_FACES, SHOWN = (18, 57), 4_500, 24
+"""First and last age of real faces that have no pair, how many there are for training, and how many to be shown."""
 _BATCH = 64
 
 
@@ -56,14 +56,14 @@ class Pairs:
     """float32 [N], of the real ones."""
     validation: np.ndarray
     """bool [N], never trained on."""
-    young: np.ndarray
-    """uint8 [3000 + 24, 208, 208, 3], a memory map: real young faces; the last 24 are for validation."""
-    young_ages: np.ndarray
-    """float32 [3000 + 24]."""
+    alone: np.ndarray
+    """uint8 [4500 + 24, 208, 208, 3], a memory map: real faces that have no pair; the last 24 are for validation."""
+    alone_ages: np.ndarray
+    """float32 [4500 + 24]."""
     groups: np.ndarray
     """int64 [N]: dataset and gender, so that whoever compares faces compares the like."""
-    young_groups: np.ndarray
-    """int64 [3000 + 24]."""
+    alone_groups: np.ndarray
+    """int64 [4500 + 24]."""
 
     @classmethod
     def load(cls, folder: Path) -> Pairs:
@@ -76,8 +76,8 @@ class Pairs:
             raise CheckpointError(f"{folder} has no pairs.npz; run train.space.pairs to its end, and name its --out")
         with np.load(folder / "pairs.npz", allow_pickle=False) as data:
             values = {name: data[name] for name in data.files}
-        crops, young = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("crops", "young"))
-        return cls(crops=crops, young=young, **values)
+        crops, alone = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("crops", "alone"))
+        return cls(crops=crops, alone=alone, **values)
 
 
 def crop(picture: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
@@ -105,12 +105,12 @@ def _groups(heads: Heads) -> np.ndarray:
     return 2 * heads.dataset + heads.genders
 
 
-def _choose_young(heads: Heads) -> np.ndarray:
-    """Return the rows of real young faces, those for validation last."""
-    is_young = (heads.ages >= YOUNG[0]) & (heads.ages <= YOUNG[1])
+def _choose_alone(heads: Heads) -> np.ndarray:
+    """Return the rows of real faces that have no pair, those for validation last."""
+    is_younger = (heads.ages >= ALONE[0]) & (heads.ages <= ALONE[1])
     rows = []
-    for wanted, count in ((~heads.validation, YOUNG_FACES), (heads.validation, SHOWN)):
-        there = np.flatnonzero(is_young & wanted)
+    for wanted, count in ((~heads.validation, ALONE_FACES), (heads.validation, SHOWN)):
+        there = np.flatnonzero(is_younger & wanted)
         rows.append(there[np.linspace(0, len(there) - 1, min(count, len(there))).astype(int)])
     return np.concatenate(rows)
 
@@ -124,7 +124,7 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, limit: int | None)
     """Make old faces young."""
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
     heads = Heads.load(folder)
-    young = heads.rows(_choose_young(heads))
+    alone = heads.rows(_choose_alone(heads))
     heads = heads.rows(np.flatnonzero((heads.ages >= FIRST_YEARS) & (heads.ages <= LAST_YEARS))[:limit])
     models = (load_networks(model="space", hair=False), load_networks(model="facegan"))
     made_by = {role: models[0].fingerprints[role] for role in ("generator", "coordinates", "younger")}
@@ -151,19 +151,19 @@ def main(folder: Path, archives: tuple[Path, ...], out: Path, limit: int | None)
         chosen = [rows[name] for name, _ in some]
         crops[chosen], found[chosen] = make_young(models, [picture for _, picture in some], heads.landmarks[chosen])
         log.info("%d done", (found >= 0).sum())
-    faces = np.lib.format.open_memmap(out / "young.npy", "w+", np.uint8, (len(young), STORED_PX, STORED_PX, 3))
-    rows = {name: i for i, name in enumerate(young.names)}
+    faces = np.lib.format.open_memmap(out / "alone.npy", "w+", np.uint8, (len(alone), STORED_PX, STORED_PX, 3))
+    rows = {name: i for i, name in enumerate(alone.names)}
     for name, picture in pictures_of(list(archives), set(rows)):
-        faces[rows[name]] = crop(picture, young.landmarks[rows[name]])
+        faces[rows[name]] = crop(picture, alone.landmarks[rows[name]])
     good = np.flatnonzero(found == 1)
     np.savez(
         out / "pairs.npz",
         rows=good,
         ages=heads.ages[good],
         validation=heads.validation[good],
-        young_ages=young.ages,
+        alone_ages=alone.ages,
         groups=_groups(heads)[good],
-        young_groups=_groups(young),
+        alone_groups=_groups(alone),
     )
     some = crops[good[np.linspace(0, len(good) - 1, min(20, len(good))).astype(int)]]
     sheet([to_tensor(np.ascontiguousarray(some[:, i])) for i in range(len(VERSIONS))], out / "sheet.png")

@@ -72,13 +72,13 @@ def inside() -> Tensor:
     return torch.from_numpy(np.clip((1.06 - radius) / 0.2, 0, 1).astype(np.float32))[None, None]
 
 
-def fine(luma: Tensor, sigma: float) -> Tensor:
-    """Return log luma [N, 1, S, S] without what a blur leaves."""
+def blur(planes: Tensor, sigma: float) -> Tensor:
+    """Return planes [N, 1, S, S] after a Gaussian blur."""
     radius = int(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=luma.device) / sigma) ** 2)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=planes.device) / sigma) ** 2)
     kernel = (kernel / kernel.sum())[None, None]
-    padded = F.pad(luma, (radius,) * 4, mode="reflect")
-    return luma - F.conv2d(F.conv2d(padded, kernel[:, :, None]), kernel[:, :, :, None])
+    padded = F.pad(planes, (radius,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, kernel[:, :, None]), kernel[:, :, :, None])
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -103,7 +103,7 @@ class SkinReader(nn.Module):
     def see(self, luma: Tensor) -> Tensor:
         """Return what it sees of log luma [N, 1, S, S]: [N, 2, S, S]."""
         mask = inside().to(luma.device)
-        seen = torch.cat([4 * fine(luma, self.dims.wide_sigma) * mask, mask.expand_as(luma)], 1)
+        seen = torch.cat([4 * (luma - blur(luma, self.dims.wide_sigma)) * mask, mask.expand_as(luma)], 1)
         return seen.contiguous(memory_format=torch.channels_last)
 
     def logits(self, seen: Tensor) -> Tensor:
