@@ -191,7 +191,7 @@ def test_red_cloth_behind_hair_stays_red():
     mask = find_hair(pixels, logits).mask
     assert mask[30:48, 60:90].min() > 0.6
     assert not mask[30:48, 100:120].any()
-    pixels[:, : 160 // 3, 96:] = 2 * np.array([0.5, 0.24, 0.13], np.float32)[:, None, None] - 1  # red hair
+    pixels[:, : 160 // 3, 96:] = 2 * np.array([0.8, 0.3, 0.1], np.float32)[:, None, None] - 1  # red hair
     assert find_hair(pixels, logits).mask[30:48, 100:120].min() > 0.6
 
 

@@ -56,8 +56,8 @@ UNSURE, SURE = 0.4, 0.8
 """Probability of hair up to which nothing turns grey, and from which it does in full."""
 BRIGHTER = (0.12, 0.3)
 """How much brighter than the strands around it a pixel may be, and from where on it is no hair."""
-RED = (0.75, 0.95)
-"""What `_redness` returns up to which hair may be red, and from which on it is cloth."""
+MAGENTA = (0.6, 0.85)
+"""What `_magenta` returns up to which it may be hair, and from which on it is cloth."""
 MARGIN = 0.003
 """Width of the margin to a bright background, in sides of the crop."""
 FACE_CENTRE, REACH, OWN_REACH = 0.45, (0.36, 0.43), 0.2
@@ -125,7 +125,7 @@ def find_hair(pixels: Samples, logit: Samples) -> HairKey:
     luma = maps.luma_of(rgb)
     mask = ((_guided(probability[inner], luma, size) - UNSURE) / (SURE - UNSURE)).clip(0, 1)
     mask = mask * mask * (3 - 2 * mask) * _own_head(mask, inner, size)
-    mask = mask * _ramp((RED[1] - _redness(rgb)) / (RED[1] - RED[0]))
+    mask = mask * _ramp((MAGENTA[1] - _magenta(rgb)) / (MAGENTA[1] - MAGENTA[0]))
     calm = maps.bilateral(luma, NOISE_SIGMA, NOISE_RANGE, NOISE_SIGMA)
     detail = luma - _within(calm, mask, STRANDS_SIGMA * size)
     # What is far brighter than the strands around it is the background behind them. A margin is left to it: the head
@@ -172,13 +172,10 @@ def _halved(part: Rect) -> tuple[slice, slice]:
     return slice(top // 2, bottom // 2), slice(left // 2, right // 2)
 
 
-def _redness(rgb: Samples) -> Samples:
-    """Return log R/G of RGB [H, W, 3], and log B/G with it where that is above 0, as it is of no red hair: [H, W].
-
-    Both are small for dark noise.
-    """
+def _magenta(rgb: Samples) -> Samples:
+    """Return log R/G + log B/G of RGB [H, W, 3], small for dark noise: [H, W]. Red hair is orange: it has little blue."""
     red, green, blue = maps.channels(maps.namespace(rgb).log(rgb.clip(min=0) + BLACK_OFFSET))
-    return red - green + (blue - green).clip(min=0)
+    return red + blue - 2 * green
 
 
 def _grey_chroma(skin: Samples) -> Samples:

@@ -62,6 +62,7 @@ DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 11.0, 25.0
 """It draws ages this far beyond the wanted one, less for small steps: what it is sure of is milder than most faces."""
 DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.05, 1.0, (0.5, 0.22)
 """What its changes of luma and of chroma are multiplied by, and the limits of luma's, as log ratios."""
+EVEN_PX, EVEN_SIGMA, EVEN_SHARE = 32, 0.5, 0.35
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -216,7 +217,7 @@ class SpaceAger:
                     smooth=smooth,
                     close=float(near),
                     younger=bright,
-                    older=None if folded is None else maps.times(folded, self._inside(coordinates, len(folded))),
+                    older=None if folded is None else self._on_face(folded, coordinates),
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
                     brows=find_brows(rgb, self._brows(coordinates, faces.size_px))
@@ -275,6 +276,23 @@ class SpaceAger:
             landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[list(chosen)]),
             frame_to_crop=np.zeros((len(chosen), 2, 3), np.float32),
         )
+
+    def _on_face(self, drawn: Samples, coordinates: Samples) -> Samples:
+        """Return a drawn change [P, P, 4] less what of it is wide and on one side alone, and 0 outside the face.
+
+        Folds and bags are on both sides, or nearly; a patch on one cheek is dirt.
+        """
+        size = len(drawn)
+        wide = maps.blur(maps.shrink(drawn, EVEN_PX), EVEN_SIGMA)
+        where = maps.shrink(coordinates, EVEN_PX)
+        xp = maps.namespace(where)
+        mirrored = xp.stack([CANONICAL_PX - 1 - where[..., 0], where[..., 1]], -1)
+        slope = (where[:, -1, 0] - where[:, 0, 0]).mean() / (EVEN_PX - 1)
+        at = maps.constant(_flipped_grid, EVEN_PX, like=where)
+        for _ in range(3):
+            at = (at + (mirrored - maps.remap(where, at)) / slope).clip(0, EVEN_PX - 1)
+        even = EVEN_SHARE * (maps.remap(wide, at) - wide)
+        return maps.times(drawn + maps.resize(even, size, size), self._inside(coordinates, size))
 
     def _inside(self, coordinates: Samples, size_px: int) -> Samples:
         """Return the canonical mask in a face's crop: float32 [S, S]."""
@@ -388,6 +406,13 @@ class SpaceAger:
         rgb = maps.resize(colours, *tone.shape[:2]) + BLACK_OFFSET
         change = rgb * (maps.exp(maps.transform(tone, _tone_to_log_rgb)) - 1)
         return maps.transform(change, _twice_without_luma)
+
+
+@cache
+def _flipped_grid(size_px: int) -> FloatArray:
+    """Return the positions of a map's pixels when it is flipped from left to right: float32 [S, S, 2], x and y."""
+    y, x = np.mgrid[:size_px, :size_px][:, :, ::-1].astype(np.float32)
+    return np.stack([x, y], -1)
 
 
 @cache
