@@ -16,6 +16,7 @@ from faceage.agers.space import (
     DRAWN_GAIN,
     DRAWN_REACH_OVER_YEARS,
     DRAWN_REACH_YEARS,
+    EVEN_SHARE,
     FACE_SIZES_PX,
     HEAD_SIZES_PX,
     YOUNGER_PX,
@@ -498,6 +499,34 @@ def test_older_faces_get_what_their_network_draws_inside_the_face(canonical, app
     assert delta @ RGB_LUMA == pytest.approx(0, abs=1e-4)
     grey = 2 * 0.65 * (size + 1) / size / 2 + BLACK_OFFSET  # luma of the ramp
     assert delta[0] - delta[1] == pytest.approx(2 * grey * DRAWN_CHROMA * log_red, rel=0.15)
+
+
+def half_patched(sigma):
+    """A change of one cheek, 0.1 in its middle; and of a fold on both sides."""
+    y, x = np.mgrid[:OLDER_PX, :OLDER_PX].astype(np.float32)
+    change = np.zeros((3, OLDER_PX, OLDER_PX), np.float32)
+    change[0] = -0.1 * np.exp(-0.5 * ((x - 52) ** 2 + (y - 90) ** 2) / sigma**2)
+    return change
+
+
+@pytest.mark.parametrize(("turn", "other"), [(0, 108), (0.06, 88)])
+def test_what_is_wide_is_evened_out_between_the_halves_of_a_face(canonical, appearance, straight, turn, other):
+    """Lines are not: they are somewhere else on the other half. The second face lies further left in its crop."""
+    turned = straight + np.float32([turn, 0])[:, None, None]
+    plain = replace(canonical, wrinkles=0 * canonical.wrinkles)
+    gains = {
+        sigma: drawn(
+            canned(turned, plain, older=watched(half_patched(sigma), [])), appearance, ramps(128, 1), [30], [75]
+        )[0].gain
+        for sigma in (9, 1)
+    }
+    row = int(90.5 * 128 / OLDER_PX)
+    ratio = {
+        sigma: gain[row, int((other + 0.5) * 128 / OLDER_PX)] / gain[row, int(52.5 * 128 / OLDER_PX)]
+        for sigma, gain in gains.items()
+    }
+    assert ratio[9] == pytest.approx(EVEN_SHARE / (1 - EVEN_SHARE), rel=0.25)
+    assert abs(ratio[1]) < 0.1
 
 
 def test_keys_mix_linearly_in_time(space):

@@ -173,7 +173,7 @@ def _halved(part: Rect) -> tuple[slice, slice]:
 
 
 def _magenta(rgb: Samples) -> Samples:
-    """Return log R/G + log B/G of RGB [H, W, 3], small for dark noise: [H, W]. Red hair is orange: it has little blue."""
+    """Return log R/G + log B/G of RGB [H, W, 3], hardly that of dark noise: [H, W]. Red hair has little blue."""
     red, green, blue = maps.channels(maps.namespace(rgb).log(rgb.clip(min=0) + BLACK_OFFSET))
     return red + blue - 2 * green
 

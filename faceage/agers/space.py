@@ -63,6 +63,8 @@ DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 11.0, 25.0
 DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.05, 1.0, (0.5, 0.22)
 """What its changes of luma and of chroma are multiplied by, and the limits of luma's, as log ratios."""
 EVEN_PX, EVEN_SIGMA, EVEN_SHARE = 32, 0.5, 0.35
+"""Side of the maps of what is wide in its changes, the blur's width in their pixels, and the share of the difference
+between both halves of the face that each half comes nearer to the other: at 0.5 they are alike."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -244,7 +246,7 @@ class SpaceAger:
         return drawn
 
     def _draw_older(self, looks: Sequence[Look], faces: Crops) -> list[Samples | None]:
-        """Return `FaceKey.older` of each face, not yet 0 outside the face."""
+        """Return the change of each face in its crop: float32 [P, P, 3], as the first channels of `Look.tone`."""
         chosen = [i for i, look in enumerate(looks) if look.ages.target > look.ages.source]
         drawn: list[Samples | None] = [None] * len(looks)
         if not chosen:
@@ -261,7 +263,7 @@ class SpaceAger:
             luma, *chroma = (maps.warp(plane, back, side) for plane in change)
             luma = limit(DRAWN_GAIN * amount * luma, *DRAWN_LIMITS)
             red, blue = (DRAWN_CHROMA * looks[i].colour * amount * plane for plane in chroma)
-            drawn[i] = maps.stacked([luma, red, blue, maps.zeros(side, side, like=luma)])
+            drawn[i] = maps.stacked([luma, red, blue])
         return drawn
 
     def _see(self, faces: Crops, chosen: Sequence[int], view: View, size_px: int) -> Crops:
@@ -278,21 +280,15 @@ class SpaceAger:
         )
 
     def _on_face(self, drawn: Samples, coordinates: Samples) -> Samples:
-        """Return a drawn change [P, P, 4] less what of it is wide and on one side alone, and 0 outside the face.
+        """Return `FaceKey.older` of a change [P, P, 3]: 0 outside the face, and evened out where it is wide.
 
-        Folds and bags are on both sides, or nearly; a patch on one cheek is dirt.
+        Folds and bags are on both halves of a face, or nearly; a patch on one cheek looks like dirt.
         """
         size = len(drawn)
-        wide = maps.blur(maps.shrink(drawn, EVEN_PX), EVEN_SIGMA)
-        where = maps.shrink(coordinates, EVEN_PX)
-        xp = maps.namespace(where)
-        mirrored = xp.stack([CANONICAL_PX - 1 - where[..., 0], where[..., 1]], -1)
-        slope = (where[:, -1, 0] - where[:, 0, 0]).mean() / (EVEN_PX - 1)
-        at = maps.constant(_flipped_grid, EVEN_PX, like=where)
-        for _ in range(3):
-            at = (at + (mirrored - maps.remap(where, at)) / slope).clip(0, EVEN_PX - 1)
-        even = EVEN_SHARE * (maps.remap(wide, at) - wide)
-        return maps.times(drawn + maps.resize(even, size, size), self._inside(coordinates, size))
+        wide, where = maps.blur(maps.shrink(drawn, EVEN_PX), EVEN_SIGMA), maps.shrink(coordinates, EVEN_PX)
+        even = EVEN_SHARE * (maps.remap(wide, _opposite(where)) - wide)
+        drawn = maps.times(drawn + maps.resize(even, size, size), self._inside(coordinates, size))
+        return maps.stacked([*maps.channels(drawn), maps.zeros(size, size, like=drawn)])
 
     def _inside(self, coordinates: Samples, size_px: int) -> Samples:
         """Return the canonical mask in a face's crop: float32 [S, S]."""
@@ -406,6 +402,18 @@ class SpaceAger:
         rgb = maps.resize(colours, *tone.shape[:2]) + BLACK_OFFSET
         change = rgb * (maps.exp(maps.transform(tone, _tone_to_log_rgb)) - 1)
         return maps.transform(change, _twice_without_luma)
+
+
+def _opposite(coordinates: Samples) -> Samples:
+    """Return for each place of a map of coordinates [M, M, 2] where in it the other half of the face has the same."""
+    size, (x, y) = len(coordinates), maps.channels(coordinates)
+    wanted = maps.stacked([CANONICAL_PX - 1 - x, y])
+    slope = (x[:, -1] - x[:, 0]).mean() / (size - 1)
+    at = maps.constant(_flipped_grid, size, like=coordinates)
+    for _ in range(3):  # steps of Newton's method, with one slope for all; more change nothing
+        there = maps.stacked([maps.remap(each, at) for each in (x, y)])
+        at = (at + (wanted - there) / slope).clip(0, size - 1)
+    return at
 
 
 @cache

@@ -124,7 +124,7 @@ def test_no_years_change_nothing():
 
 
 def test_a_run_goes_on_where_it_was_and_refuses_other_pairs(folder, skin, tmp_path, monkeypatch):
-    monkeypatch.setattr(older, "Config", lambda: Config(batch=2, young_batch=2, tick_images=4))
+    monkeypatch.setattr(older, "Config", lambda: Config(batch=2, alone_batch=2, tick_images=4))
     monkeypatch.setattr(older, "SHEET_AGES", (70,))
 
     def train(out, count, *more):
@@ -186,7 +186,7 @@ def test_pairs_that_are_not_finished_are_not_taken(tmp_path):
 
 def test_the_sheet_shows_three_ages(tmp_path):
     net = OlderNet(OlderDims(size_px=CROP_PX)).eval()
-    draw_sheet(net, torch.zeros(2, 3, CROP_PX, CROP_PX), tmp_path / "sheet.png")
+    draw_sheet(net, torch.zeros(2, 3, CROP_PX, CROP_PX), torch.tensor([25.0, 50.0]), tmp_path / "sheet.png")
     import cv2
 
     assert cv2.imread(str(tmp_path / "sheet.png")).shape == (4 * CROP_PX, 2 * CROP_PX, 3)

@@ -2,8 +2,9 @@
 
     python -m train.space.hair --heads runs/space/hair_teacher --out runs/space/hair --minutes 60
 
-Distilled from the teacher's masks (`train.space.hair_teacher`) of East Asian heads, whose hair is mostly black: hair is
-recoloured to brown, blond, red, grey and white while training. Writes `hair.safetensors`.
+Distilled from the teacher's masks (`train.space.hair_teacher`) of East Asian heads, whose hair is mostly black and
+whose skin is mostly light: while training, hair is recoloured to brown, blond, red, grey and white, and skin darkened.
+Writes `hair.safetensors`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Config:
     shift: float = 0.08
     recoloured: float = 0.6
     """Share of heads whose hair is recoloured."""
+    darkened: float = 0.35
+    """Share of heads whose skin is darkened."""
     ema_half_life_images: int = 6_000
     tick_images: int = 8_000
     seed: int = 12
@@ -66,6 +69,13 @@ def recolour(head: np.ndarray, mask: np.ndarray, random: np.random.Generator) ->
     made = colour * (1 + (luma - mean) / (mean + 25) * random.uniform(0.5, 1.2))
     a = (mask * random.uniform(0.6, 1.0))[..., None]
     return np.clip(x + a * (made - x), 0, 255).astype(np.uint8)
+
+
+def darken(head: np.ndarray, mask: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return a head uint8 [S, S, 3] with dark skin; mask float32 [S, S]. What is behind the head gets darker too."""
+    red = random.uniform(0.3, 0.85)
+    tint = red * np.array([1.0, random.uniform(0.8, 1.0), random.uniform(0.65, 1.0)], np.float32)
+    return np.clip(head * (1 + (1 - mask)[..., None] * (tint - 1)), 0, 255).astype(np.uint8)
 
 
 def draw(
@@ -87,6 +97,8 @@ def draw(
             head, mask = np.ascontiguousarray(head[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
         if random.random() < config.recoloured:
             head = recolour(head, mask, random)
+        if random.random() < config.darkened:
+            head = darken(head, mask, random)
         heads.append(spoil(head, random))
         wanted.append(cv2.resize(mask, (size_px // 2, size_px // 2), interpolation=cv2.INTER_AREA))
     return np.stack(heads), np.stack(wanted)
@@ -150,7 +162,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
         if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
             fixed = np.random.default_rng(0)
-            plain = dataclasses.replace(config, recoloured=0.0)
+            plain = dataclasses.replace(config, recoloured=0.0, darkened=0.0)
             with torch.inference_mode():
                 parts_of = [
                     measure(ema.net, *draw(crops, masks, val[i : i + 64], fixed, plain, dims.size_px))

@@ -9,7 +9,7 @@ So its targets are no drawings: what it learns is where and how this skin, in th
 grey stubble.
 
 A face that was made young knows something of what it was. One that is young does not, and a network that has learned
-from pairs alone draws much less on it. So the second run shows it real faces of 18 to 57 years as well, which have no pair:
+from pairs alone draws much less on it. So the second run shows it real faces of 18 to 57 years, which have no pair:
 
 - an adversary sees faces that were made older beside real old faces of the same dataset and gender;
 - the reader of skin (`train.space.skin`) must read the wanted age;
