@@ -26,7 +26,7 @@ from faceage.types import Change, FloatArray, Rect, Samples, enclosing
 
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
-LIFT, DETAIL, FADE = 0.78, 3.4, 0.85
+LIFT, DETAIL, FADE = 0.82, 2.8, 0.85
 GREY_COLOUR = np.array([[-0.03, 0.24, -0.28], [0.01, 0.0, 0.63]], np.float32)
 """Linear map from (1, log R/G, log B/G of the skin) to log R/G and log B/G of grey hair, which has the colour of the
 light: least squares over 281 grey heads of All-Age-Faces, 62 years and older."""
@@ -42,7 +42,7 @@ BROW_DARKER = (0.1, 0.3)
 """By what share brows are darker than the skin."""
 BROW_CHROMA = 0.4
 """How much of the chroma around them brows have."""
-STRANDS, STRANDS_SEEN = 0.55, 0.06
+STRANDS, STRANDS_SEEN = 0.5, 0.06
 """Deviation of the strands that are drawn on black hair without any, beside `LIFT`; and the deviation of luma among the
 picture's own from which on none are drawn."""
 STRAND_SIGMAS, STRAND_SHARES = (0.9, 2.5, 7.0), (1.5, 1.2, 0.4)

@@ -62,6 +62,8 @@ DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 11.0, 25.0
 """It draws ages this far beyond the wanted one, less for small steps: what it is sure of is milder than most faces."""
 DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.05, 1.0, (0.5, 0.22)
 """What its changes of luma and of chroma are multiplied by, and the limits of luma's, as log ratios."""
+SEEN_SIGMA = 0.8
+"""Width in its pixels of the blur under which it sees faces that are larger than its crop."""
 EVEN_PX, EVEN_SIGMA, EVEN_SHARE = 32, 0.5, 0.35
 """Side of the maps of what is wide in its changes, the blur's width in their pixels, and the share of the difference
 between both halves of the face that each half comes nearer to the other: at 0.5 they are alike."""
@@ -252,7 +254,9 @@ class SpaceAger:
         if not chosen:
             return drawn
         (side,) = self._older_view.sizes_px
-        pixels = self._see(faces, chosen, self._older_view, side).pixels
+        # What it learned from are small pictures: on a sharper one it draws less, and more of it is spots.
+        sigma = SEEN_SIGMA if faces.size_px > side else 0.0
+        pixels = self._see(faces, chosen, self._older_view, side, sigma).pixels
         now, wanted = Ages.columns([looks[i].ages for i in chosen])
         reach = DRAWN_REACH_YEARS * np.minimum((wanted - now) / DRAWN_REACH_OVER_YEARS, 1)
         at = np.maximum(np.clip(wanted + reach, *DRAWN_YEARS), wanted).astype(np.float32)
@@ -266,13 +270,11 @@ class SpaceAger:
             drawn[i] = maps.stacked([luma, red, blue])
         return drawn
 
-    def _see(self, faces: Crops, chosen: Sequence[int], view: View, size_px: int) -> Crops:
-        """Return some of the faces as another view has them."""
+    def _see(self, faces: Crops, chosen: Sequence[int], view: View, size_px: int, sigma: float = 0.0) -> Crops:
+        """Return some of the faces as another view has them, blurred by a Gaussian of so many pixels if not 0."""
         matrix = _between(self.views[0], view, faces.size_px, size_px)
-        pixels = [
-            maps.by_planes(maps.warp(maps.pixels_of(faces.pixels[i]), matrix, size_px, is_replicated=True))
-            for i in chosen
-        ]
+        seen = [maps.warp(maps.pixels_of(faces.pixels[i]), matrix, size_px, is_replicated=True) for i in chosen]
+        pixels = [maps.by_planes(maps.blur(face, sigma) if sigma else face) for face in seen]
         return Crops(
             pixels=maps.namespace(pixels[0]).stack(pixels),
             landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[list(chosen)]),

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faceage.checkpoint import Header, save
+from faceage.checkpoint import Header, load, save
 from faceage.networks.space import MapDims, MapNet
 from train.data import to_tensor
 from train.run import EMA, Run, Script, device, git_commit
@@ -45,7 +45,7 @@ class Config:
     """Hyper-parameters."""
 
     batch: int = 32
-    rate: float = 2e-3
+    rate: float = 1e-3
     weight_decay: float = 0.01
     turn_degrees: float = 12.0
     zoom: float = 0.2
@@ -119,12 +119,13 @@ def losses(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=60.0, help="Budget of all sessions.")
 @click.option("--images", type=click.IntRange(1), help="Budget in images instead.")
-def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
+@click.option("--start", type=click.Path(exists=True, path_type=Path), help="A hair.safetensors, whose network goes on.")
+def main(folder: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
     """Train the hair network."""
     cv2.setNumThreads(1)
     config, dims = Config(), MapDims(size_px=160, outputs=1, template="head", widths=(16, 24, 48, 72, 96))
     torch.manual_seed(config.seed)
-    run = Run(out, config, minutes, images, dims=dims)
+    run = Run(out, config, minutes, images, dims=dims, parents={"start": start} if start else {})
     with np.load(folder / "heads.npz", allow_pickle=False) as data:
         crops, masks, validation = data["crops"], data["masks"], data["validation"]
     read = masks.any((1, 2))
@@ -135,6 +136,8 @@ def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
     with torch.no_grad():
         net.bias_map.fill_(-1.0)
         net.head.weight.mul_(0.1)
+    if start:
+        net.load_state_dict(load(start, "space-hair")[1])
     net = net.to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
@@ -180,6 +183,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
                 stage="hair",
                 images_seen=run.images_seen,
                 dataset=DATASET,
+                parents=run.parents,
                 train_config=run.config,
                 metrics=metrics,
                 git_commit=git_commit(),
