@@ -506,21 +506,19 @@ def _steady(drawings: Sequence[Drawing]) -> Samples:
     first, *others = drawings
     if not others:
         return first.change
-    side = len(first.change)
-    total, count = first.change, maps.zeros(side, side, like=first.change) + 1
-    for other in others:
-        change, share = other.moved_to(first)
-        total, count = total + maps.times(change, share), count + share
-    steady, levels = maps.times(total, 1 / count), []
-    wanted = first.change
+    moved = [other.moved_to(first) for other in others]
+    count = 1 + sum(share for _, share in moved)
+    steady = first.change
+    for change, share in moved:
+        steady = steady + maps.times(change - first.change, share / count)
+    wanted, levels = maps.channel(first.change, 0), []
     for _ in range(2):
-        coarse = maps.halve(steady), maps.halve(wanted)
-        detail, own = (
-            fine - maps.resize(each, *fine.shape[:2]) for fine, each in zip((steady, wanted), coarse, strict=True)
-        )
-        gain = maps.namespace(own).sqrt((own**2).mean() / ((detail**2).mean() + 1e-12))
-        levels.append(maps.limit(maps.number(gain), 1.0, STEADY_GAIN) * detail)
-        steady, wanted = coarse
+        coarse, own = maps.halve(steady), maps.halve(wanted)
+        detail = steady - maps.resize(coarse, *steady.shape[:2])
+        powers = [(each**2).mean() for each in (wanted - maps.resize(own, *wanted.shape), maps.channel(detail, 0))]
+        gain = maps.number((powers[0] / (powers[1] + 1e-12)) ** 0.5)
+        levels.append(maps.limit(gain, 1.0, STEADY_GAIN) * detail)
+        steady, wanted = coarse, own
     for detail in reversed(levels):
         steady = maps.resize(steady, *detail.shape[:2]) + detail
     return steady
