@@ -20,7 +20,7 @@ from faceage.media.video import EncodeOptions, VideoReader, VideoWriter, transco
 from faceage.pipeline.people import join_tracks
 from faceage.pipeline.plan import choose_boundaries, fingerprint, load_plan, save_plan
 from faceage.pipeline.render import AgedTrack, Renderer, decide
-from faceage.pipeline.request import AgeCurve, AgeRequest
+from faceage.pipeline.request import AgeCurve, AgeRequest, load_networks
 from faceage.pipeline.scan import scan
 from faceage.pipeline.timer import StageTimer
 from faceage.pipeline.video import age_video, read_planned
@@ -223,6 +223,12 @@ def test_tracks_are_joined_over_shots_but_never_of_two_at_the_same_time():
 # Plans and rendering
 
 
+@pytest.fixture(scope="module")
+def space(tiny_model):
+    """The bundled space model."""
+    return load_networks(model="space")
+
+
 def test_a_plan_comes_back_as_it_was(networks, long_clip, long_plan, tmp_path):
     assert long_plan.frame_count == 228
     assert long_plan.segment_count == 2
@@ -261,8 +267,11 @@ def test_a_video_without_faces_has_a_plan_too(networks, tmp_path):
     assert plan.pts.tolist() == [round(t * 1000) for t in frame_times(clip)]
 
 
-@pytest.mark.parametrize("wish", [REQUEST, CURVE], ids=["age", "curve"])
-@pytest.mark.parametrize("which", ["networks", "facegan"])
+@pytest.mark.parametrize(
+    ("which", "wish"),
+    [("networks", REQUEST), ("networks", CURVE), ("facegan", REQUEST), ("facegan", CURVE), ("space", CURVE)],
+    ids=["age-cgan-age", "age-cgan-curve", "facegan-age", "facegan-curve", "space-curve"],
+)
 def test_a_stretch_is_rendered_alike_however_the_video_is_cut(which, wish, request, long_clip, long_plan):
     networks = request.getfixturevalue(which)
     plan = replace(long_plan, boundaries=np.array([0, 84, 156, 228]))

@@ -1,6 +1,7 @@
 """The space model: what is mixed for a person, where it is drawn, and what it leaves alone."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from faceage.agers.space import (
     EVEN_SHARE,
     FACE_SIZES_PX,
     HEAD_SIZES_PX,
+    STEADY_KEYS,
     YOUNGER_PX,
     YOUNGER_SHARE,
     SpaceAger,
@@ -527,6 +529,60 @@ def test_what_is_wide_is_evened_out_between_the_halves_of_a_face(canonical, appe
     }
     assert ratio[9] == pytest.approx(EVEN_SHARE / (1 - EVEN_SHARE), rel=0.25)
     assert abs(ratio[1]) < 0.1
+
+
+def spots(seed, softness):
+    """A change of luma [3, S, S] with blots about so many pixels wide, of a deviation of 0.05."""
+    noise = np.random.default_rng(seed).normal(size=(OLDER_PX, OLDER_PX)).astype(np.float32)
+    luma = cv2.GaussianBlur(noise, (0, 0), softness)
+    return np.stack([luma * (0.05 / luma.std()), 0 * luma, 0 * luma])
+
+
+def seen_in_turn(canonical, appearance, coordinates, changes, crops):
+    """The keys of a face of 30 that becomes 75, with these coordinates, drawings and crops at key frames in turn."""
+    keys = [None]
+    for where, change, crop in zip(coordinates, changes, crops, strict=True):
+        ager = canned(where, canonical, older=watched(change, []))
+        looks = ager.look([appearance], np.float32([30]), np.float32([75]))
+        keys += ager.observe(looks, [crop], keys[-1:])
+    return keys[1:]
+
+
+@pytest.mark.parametrize("softness", [1, 8])
+def test_what_is_drawn_by_chance_at_one_key_frame_is_steadied_by_those_before(
+    canonical, appearance, straight, softness
+):
+    changes = [spots(0, softness) + 0.6 * spots(seed, softness) for seed in range(1, 8)]
+    args = canonical, appearance, [straight] * 7, changes, [ramps(128, 1)] * 7
+    steady = [key.older[..., 0] for key in seen_in_turn(*args)]
+    alone = [key.drawings[0].change[..., 0] for key in seen_in_turn(*args)]
+    np.testing.assert_array_equal(steady[0], alone[0])  # so it is in a photo
+    inner = slice(40, 120), slice(40, 120)
+    steps = [np.std([(b - a)[inner] for a, b in pairwise(each[STEADY_KEYS:])]) for each in (steady, alone)]
+    assert steps[0] < 0.6 * steps[1]
+    if softness == 1:  # fine lines are as strong as they were drawn
+        strengths = [np.std([drawing[inner] for drawing in each]) for each in (steady, alone)]
+        assert strengths[0] == pytest.approx(strengths[1], rel=0.05)
+
+
+def test_steadied_drawings_stay_on_the_skin_and_are_of_the_same_picture(canonical, appearance, straight):
+    still, off = spots(0, 2), 4
+    moved = np.roll(still, off, 2)
+    there = straight - np.float32([off / OLDER_PX * 1.2, 0])[:, None, None]
+    inner = slice(50, 110), slice(50, 110)
+
+    def second(where, crop):
+        args = [straight, where], [still, moved], [ramps(128, 1), crop]
+        return seen_in_turn(canonical, appearance, *args)[1]
+
+    bright = Crops(**{**vars(ramps(128, 1)), "pixels": ramps(128, 1).pixels.clip(0.9)})
+    errors = []
+    for key in (second(there, ramps(128, 1)), second(straight, ramps(128, 1)), second(straight, bright)):
+        own = key.drawings[0].change[..., 0]
+        errors.append(np.abs(key.older[..., 0] - own)[inner].mean() / np.abs(own[inner]).mean())
+    assert errors[0] < 0.1  # it has moved with the face
+    assert errors[1] > 0.4
+    assert errors[2] < 0.6 * errors[1]  # most of the face looks otherwise
 
 
 def test_keys_mix_linearly_in_time(space):

@@ -67,6 +67,17 @@ SEEN_SIGMA = 0.8
 EVEN_PX, EVEN_SIGMA, EVEN_SHARE = 32, 0.5, 0.35
 """Side of the maps of what is wide in its changes, the blur's width in their pixels, and the share of the difference
 between both halves of the face that each half comes nearer to the other: at 0.5 they are alike."""
+STEADY_KEYS = 2
+"""Key frames before one whose drawings are averaged with its own: a part of each is chance, and would come and go as
+patches of shade. From key frame to key frame what is drawn on a talking head differs by 0.8, 0.65, 0.47, 0.32 and 0.2
+of what it is, from the finest band to the widest; means of three differ by half of that."""
+STEADY_ALIKE = 0.1
+"""Difference of luma between two pictures of a place on the face at which its drawing in the other counts 1/e as much:
+a mouth that has opened and light that has changed have no part in it."""
+STEADY_GAIN = 1.4
+"""The most that fine detail of such a mean is multiplied by, to be as strong as it was drawn."""
+CANONICAL_CROPS = 1 / 1.2
+"""Sides of the crop that the side of the canonical picture spans; as `train.space.canonical.ENLARGE`."""
 SMOOTH_SIGMA, SMOOTH_RANGE = 0.022, 0.14
 """Fine detail of skin is what this bilateral filter takes away: its width in sides of the crop, and in luma."""
 CLOSE_PX = (260, 400)
@@ -94,6 +105,29 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What the network drew on a face at one key frame, and what tells where that belongs at another."""
+
+    change: Samples
+    """float32 [P, P, 3], the first channels of `Look.tone`."""
+    coordinates: Samples
+    """As `FaceKey.coordinates`."""
+    luma: Samples
+    """float32 [32, 32], of the face itself, in [0, 1]."""
+
+    def moved_to(self, face: Drawing) -> tuple[Samples, Samples]:
+        """Return the change where another key frame has the face [P, P, 3], and how much it counts there [P, P].
+
+        The crops are aligned by five landmarks. What is left is to first order the difference of the coordinates.
+        """
+        offset = (face.coordinates - self.coordinates) * (CANONICAL_CROPS / CANONICAL_PX)
+        change, luma = (_read_off(each, offset) for each in (self.change, self.luma))
+        unlike = maps.mean_around(abs(luma - face.luma), 3) / STEADY_ALIKE
+        side = len(change)
+        return change, maps.resize(maps.exp(-(unlike**2)), side, side)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FaceKey:
     """What was seen of one face at a key frame."""
 
@@ -113,6 +147,8 @@ class FaceKey:
     """float32 [128, 128], added to luma in [0, 1]; None where it is not to get younger."""
     older: Samples | None
     """float32 [P, P, 4], added to `Look.tone`; None where it is not to get older."""
+    drawings: tuple[Drawing, ...]
+    """Those that `older` is the mean of, the newest first. They stay where they were drawn."""
     blur: maps.Number
     """Width of the blur that creases get, in sides of the crop."""
     uncovered: Samples | None
@@ -125,7 +161,7 @@ class SpaceAger:
     """The space model (`base.Ager`) over its two networks and its canonical parameters."""
 
     needs_appearance = True
-    warm_up_keys = 0
+    warm_up_keys = STEADY_KEYS
 
     def __init__(
         self,
@@ -204,24 +240,31 @@ class SpaceAger:
             hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
         keys = []
         younger, older = self._draw_younger(looks, faces), self._draw_older(looks, faces)
-        for look, pixels, face, where, found, near, bright, folded in zip(
-            looks, faces.pixels, small, fractions, hair, _close(faces), younger, older, strict=True
+        for look, pixels, face, where, found, near, bright, folded, last in zip(
+            looks, faces.pixels, small, fractions, hair, _close(faces), younger, older, previous, strict=True
         ):
             coordinates = maps.by_pixels(where) * CANONICAL_PX - 0.5
             rgb = (maps.by_pixels(pixels) + 1) / 2
             luma = maps.luma_of(rgb)
+            colours = maps.shrink(rgb, COLOUR_PX)
             smooth = _smooth(luma) if look.ages.target < look.ages.source else None
+            drawings: tuple[Drawing, ...] = ()
+            if folded is not None:
+                change = self._on_face(folded, coordinates)
+                drawing = Drawing(change=change, coordinates=coordinates, luma=maps.luma_of(colours))
+                drawings = (drawing, *(last.drawings[:STEADY_KEYS] if last is not None else ()))
             keys.append(
                 FaceKey(
                     size_px=faces.size_px,
                     part=self._part(coordinates, faces.size_px, is_whole=bright is not None),
                     coordinates=coordinates,
-                    colours=maps.shrink(rgb, COLOUR_PX),
+                    colours=colours,
                     blur=BLUR_SIGMA * maps.limit((SHARP - _fineness(face)) / (SHARP - BLURRED), 0, 1),
                     smooth=smooth,
                     close=float(near),
                     younger=bright,
-                    older=None if folded is None else self._on_face(folded, coordinates),
+                    older=_with_no_detail(_steady(drawings)) if drawings else None,
+                    drawings=drawings,
                     uncovered=None if found is None else self._uncovered(found),
                     hair=found,
                     brows=find_brows(rgb, self._brows(coordinates, faces.size_px))
@@ -282,15 +325,14 @@ class SpaceAger:
         )
 
     def _on_face(self, drawn: Samples, coordinates: Samples) -> Samples:
-        """Return `FaceKey.older` of a change [P, P, 3]: 0 outside the face, and evened out where it is wide.
+        """Return a drawn change [P, P, 3] that is 0 outside the face, and evened out where it is wide.
 
         Folds and bags are on both halves of a face, or nearly; a patch on one cheek looks like dirt.
         """
         size = len(drawn)
         wide, where = maps.blur(maps.shrink(drawn, EVEN_PX), EVEN_SIGMA), maps.shrink(coordinates, EVEN_PX)
         even = EVEN_SHARE * (maps.remap(wide, _opposite(where)) - wide)
-        drawn = maps.times(drawn + maps.resize(even, size, size), self._inside(coordinates, size))
-        return maps.stacked([*maps.channels(drawn), maps.zeros(size, size, like=drawn)])
+        return maps.times(drawn + maps.resize(even, size, size), self._inside(coordinates, size))
 
     def _inside(self, coordinates: Samples, size_px: int) -> Samples:
         """Return the canonical mask in a face's crop: float32 [S, S]."""
@@ -487,6 +529,51 @@ def _close(crops: Crops) -> FloatArray:
     far, near = CLOSE_PX
     side = crops.size_px / np.sqrt(np.abs(np.linalg.det(crops.frame_to_crop[:, :, :2])))
     return np.clip((side - far) / (near - far), 0, 1)
+
+
+def _with_no_detail(change: Samples) -> Samples:
+    """Return a change [P, P, 3] with the last channel of `Look.tone`: no fine detail is taken away."""
+    return maps.stacked([*maps.channels(change), maps.zeros(*change.shape[:2], like=change)])
+
+
+def _steady(drawings: Sequence[Drawing]) -> Samples:
+    """Return the mean of what was drawn on a face at key frames, where the first of them has it: [P, P, 3].
+
+    What is chance in a drawing is not the same in the next one; real folds are. A mean has less fine detail than what
+    it is of, and is given as much again.
+    """
+    first, *others = drawings
+    if not others:
+        return first.change
+    moved = [other.moved_to(first) for other in others]
+    count = 1 + sum(share for _, share in moved)
+    steady = first.change
+    for change, share in moved:
+        steady = steady + maps.times(change - first.change, share / count)
+    wanted, levels = maps.channel(first.change, 0), []
+    for _ in range(2):
+        coarse, own = maps.halve(steady), maps.halve(wanted)
+        detail = steady - maps.resize(coarse, *steady.shape[:2])
+        powers = [(each**2).mean() for each in (wanted - maps.resize(own, *wanted.shape), maps.channel(detail, 0))]
+        gain = maps.number((powers[0] / (powers[1] + 1e-12)) ** 0.5)
+        levels.append(maps.limit(gain, 1.0, STEADY_GAIN) * detail)
+        steady, wanted = coarse, own
+    for detail in reversed(levels):
+        steady = maps.resize(steady, *detail.shape[:2]) + detail
+    return steady
+
+
+def _read_off(each: Samples, offset: Samples) -> Samples:
+    """Return maps [S, S(, C)] of a crop read at an offset from each pixel, [M, M, 2] in sides of the crop."""
+    side = len(each)
+    where = maps.constant(_pixels, side, like=each) + side * maps.resize(offset, side, side)
+    return maps.remap(each, where)
+
+
+@cache
+def _pixels(size_px: int) -> FloatArray:
+    """Return where each pixel of a crop is: float32 [S, S, 2]."""
+    return np.stack(np.meshgrid(*[np.arange(size_px, dtype=np.float32)] * 2), -1)
 
 
 def _smooth(luma: Samples) -> Samples:

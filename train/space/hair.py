@@ -119,7 +119,9 @@ def losses(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=60.0, help="Budget of all sessions.")
 @click.option("--images", type=click.IntRange(1), help="Budget in images instead.")
-@click.option("--start", type=click.Path(exists=True, path_type=Path), help="A hair.safetensors, whose network goes on.")
+@click.option(
+    "--start", type=click.Path(exists=True, path_type=Path), help="A checkpoint that goes on."
+)
 def main(folder: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
     """Train the hair network."""
     cv2.setNumThreads(1)
