@@ -7,7 +7,7 @@ import torch
 from faceage.kernels import RGB_LUMA
 from train.space.coordinate_maps import Shapes, fit, identity_map
 from train.space.coordinates import read_map
-from train.space.hair import darken, recolour
+from train.space.hair import recolour
 from train.space.model import EXPOSURE_PX, EXPOSURE_TAKEN, LUMA_PX, blur, change_maps, creases
 
 
@@ -82,13 +82,3 @@ def test_hair_is_recoloured_and_skin_is_not():
     made = recolour(head, mask, np.random.default_rng(1))
     assert (made[20:] == head[20:]).all()
     assert np.abs(made[:20].astype(int) - 30).mean() > 10
-
-
-def test_skin_is_darkened_and_hair_is_not():
-    head = np.full((64, 64, 3), 150, np.uint8)
-    head[:20] = 30
-    mask = np.zeros((64, 64), np.float32)
-    mask[:20] = 1
-    made = darken(head, mask, np.random.default_rng(1))
-    assert (made[:20] == head[:20]).all()
-    assert (made[20:] < 0.9 * head[20:]).all()

@@ -2,9 +2,8 @@
 
     python -m train.space.hair --heads runs/space/hair_teacher --out runs/space/hair --minutes 60
 
-Distilled from the teacher's masks (`train.space.hair_teacher`) of East Asian heads, whose hair is mostly black and
-whose skin is mostly light: while training, hair is recoloured to brown, blond, red, grey and white, and skin darkened.
-Writes `hair.safetensors`.
+Distilled from the teacher's masks (`train.space.hair_teacher`) of East Asian heads, whose hair is mostly black: hair is
+recoloured to brown, blond, red, grey and white while training. Writes `hair.safetensors`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from faceage.checkpoint import Header, load, save
+from faceage.checkpoint import Header, save
 from faceage.networks.space import MapDims, MapNet
 from train.data import to_tensor
 from train.run import EMA, Run, Script, device, git_commit
@@ -45,15 +44,13 @@ class Config:
     """Hyper-parameters."""
 
     batch: int = 32
-    rate: float = 1e-3
+    rate: float = 2e-3
     weight_decay: float = 0.01
     turn_degrees: float = 12.0
     zoom: float = 0.2
     shift: float = 0.08
     recoloured: float = 0.6
     """Share of heads whose hair is recoloured."""
-    darkened: float = 0.35
-    """Share of heads whose skin is darkened."""
     ema_half_life_images: int = 6_000
     tick_images: int = 8_000
     seed: int = 12
@@ -69,13 +66,6 @@ def recolour(head: np.ndarray, mask: np.ndarray, random: np.random.Generator) ->
     made = colour * (1 + (luma - mean) / (mean + 25) * random.uniform(0.5, 1.2))
     a = (mask * random.uniform(0.6, 1.0))[..., None]
     return np.clip(x + a * (made - x), 0, 255).astype(np.uint8)
-
-
-def darken(head: np.ndarray, mask: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return a head uint8 [S, S, 3] with dark skin; mask float32 [S, S]. What is behind the head gets darker too."""
-    red = random.uniform(0.3, 0.85)
-    tint = red * np.array([1.0, random.uniform(0.8, 1.0), random.uniform(0.65, 1.0)], np.float32)
-    return np.clip(head * (1 + (1 - mask)[..., None] * (tint - 1)), 0, 255).astype(np.uint8)
 
 
 def draw(
@@ -97,8 +87,6 @@ def draw(
             head, mask = np.ascontiguousarray(head[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
         if random.random() < config.recoloured:
             head = recolour(head, mask, random)
-        if random.random() < config.darkened:
-            head = darken(head, mask, random)
         heads.append(spoil(head, random))
         wanted.append(cv2.resize(mask, (size_px // 2, size_px // 2), interpolation=cv2.INTER_AREA))
     return np.stack(heads), np.stack(wanted)
@@ -119,15 +107,12 @@ def losses(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=60.0, help="Budget of all sessions.")
 @click.option("--images", type=click.IntRange(1), help="Budget in images instead.")
-@click.option(
-    "--start", type=click.Path(exists=True, path_type=Path), help="A checkpoint that goes on."
-)
-def main(folder: Path, out: Path, minutes: float, images: int | None, start: Path | None) -> None:
+def main(folder: Path, out: Path, minutes: float, images: int | None) -> None:
     """Train the hair network."""
     cv2.setNumThreads(1)
     config, dims = Config(), MapDims(size_px=160, outputs=1, template="head", widths=(16, 24, 48, 72, 96))
     torch.manual_seed(config.seed)
-    run = Run(out, config, minutes, images, dims=dims, parents={"start": start} if start else {})
+    run = Run(out, config, minutes, images, dims=dims)
     with np.load(folder / "heads.npz", allow_pickle=False) as data:
         crops, masks, validation = data["crops"], data["masks"], data["validation"]
     read = masks.any((1, 2))
@@ -138,8 +123,6 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
     with torch.no_grad():
         net.bias_map.fill_(-1.0)
         net.head.weight.mul_(0.1)
-    if start:
-        net.load_state_dict(load(start, "space-hair")[1])
     net = net.to(where, memory_format=torch.channels_last)
     ema = EMA(net, config.ema_half_life_images)
     step = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.weight_decay)
@@ -167,7 +150,7 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
         if run.images_seen // config.tick_images > ticks or is_over:
             ticks = run.images_seen // config.tick_images
             fixed = np.random.default_rng(0)
-            plain = dataclasses.replace(config, recoloured=0.0, darkened=0.0)
+            plain = dataclasses.replace(config, recoloured=0.0)
             with torch.inference_mode():
                 parts_of = [
                     measure(ema.net, *draw(crops, masks, val[i : i + 64], fixed, plain, dims.size_px))
@@ -185,7 +168,6 @@ def main(folder: Path, out: Path, minutes: float, images: int | None, start: Pat
                 stage="hair",
                 images_seen=run.images_seen,
                 dataset=DATASET,
-                parents=run.parents,
                 train_config=run.config,
                 metrics=metrics,
                 git_commit=git_commit(),
