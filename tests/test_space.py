@@ -13,6 +13,7 @@ from faceage.agers.canonical import CANONICAL_PX, SMOOTHED, hats, limit, read_ca
 from faceage.agers.facegan import FaceGAN
 from faceage.agers.hair import draw_hair, find_brows, find_hair, grey_amount
 from faceage.agers.space import (
+    CLOSE_GAIN,
     DRAWN_CHROMA,
     DRAWN_GAIN,
     DRAWN_REACH_OVER_YEARS,
@@ -501,6 +502,25 @@ def test_older_faces_get_what_their_network_draws_inside_the_face(canonical, app
     assert delta @ RGB_LUMA == pytest.approx(0, abs=1e-4)
     grey = 2 * 0.65 * (size + 1) / size / 2 + BLACK_OFFSET  # luma of the ramp
     assert delta[0] - delta[1] == pytest.approx(2 * grey * DRAWN_CHROMA * log_red, rel=0.15)
+
+
+def test_close_ups_are_seen_softer_and_get_more(canonical, appearance, straight):
+    """The network has learned from pictures of small faces."""
+    log_luma, pixels = np.float32(-0.05), np.random.default_rng(0).uniform(-1, 1, (1, 3, 256, 256)).astype(np.float32)
+    change = np.stack([np.full((OLDER_PX, OLDER_PX), each, np.float32) for each in (log_luma, 0, 0)])
+    plain = replace(canonical, wrinkles=0 * canonical.wrinkles)
+    gains, detail = [], []
+    for zoom in (1.0, 0.5):  # sides of 256 and of 512 pixels in the frame
+        asked = []
+        crops = replace(
+            ramps(256, 1), pixels=pixels, frame_to_crop=np.array([[[zoom, 0, 0], [0, zoom, 0]]], np.float32)
+        )
+        (made,) = drawn(canned(straight, plain, older=watched(change, asked)), appearance, crops, [30], [75])
+        gains.append(float(made.gain[154, 166]))
+        detail.append(asked[0][0].std())
+    assert gains[0] == pytest.approx(np.expm1(DRAWN_GAIN * log_luma), rel=0.05)
+    assert gains[1] == pytest.approx(np.expm1(CLOSE_GAIN * log_luma), rel=0.05)
+    assert detail[1] < 0.6 * detail[0]
 
 
 def half_patched(sigma):

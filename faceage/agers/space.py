@@ -60,10 +60,12 @@ DRAWN_YEARS = (60.0, 88.0)
 that, a face gets a part of it."""
 DRAWN_REACH_YEARS, DRAWN_REACH_OVER_YEARS = 11.0, 25.0
 """It draws ages this far beyond the wanted one, less for small steps: what it is sure of is milder than most faces."""
-DRAWN_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.05, 1.0, (0.5, 0.22)
-"""What its changes of luma and of chroma are multiplied by, and the limits of luma's, as log ratios."""
-SEEN_SIGMA = 0.8
-"""Width in its pixels of the blur under which it sees faces that are larger than its crop."""
+DRAWN_GAIN, CLOSE_GAIN, DRAWN_CHROMA, DRAWN_LIMITS = 1.05, 1.3, 1.0, (0.5, 0.22)
+"""What its changes of luma are multiplied by, in close-ups (`CLOSE_PX`), which have more detail than it can draw, and
+those of chroma; and the limits of luma's, as log ratios."""
+CLOSE_SIGMA = 0.8
+"""Width in its pixels of the blur under which it sees close-ups: it learned from pictures of small faces. On sharper
+ones it draws less, and more of that is spots."""
 EVEN_PX, EVEN_SIGMA, EVEN_SHARE = 32, 0.5, 0.35
 """Side of the maps of what is wide in its changes, the blur's width in their pixels, and the share of the difference
 between both halves of the face that each half comes nearer to the other: at 0.5 they are alike."""
@@ -297,27 +299,34 @@ class SpaceAger:
         if not chosen:
             return drawn
         (side,) = self._older_view.sizes_px
-        # What it learned from are small pictures: on a sharper one it draws less, and more of it is spots.
-        sigma = SEEN_SIGMA if faces.size_px > side else 0.0
-        pixels = self._see(faces, chosen, self._older_view, side, sigma).pixels
+        near = _close(faces)[chosen]
+        pixels = self._see(faces, chosen, self._older_view, side, (CLOSE_SIGMA * near).tolist()).pixels
         now, wanted = Ages.columns([looks[i].ages for i in chosen])
         reach = DRAWN_REACH_YEARS * np.minimum((wanted - now) / DRAWN_REACH_OVER_YEARS, 1)
         at = np.maximum(np.clip(wanted + reach, *DRAWN_YEARS), wanted).astype(np.float32)
         share = np.minimum((wanted + reach - now) / (at - now), 1)
         (changes,) = self._older()(pixels, beside(pixels, now), beside(pixels, at))
         back = _between(self._older_view, self.views[0], side, side)
-        for i, change, amount in zip(chosen, changes, share.tolist(), strict=True):
+        gains = DRAWN_GAIN + (CLOSE_GAIN - DRAWN_GAIN) * near
+        for i, change, amount, gain in zip(chosen, changes, share.tolist(), gains.tolist(), strict=True):
             luma, *chroma = (maps.warp(plane, back, side) for plane in change)
-            luma = limit(DRAWN_GAIN * amount * luma, *DRAWN_LIMITS)
+            luma = limit(gain * amount * luma, *DRAWN_LIMITS)
             red, blue = (DRAWN_CHROMA * looks[i].colour * amount * plane for plane in chroma)
             drawn[i] = maps.stacked([luma, red, blue])
         return drawn
 
-    def _see(self, faces: Crops, chosen: Sequence[int], view: View, size_px: int, sigma: float = 0.0) -> Crops:
-        """Return some of the faces as another view has them, blurred by a Gaussian of so many pixels if not 0."""
+    def _see(
+        self, faces: Crops, chosen: Sequence[int], view: View, size_px: int, sigmas: Sequence[float] | None = None
+    ) -> Crops:
+        """Return some of the faces as another view has them; each blurred by a Gaussian of so many pixels, if any."""
         matrix = _between(self.views[0], view, faces.size_px, size_px)
         seen = [maps.warp(maps.pixels_of(faces.pixels[i]), matrix, size_px, is_replicated=True) for i in chosen]
-        pixels = [maps.by_planes(maps.blur(face, sigma) if sigma else face) for face in seen]
+        if sigmas is not None:
+            seen = [
+                maps.blur(face, sigma) if sigma > MIN_BLUR_PX else face
+                for face, sigma in zip(seen, sigmas, strict=True)
+            ]
+        pixels = [maps.by_planes(face) for face in seen]
         return Crops(
             pixels=maps.namespace(pixels[0]).stack(pixels),
             landmarks=apply_affine(np.repeat(matrix[None], len(chosen), 0), faces.landmarks[list(chosen)]),
