@@ -39,7 +39,7 @@ PROTOTYPE_GAIN = 2.0
 """For the same reason, what the change of the prototypes is multiplied by."""
 PROTOTYPE_LIMITS, CHROMA_LIMIT = (0.24, 0.14), 0.08
 """Largest darkening and brightening, and largest change of chroma, as log ratios; approached softly."""
-CREASE_GAIN, CREASE_LIMITS = 0.35, (0.26, 0.12)
+CREASE_GAIN, CREASE_LIMITS = 0.4, (0.26, 0.12)
 """What creases are multiplied by, and their limits."""
 BESIDE_MOUTH, BESIDE_MOUTH_PX, BESIDE_MOUTH_GAIN = 0.65, 14.0, 4.0
 """By what share creases are weaker around the mouth, which moves: somebody else's lie wrong there, as scars do. How
