@@ -4,10 +4,10 @@ What age changes is stored on one canonical face: prototypes (how the mean face 
 colours and the appearance of the person) and wrinkles (creases of real old faces). Once a person and shot they are
 mixed to one canonical change. At key frames a small network says where each pixel of the crop lies on the canonical
 face; in every frame the change is read there, and scales the luma of the picture. Wrinkles are thus as sharp as they
-are stored, the same in the whole shot, and stay on the skin. Old skin gets more of its own fine detail, young skin
-less. What only the very face can tell, where it folds and sags, is drawn on it at key frames: by a network that was
-taught by real old skin (`train.space.older`), for younger faces by FaceGAN's (`agers.facegan`). Hair is found by
-another network in a wider crop and turns grey strand by strand (`agers.hair`).
+are stored, the same in the whole shot, and stay on the skin. Young skin gets less of its own fine detail. What only
+the very face can tell, where it folds and sags, is drawn on it at key frames: by a network that was taught by real old
+skin (`train.space.older`), whose drawings are averaged over key frames; for younger faces by FaceGAN's
+(`agers.facegan`). Hair is found by another network in a wider crop and turns grey strand by strand (`agers.hair`).
 
 Reference: Burt and Perrett, Proc. R. Soc. B 1995 (prototypes); Tiddeman, Burt, Perrett, IEEE CG&A 2001 (means lose
 wrinkles); Kemelmacher-Shlizerman, Suwajanakorn, Seitz, CVPR 2014 (relit, densely aligned); Güler et al., CVPR 2017
@@ -72,7 +72,7 @@ between both halves of the face that each half comes nearer to the other: at 0.5
 STEADY_KEYS = 2
 """Key frames before one whose drawings are averaged with its own: a part of each is chance, and would come and go as
 patches of shade. From key frame to key frame what is drawn on a talking head differs by 0.8, 0.65, 0.47, 0.32 and 0.2
-of what it is, from the finest band to the widest; means of three differ by half of that."""
+of what it is, from the finest band to the widest; means of three differ by 0.6 of that."""
 STEADY_ALIKE = 0.1
 """Difference of luma between two pictures of a place on the face at which its drawing in the other counts 1/e as much:
 a mouth that has opened and light that has changed have no part in it."""
