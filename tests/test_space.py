@@ -166,7 +166,7 @@ def head(hair_luma, size=160):
 
 def test_dark_hair_turns_grey_and_keeps_its_strands():
     pixels, logits = head(0.15)
-    key = find_hair(pixels, logits)
+    key = find_hair(pixels, logits, 0.5)
     after = (change_crop(pixels, draw_hair(0.8, key, key, 0.0)).transpose(1, 2, 0) + 1) / 2
     before = (pixels.transpose(1, 2, 0) + 1) / 2
     part = (slice(36, 50), slice(60, 100))
@@ -181,7 +181,7 @@ def test_dark_hair_turns_grey_and_keeps_its_strands():
 def test_the_light_on_locks_of_dark_hair_is_not_evened_out():
     pixels, logits = head(0.15)
     pixels[:, : 160 // 3] += 0.06 * np.sin(np.arange(160) * 2 * np.pi / 20).astype(np.float32)
-    key = find_hair(pixels, logits)
+    key = find_hair(pixels, logits, 0.5)
     before, after = (
         cv2.GaussianBlur(np.tensordot(RGB_LUMA, each, 1), (0, 0), 2)[30:44, 50:110].mean(0).std()
         for each in (pixels, change_crop(pixels, draw_hair(1.0, key, key, 0.0)))
@@ -189,14 +189,20 @@ def test_the_light_on_locks_of_dark_hair_is_not_evened_out():
     assert after > 2.5 * before
 
 
+def test_white_hair_has_less_contrast_than_grey():
+    pixels, logits = head(0.15)
+    gains = [find_hair(pixels, logits, grey).gain[30:44, 60:100].mean() for grey in (0.0, 0.7, 0.9, 1.0)]
+    assert gains[0] == gains[1] > gains[2] > gains[3] > 0.4 * gains[0]
+
+
 def test_red_cloth_behind_hair_stays_red():
     pixels, logits = head(0.15)
     pixels[:, : 160 // 3, 96:] = 2 * np.array([0.5, 0.1, 0.15], np.float32)[:, None, None] - 1
-    mask = find_hair(pixels, logits).mask
+    mask = find_hair(pixels, logits, 0.5).mask
     assert mask[30:48, 60:90].min() > 0.6
     assert not mask[30:48, 100:120].any()
     pixels[:, : 160 // 3, 96:] = 2 * np.array([0.8, 0.3, 0.1], np.float32)[:, None, None] - 1  # red hair
-    assert find_hair(pixels, logits).mask[30:48, 100:120].min() > 0.6
+    assert find_hair(pixels, logits, 0.5).mask[30:48, 100:120].min() > 0.6
 
 
 def test_grey_hair_has_the_colour_of_the_light():
@@ -208,7 +214,7 @@ def test_grey_hair_has_the_colour_of_the_light():
         rgb = np.full((size, size, 3), skin, np.float32)
         rgb[40:80, 60:100] = 0.1
         rgb[64:84, 64:96] = skin
-        key = find_hair(2 * rgb.transpose(2, 0, 1) - 1, logit)
+        key = find_hair(2 * rgb.transpose(2, 0, 1) - 1, logit, 1.0)
         change = draw_hair(1.0, key, key, 0.0)
         aged = change_crop(2 * rgb.transpose(2, 0, 1) - 1, change)
         red, green, blue = (aged[:, 44:60, 66:94].mean((1, 2)) + 1) / 2
@@ -221,7 +227,7 @@ def test_grey_hair_has_the_colour_of_the_light():
 
 def test_bright_hair_is_not_darkened():
     pixels, logits = head(0.8)
-    key = find_hair(pixels, logits)
+    key = find_hair(pixels, logits, 0.5)
     after = change_crop(pixels, draw_hair(1.0, key, key, 0.0))
     luma = [np.tensordot(RGB_LUMA, picture, 1)[36:50, 60:100].mean() for picture in (pixels, after)]
     assert luma[1] > luma[0] - 0.01
@@ -229,7 +235,7 @@ def test_bright_hair_is_not_darkened():
 
 def test_the_hair_of_the_rim_is_left_alone():
     pixels, logits = head(0.15)
-    key = find_hair(pixels, np.full_like(logits, 12))
+    key = find_hair(pixels, np.full_like(logits, 12), 0.5)
     change = draw_hair(1.0, key, key, 0.0)
     for part in (change.gain, *change.delta):
         for rim in (part[:2], part[-2:], part[:, :2], part[:, -2:]):
@@ -242,11 +248,11 @@ def test_all_of_the_head_s_own_hair_is_found_and_none_of_its_neighbour_s():
     logits[7:30, 28:52] = 12  # up to the crown
     logits[30:60, 10:18] = 12  # beside the face, and apart from it
     pixels[:, 14:120, 20:104] = -0.7
-    mask = find_hair(pixels, logits).mask
+    mask = find_hair(pixels, logits, 0.5).mask
     assert mask[18:55, 60:100].min() > 0.6
     assert not mask[60:120, 16:40].any()
     logits[30:36, 10:52] = 12  # now it hangs together
-    assert find_hair(pixels, logits).mask[70:110, 26:30].min() > 0.6
+    assert find_hair(pixels, logits, 0.5).mask[70:110, 26:30].min() > 0.6
 
 
 def striped(pixels, logits):
@@ -259,10 +265,12 @@ def striped(pixels, logits):
 def test_strands_are_drawn_on_black_hair_that_shows_none():
     pixels, logits = head(0.15)
     pixels[:, : 160 // 3] = -0.95
-    key = find_hair(pixels, logits)
+    key = find_hair(pixels, logits, 0.5)
     after = np.tensordot(RGB_LUMA, change_crop(pixels, draw_hair(0.8, key, key, 0.0)), 1)
     assert after[25:45, 50:110].std() > 0.02
-    drawn = [find_hair(*picture).lift[25:45, 50:110].std() for picture in ((pixels, logits), striped(pixels, logits))]
+    drawn = [
+        find_hair(*picture, 0.5).lift[25:45, 50:110].std() for picture in ((pixels, logits), striped(pixels, logits))
+    ]
     assert drawn[0] > 0.02
     assert drawn[1] < 0.01 + 0.5 * drawn[0]
 
@@ -281,7 +289,7 @@ def test_of_the_brows_area_what_is_dark_turns_grey():
 
 
 def test_hair_moves_from_key_frame_to_key_frame():
-    key = find_hair(*head(0.15))
+    key = find_hair(*head(0.15), 0.5)
     left, top, right, bottom = key.part
     moved = replace(key, mask=np.roll(key.mask, 16, 0), part=(left, top, right, bottom + 16))
     ends, half = [draw_hair(1.0, one, one, 0.0) for one in (key, moved)], draw_hair(1.0, key, moved, 0.5)
@@ -290,7 +298,7 @@ def test_hair_moves_from_key_frame_to_key_frame():
 
 
 def test_two_looks_of_moving_hair_are_mixed_for_the_same_samples():
-    key = find_hair(*head(0.15))
+    key = find_hair(*head(0.15), 0.5)
     looks = [draw_hair(grey, key, replace(key), 0.5) for grey in (0.4, 0.8)]
     (mixed,) = mix_changes(looks[:1], looks[1:], 0.5)
     want = draw_hair(0.6, key, replace(key), 0.5)
@@ -300,7 +308,7 @@ def test_two_looks_of_moving_hair_are_mixed_for_the_same_samples():
 
 def test_what_is_bright_where_hair_was_is_not_lit():
     pixels, logits = head(0.15)
-    key = find_hair(pixels, logits)
+    key = find_hair(pixels, logits, 0.5)
     gone = np.full_like(pixels, pixels[0, -1, 0])  # skin or wall where the hair was
     np.testing.assert_allclose(change_crop(gone, draw_hair(1.0, key, replace(key), 0.5)), gone, atol=1e-3)
 

@@ -27,6 +27,9 @@ from faceage.types import Change, FloatArray, Rect, Samples, enclosing
 HALF_GREY_YEARS, GREY_SPREAD_YEARS = 64.0, 8.5
 """Age at which hair is half grey, and how fast it goes: 0.35 is salt and pepper, 0.7 grey."""
 LIFT, DETAIL, FADE = 0.82, 2.8, 0.85
+WHITE, WHITE_CONTRAST = (0.7, 1.0), 0.55
+"""How grey hair is from which on its strands and locks get less contrast, and where it is nearly white; what share of
+`DETAIL` and `STRANDS` it has then: with all of it black hair would shine like metal."""
 GREY_COLOUR = np.array([[-0.03, 0.24, -0.28], [0.01, 0.0, 0.63]], np.float32)
 """Linear map from (1, log R/G, log B/G of the skin) to log R/G and log B/G of grey hair, which has the colour of the
 light: least squares over 281 grey heads of All-Age-Faces, 62 years and older."""
@@ -110,13 +113,15 @@ def grey_amount(source: float, target: float) -> float:
     return float(max(0.0, (then - now) / (1 - now)))
 
 
-def find_hair(pixels: Samples, logit: Samples) -> HairKey:
+def find_hair(pixels: Samples, logit: Samples, grey: float) -> HairKey:
     """Return what greying needs of one head, where its pixels live.
 
     Args:
         pixels: float32 [3, S, S], RGB in [-1, 1].
         logit: float32 [C, C], the network's; its rims are softer than strands.
+        grey: how grey it is to get, 0 to 1.
     """
+    contrast = 1 - (1 - WHITE_CONTRAST) * float(np.clip((grey - WHITE[0]) / (WHITE[1] - WHITE[0]), 0, 1))
     xp, size = maps.namespace(pixels), pixels.shape[-1]
     probability = maps.resize(1 / (1 + xp.exp(-logit)), size, size)
     part = _part(probability > HINT, round(FILTERS_REACH * size))
@@ -137,9 +142,11 @@ def find_hair(pixels: Samples, logit: Samples) -> HairKey:
     seen = xp.sqrt(maps.blur(xp.square(detail), STRANDS_SIGMA * size))
     middle = pixels[:, int(0.42 * size) : int(0.52 * size), int(0.42 * size) : int(0.58 * size)]
     skin = maps.single((maps.median(maps.by_pixels(middle)) + 1) / 2)
-    strands = STRANDS * maps.constant(_strands, size, like=luma)[inner] * _ramp(1 - seen / STRANDS_SEEN)
+    strands = contrast * STRANDS * maps.constant(_strands, size, like=luma)[inner] * _ramp(1 - seen / STRANDS_SEEN)
     skin_luma = maps.number(maps.luma_of(skin))
-    return _key(mask, base, rgb - luma[..., None], skin_luma, LIFT + strands, part, size, _grey_chroma(skin))
+    return _key(
+        mask, base, rgb - luma[..., None], skin_luma, LIFT + strands, part, size, contrast * DETAIL, _grey_chroma(skin)
+    )
 
 
 def _part(where: Samples, reach_px: int) -> Rect:
@@ -209,6 +216,7 @@ def _key(
     lift: Samples | float,
     part: Rect,
     size_px: int,
+    detail: float,
     grey: Samples | float = 0.0,
 ) -> HairKey:
     """Put the module's formula together, from what was seen in a part of the crop.
@@ -221,6 +229,7 @@ def _key(
         lift: the formula's LIFT, one or a map.
         part: of the crop.
         size_px: S, its side.
+        detail: the formula's DETAIL.
         grey: RGB less luma of grey hair of luma 1; 0: it has none.
     """
     # On dark skin grey hair is as bright as the skin; never brighter, for that would be another light.
@@ -229,7 +238,7 @@ def _key(
     darker = (target - base).clip(min=0)
     hair_luma = maps.number((base * mask).sum() / maps.limit(mask.sum(), 1e-6))
     contrast = maps.limit(skin_luma - hair_luma, MIN_CONTRAST)
-    gain = DETAIL * maps.namespace(base).square(darker / maps.limit(target, 1e-3))
+    gain = detail * maps.namespace(base).square(darker / maps.limit(target, 1e-3))
     chroma = FADE * (grey * (base + LIFT * darker)[..., None] - chroma)
 
     def place(values: Samples, inner: tuple[slice, slice], side: int) -> Samples:
@@ -272,7 +281,7 @@ def find_brows(rgb: Samples, area: Samples) -> HairKey:
     # Of skin its chroma is, mostly: brows are thin, and what is left of them without it would be blue.
     chroma = BROW_CHROMA * (rgb - luma[..., None])
     base, skin_luma = maps.blur(luma, BROW_SIGMA * size), maps.median_where(skin, area > 0.5)
-    return _key(mask, base, chroma, skin_luma, LIFT, part, size)
+    return _key(mask, base, chroma, skin_luma, LIFT, part, size, DETAIL)
 
 
 def draw_hair(grey: float, before: HairKey, after: HairKey, share: float) -> Change:

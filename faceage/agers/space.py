@@ -239,7 +239,10 @@ class SpaceAger:
         hair: list[HairKey | None] = [None] * len(faces)
         if self._hair is not None:
             (logits,) = self._hair(_reduce(crops[1].pixels, self.views[1].sizes_px[0]))
-            hair = [find_hair(pixels, logit[0]) for pixels, logit in zip(crops[1].pixels, logits, strict=True)]
+            hair = [
+                find_hair(pixels, logit[0], look.grey)
+                for pixels, logit, look in zip(crops[1].pixels, logits, looks, strict=True)
+            ]
         keys = []
         younger, older = self._draw_younger(looks, faces), self._draw_older(looks, faces)
         for look, pixels, face, where, found, near, bright, folded, last in zip(
