@@ -532,7 +532,7 @@ def test_close_ups_are_seen_softer_and_get_more(canonical, appearance, straight)
 
 
 def half_patched(sigma):
-    """A change of one cheek, 0.1 in its middle; and of a fold on both sides."""
+    """A change [3, S, S] of one cheek alone: log luma is 0.1 less in its middle; so many pixels wide."""
     y, x = np.mgrid[:OLDER_PX, :OLDER_PX].astype(np.float32)
     change = np.zeros((3, OLDER_PX, OLDER_PX), np.float32)
     change[0] = -0.1 * np.exp(-0.5 * ((x - 52) ** 2 + (y - 90) ** 2) / sigma**2)
